@@ -1,0 +1,1 @@
+"""The TG-Tinker server: training, privacy ledger and encrypted artifacts behind gRPC."""

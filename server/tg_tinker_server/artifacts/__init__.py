@@ -1,0 +1,1 @@
+"""Encrypted checkpoints: bytes, storage, sealing and opening."""

@@ -1,0 +1,1 @@
+"""Keys and ciphers; the only package that touches cryptography."""

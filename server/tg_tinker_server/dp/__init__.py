@@ -1,0 +1,1 @@
+"""Differential privacy as arithmetic: events, accounting, clipping, noise."""

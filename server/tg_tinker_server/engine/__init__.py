@@ -1,0 +1,1 @@
+"""Computes: per-sample gradients, optimizer steps, samples."""

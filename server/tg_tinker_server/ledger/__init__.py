@@ -1,0 +1,1 @@
+"""Spends privacy and records what was done."""

@@ -1,0 +1,1 @@
+"""gRPC in: interceptors, and one thin servicer per noun."""

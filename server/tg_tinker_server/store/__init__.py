@@ -1,0 +1,1 @@
+"""Tables and transactions; the only package that touches SQL."""

@@ -1,0 +1,1 @@
+"""TG-Tinker: fine-tune language models on data they must not leak."""

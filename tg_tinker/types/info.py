@@ -1,0 +1,100 @@
+"""What the server says about runs, artifacts, itself and its audit log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """Settings of a ServiceClient, resolved from arguments and environment. The key is never shown."""
+
+    base_url: str
+    timeout: float
+    retry_count: int
+    tls: bool
+    api_key: str | None = field(default=None, repr=False)
+    tenant_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingClientInfo:
+    """One row of ``list_training_clients``."""
+
+    training_client_id: str
+    model_ref: str
+    status: str
+    step: int
+    created: datetime
+
+    @property
+    def id(self) -> str:
+        """The same id under a shorter name."""
+        return self.training_client_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactInfo:
+    """One encrypted checkpoint in the store."""
+
+    artifact_id: str
+    training_client_id: str
+    step: int
+    size_bytes: int
+    content_hash: str
+    algorithm: str
+    key_id: str
+    timestamp: datetime
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """A base model the server offers."""
+
+    name: str
+    family: str
+    parameters: int
+    max_sequence_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What the server can do."""
+
+    server_version: str
+    api_version: str
+    models: list[ModelInfo]
+    max_batch_records: int
+    max_request_bytes: int
+    losses: list[str]
+    optimizers: list[str]
+    lr_schedulers: list[str]
+    reducers: list[str]
+    dp_sampling_modes: list[str]
+    dp_accountants: list[str]
+    tenant_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditLogEntry:
+    """One operation as the audit log keeps it: ids, sizes, keyed hashes; never content.
+
+    ``record_hash`` is the SHA-256 over the canonical entry, ``prev_hash`` the entry before; so the log is a chain.
+    """
+
+    entry_id: int
+    operation: str
+    training_client_id: str
+    request_hash: str
+    request_bytes: int
+    artifact_ids: list[str]
+    started: datetime
+    completed: datetime
+    success: bool
+    error_code: str
+    dp_metrics: dict[str, Any] | None
+    prev_hash: str
+    record_hash: str

@@ -1,0 +1,1 @@
+"""Protobuf meets our types here and nowhere else."""
