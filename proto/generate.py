@@ -1,4 +1,4 @@
-"""Generate ``tg_tinker/proto/v1`` from the .proto files; ``--check`` fails when the committed code is stale."""
+"""Generate ``tg_tinker/proto/v1`` from the .proto files; ``--check`` fails when it is stale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is made of: model, adapter, optimizer, privacy. Checked at construction, here and on the server."""
+"""What a run is made of: model, adapter, optimizer, privacy. Checked on both sides."""
 
 from __future__ import annotations
 
@@ -86,15 +86,15 @@ class DPConfig(_Config):
         target_delta: should be below 1 / number of units.
         accountant_type: "rdp" gates and reports; "prv" is tighter for a schedule fixed in advance by
             ``max_steps``; "gdp" is a central-limit estimate and no bound, so the gate stays "rdp".
-        dataset_id: whose budget is spent; every run naming it shares it. ``None``: the run is its own dataset.
+        dataset_id: whose budget is spent; every run naming it shares it. ``None``: the run is its own.
         dataset_size: number of privacy units in the dataset; needed for "poisson".
-        sampling: "none" claims no amplification; "poisson": you draw batches with tg_tinker.data.PoissonSampler
+        sampling: "none" claims no amplification; "poisson": you draw batches with data.PoissonSampler
             and attest it; "max_participation": the server counts how often each unit takes part.
         max_participation: most steps one unit may take part in, for that mode.
         privacy_unit: what one epsilon protects; "datum" is a record.
         diagnostics: "owner" returns exact losses and norms to the caller; "off" returns none.
         merge_units: the same unit in several calls of one logical batch is summed and clipped once.
-        allow_unnoised_steps: with no finite target, permits ``apply_dp_noise=False``; epsilon is inf from then on.
+        allow_unnoised_steps: with no finite target, permits ``apply_dp_noise=False``; epsilon is then inf.
     """
 
     enabled: bool = True
@@ -167,14 +167,14 @@ class TrainingConfig(_Config):
         max_sequence_length: longer records are refused, never cut.
         mixed_precision: precision of the frozen base; "bf16" is used where the hardware has it. Adapters,
             norms and sums are always float32.
-        loss_scale: static; "dynamic" is refused under differential privacy, because skipping a step depends on data.
+        loss_scale: static; "dynamic" is refused under DP, because skipping a step depends on data.
         max_steps: planned steps; the run is completed when they are done.
         seed: governs initialisation and dropout, never noise.
     """
 
     model_ref: str = Field(min_length=1)
     lora_config: LoRAConfig | None = None
-    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig())
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     dp_config: DPConfig | None = None
     batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
@@ -192,7 +192,8 @@ class TrainingConfig(_Config):
         needs_total = self.optimizer.lr_scheduler != "constant"
         if needs_total and self.max_steps is None and "total_steps" not in self.optimizer.lr_scheduler_kwargs:
             raise ValueError(
-                f"lr_scheduler={self.optimizer.lr_scheduler!r} needs max_steps, or lr_scheduler_kwargs={{'total_steps': n}}"
+                f"lr_scheduler={self.optimizer.lr_scheduler!r} needs max_steps, "
+                "or lr_scheduler_kwargs={'total_steps': n}"
             )
         dp = self.dp_config
         if dp is not None and dp.enabled:
@@ -202,7 +203,8 @@ class TrainingConfig(_Config):
                 )
             if dp.dataset_size is not None and self.expected_batch_size > dp.dataset_size:
                 raise ValueError(
-                    f"the expected batch ({self.expected_batch_size}) is larger than dataset_size ({dp.dataset_size})"
+                    f"the expected batch ({self.expected_batch_size}) is larger than "
+                    f"dataset_size ({dp.dataset_size})"
                 )
         return self
 

@@ -82,7 +82,7 @@ class Capabilities:
 class AuditLogEntry:
     """One operation as the audit log keeps it: ids, sizes, keyed hashes; never content.
 
-    ``record_hash`` is the SHA-256 over the canonical entry, ``prev_hash`` the entry before; so the log is a chain.
+    ``record_hash`` is the SHA-256 over the canonical entry, ``prev_hash`` that of the entry before: a chain.
     """
 
     entry_id: int

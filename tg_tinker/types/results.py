@@ -59,7 +59,7 @@ class DPMetrics:
         epsilon_spent: total after this step minus total before it.
         total_epsilon: of the whole history of the dataset at ``delta``.
         delta: the delta epsilon is stated at.
-        grad_norm_before_clip: mean over units of the unit's gradient norm (owner's diagnostics; NaN when off).
+        grad_norm_before_clip: mean over units of the unit's norm (owner's diagnostics; NaN when off).
         grad_norm_after_clip: the same after clipping.
         num_clipped: units whose norm exceeded max_grad_norm; -1 when diagnostics are off.
     """
