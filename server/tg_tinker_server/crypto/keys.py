@@ -1,0 +1,152 @@
+"""The root key of a server, behind one URI: it wraps the key of every tenant and nothing else.
+
+``file:/path`` is a file, ``env:NAME`` an environment variable; both hold base64 of 32 bytes. Losing the root
+key loses every artifact; `create_key_file` is the only thing here that makes one, and only when asked.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from tg_tinker.errors import InvalidRequestError, ServerError
+from tg_tinker_server.crypto.aead import KEY_BYTES, associated_data, derive_key, new_key, open_sealed, seal
+
+FIELD = "root_key"
+LARGEST_FILE_BYTES = 1024
+
+
+class KeyProvider(Protocol):
+    """Holds a root key and wraps 32-byte keys under it; a key service can stand in for the local ones."""
+
+    def wrap(self, key: bytes, aad: bytes) -> bytes:
+        """Encrypt a key, bound to ``aad``."""
+        ...
+
+    def unwrap(self, wrapped: bytes, aad: bytes) -> bytes:
+        """Undo `wrap`.
+
+        Raises:
+            DecryptionError: wrapped by another root key, for another ``aad``, or changed since.
+        """
+        ...
+
+
+class LocalKeyProvider:
+    """A root key in this process's memory."""
+
+    __slots__ = ("_key",)
+
+    def __init__(self, root_key: bytes) -> None:
+        if len(root_key) != KEY_BYTES:
+            raise ValueError(f"a root key has {KEY_BYTES} bytes, not {len(root_key)}")
+        self._key = derive_key(root_key, associated_data("tg-tinker/root-key/wrap/v1"))
+
+    def wrap(self, key: bytes, aad: bytes) -> bytes:
+        """Encrypt a key, bound to ``aad``: 60 bytes for 32."""
+        return seal(self._key, key, associated_data("tg-tinker/wrapped-key/v1", aad))
+
+    def unwrap(self, wrapped: bytes, aad: bytes) -> bytes:
+        """Undo `wrap`."""
+        return open_sealed(self._key, wrapped, associated_data("tg-tinker/wrapped-key/v1", aad))
+
+    def __repr__(self) -> str:
+        return "LocalKeyProvider(...)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a root key is not pickled")
+
+
+def key_provider(uri: str, environ: Mapping[str, str] = os.environ) -> KeyProvider:
+    """The key provider of a URI, its key loaded and checked.
+
+    Raises:
+        InvalidRequestError: unknown scheme, missing or malformed key, or a key file others can reach.
+    """
+    scheme, separator, where = uri.partition(":")
+    if separator and where and scheme == "file":
+        return LocalKeyProvider(_read_key_file(Path(where)))
+    if separator and where and scheme == "env":
+        if where not in environ:
+            raise _refused(f"the environment variable {where} with the root key is not set", "set")
+        return LocalKeyProvider(_decode(environ[where], f"the environment variable {where}"))
+    # The URI itself is not repeated: a key pasted here by mistake would land in a log.
+    raise _refused("the root key's URI is not understood; use file:/path/to/root.key or env:NAME", "file: or env:")
+
+
+def create_key_file(path: Path) -> None:
+    """Make a new root key in a file that only its owner can read.
+
+    The file appears whole or not at all, and is on disk when this returns.
+
+    Raises:
+        InvalidRequestError: the file exists; nothing is ever overwritten.
+        ServerError: it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(base64.b64encode(new_key()) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(draft, path)  # unlike rename, refuses to replace
+        finally:
+            draft.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except FileExistsError:
+        raise _refused(f"{path} exists and is left as it is; a root key is never overwritten", "a new file") from None
+    except OSError as e:
+        raise ServerError(f"cannot create the key file {path}: {e.strerror}; name a writable folder") from e
+
+
+def _read_key_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode):
+                raise _refused(f"{path} is not a file", "a regular file")
+            if info.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                mode = f"{stat.S_IMODE(info.st_mode):04o}"
+                raise _refused(
+                    f"{path} can be reached by other users (mode {mode}); run: chmod 600 {path}",
+                    "mode 0600",
+                )
+            content = file.read(LARGEST_FILE_BYTES)
+    except FileNotFoundError:
+        raise _refused(
+            f"there is no key file {path}; create one with `tg-tinker keys init`, or restore the one that was there",
+            "an existing file",
+        ) from None
+    except OSError as e:
+        raise _refused(f"cannot read the key file {path}: {e.strerror}", "a readable file") from e
+    return _decode(content.decode("ascii", "replace"), str(path))
+
+
+def _decode(text: str, where: str) -> bytes:
+    try:
+        key = base64.b64decode(text.strip(), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise _refused(
+            f"{where} does not hold base64 of {KEY_BYTES} bytes; make one with: openssl rand -base64 32",
+            "base64 of 32 bytes",
+        ) from None
+    return key
+
+
+def _refused(message: str, constraint: str) -> InvalidRequestError:
+    return InvalidRequestError(message, field=FIELD, constraint=constraint)
