@@ -1,0 +1,341 @@
+"""The seam between the service and a model: what a backend offers, and the values that cross it.
+
+Two implementations live here: ``bigram.BigramBackend`` (NumPy) and ``torch_backend.TorchBackend``. One
+behavioural suite runs against both. Every call of every session comes from one compute thread; a session
+must leave all others bit for bit as they were, whatever happens to it.
+
+Shape suffixes: B records, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import IGNORE_INDEX, BatchData, TrainingConfig
+from tg_tinker.types.info import ModelInfo
+from tg_tinker_server.dp.mechanism import GaussianMechanism
+
+Ints = npt.NDArray[np.int64]
+FinishReason = Literal["length", "stop", "eos"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PassRequest:
+    """One batch for one forward (and backward) pass.
+
+    Attributes:
+        input_ids_BT: token ids.
+        attention_mask_BT: 1 for real tokens, 0 for padding.
+        labels_BT: aligned with ``input_ids_BT``; shifted inside; ``IGNORE_INDEX`` is no target.
+        units: privacy unit of each record; ``None`` makes each record its own unit, different from those of
+            every other call.
+        train: compute gradients, with dropout; otherwise loss only.
+        seed: governs dropout, together with the run's seed, and nothing else.
+    """
+
+    input_ids_BT: Ints  # noqa: N815 - shape suffix
+    attention_mask_BT: Ints  # noqa: N815 - shape suffix
+    labels_BT: Ints  # noqa: N815 - shape suffix
+    units: tuple[str, ...] | None = None
+    train: bool = True
+    seed: int = 0
+
+    @classmethod
+    def of_batch(
+        cls, batch: BatchData, *, units: Sequence[str] | None = None, train: bool = True, seed: int = 0
+    ) -> PassRequest:
+        """Fill in what a batch may omit: a mask of ones, and every real token as a target."""
+        ids = batch.input_ids
+        mask = np.ones_like(ids) if batch.attention_mask is None else batch.attention_mask
+        labels = np.where(mask == 1, ids, IGNORE_INDEX) if batch.labels is None else batch.labels
+        return cls(
+            input_ids_BT=ids,
+            attention_mask_BT=mask,
+            labels_BT=labels,
+            units=None if units is None else tuple(units),
+            train=train,
+            seed=seed,
+        )
+
+
+class Contribution(Protocol):
+    """The gradient of one call, not yet part of anything. Dropping it leaves no trace."""
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The privacy units in it, each once."""
+        ...
+
+    def digest(self) -> bytes:
+        """SHA-256 over sorted parameter names and float32 little-endian bytes of this call's gradient.
+
+        Without privacy it is the gradient of ``PassResult.loss``; with it, the clipped sum over units before
+        noise, so the digest must be keyed before anyone but the engine sees it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassResult:
+    """What one pass computed. Losses are in nats.
+
+    Attributes:
+        loss: mean over records of each record's mean over its own targets; a record without targets counts
+            as zero, and so does a batch without records.
+        loss_sum: sum over all targets of all records.
+        num_targets: how many targets that is.
+        num_tokens: sum of the attention mask.
+        num_records: records in the batch.
+        contribution: ``None`` unless the request was for training.
+    """
+
+    loss: float
+    loss_sum: float
+    num_targets: int
+    num_tokens: int
+    num_records: int
+    contribution: Contribution | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRequest:
+    """One optimizer step.
+
+    Attributes:
+        learning_rate: of this step; the schedule has already been applied.
+        mechanism: the paid-for noise; ``None`` adds none.
+        global_clip: L2 bound on the (noised) mean gradient, or ``None``.
+    """
+
+    learning_rate: float
+    mechanism: GaussianMechanism | None = None
+    global_clip: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        grad_norm: L2 norm of the (noised) mean gradient, before the global clip.
+        norm_before_clip: mean over units of the unit's norm, non-finite units left out; NaN without privacy.
+        norm_after_clip: the same after clipping.
+        num_clipped: units whose norm was above the bound.
+        nonfinite_units: units that contributed zero because their gradient was not finite.
+        update_hash: ``sha256:...`` of the (noised) mean gradient.
+    """
+
+    grad_norm: float
+    norm_before_clip: float
+    norm_after_clip: float
+    num_clipped: int
+    nonfinite_units: int
+    update_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to generate. Applied in this order: penalties, temperature, top_k, top_p.
+
+    Attributes:
+        max_tokens: most tokens of one completion; at least 1.
+        temperature: 0 is greedy.
+        top_p: smallest set of tokens with at least this probability; 1 keeps all.
+        top_k: most likely tokens to keep; ``None`` or 0 keeps all.
+        stop_sequences: texts that end a completion; they are not part of it.
+        repetition_penalty: divides positive, multiplies negative logits of tokens in prompt or output.
+        presence_penalty: taken off the logit of every token already generated.
+        frequency_penalty: the same, times how often it was generated.
+        seed: of the random choices; ``None`` takes a fresh one.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    stop_sequences: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("max_tokens", self.max_tokens >= 1, ">= 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), ">= 0 and finite"),
+            ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
+            ("top_k", self.top_k is None or self.top_k >= 0, ">= 1, or None for all"),
+            ("stop_sequences", all(self.stop_sequences), "no empty stop sequence"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "> 0 and finite"),
+            ("presence_penalty", abs(self.presence_penalty) < float("inf"), "finite"),
+            ("frequency_penalty", abs(self.frequency_penalty) < float("inf"), "finite"),
+        )
+        for name, holds, constraint in rules:
+            if not holds:
+                raise InvalidRequestError(
+                    f"{name}={getattr(self, name)!r} is not possible; it must be {constraint}",
+                    field=name,
+                    constraint=constraint,
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """Progress of one completion in one slice.
+
+    Attributes:
+        index: which of the prompts given to ``generate``.
+        token_ids: tokens generated in this slice, the end-of-text token left out.
+        text: new text, always whole characters, never part of a stop sequence. Joined over all events of an
+            index it is the completion.
+        finish_reason: set on the last event of this index.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EngineState:
+    """Weights and optimizer of a run as plain arrays. No pending gradients, no generator state.
+
+    Attributes:
+        tensors: ``weights/<parameter>`` and, if asked for, ``optimizer/<parameter>/<quantity>``; float32.
+        scalars: JSON-compatible facts: model, optimizer.
+    """
+
+    tensors: Mapping[str, npt.NDArray[np.float32]]
+    scalars: Mapping[str, Any]
+
+
+class Session(Protocol):
+    """One run: trainable parameters on a base model, a pending logical batch, an optimizer."""
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        ...
+
+    @property
+    def base_dtype(self) -> str:
+        """Precision of the frozen base: "float32" or "bfloat16"."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0 to this, exclusive."""
+        ...
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the model and the run's configuration take, in tokens."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+        ...
+
+    @property
+    def pending_calls(self) -> int:
+        """Contributions accumulated since the last step, those of empty batches included."""
+        ...
+
+    @property
+    def pending_units(self) -> tuple[str, ...]:
+        """Their privacy units."""
+        ...
+
+    def check(self, request: PassRequest) -> None:
+        """Raise InvalidRequestError, with field and constraint, unless the batch fits. No model work."""
+        ...
+
+    def forward_backward(self, request: PassRequest) -> PassResult:
+        """Compute losses and, in training, a contribution. Changes neither weights nor what is pending.
+
+        Raises:
+            InvalidRequestError: as ``check``; without privacy also when loss or gradient is not finite.
+        """
+        ...
+
+    def accumulate(self, contribution: Contribution) -> None:
+        """Add a contribution of this session to the pending logical batch.
+
+        Raises:
+            InvalidRequestError: a unit is pending already and ``merge_units`` is off; nothing is added.
+        """
+        ...
+
+    def discard_pending(self) -> None:
+        """Forget the pending logical batch."""
+        ...
+
+    def step(self, request: StepRequest) -> StepResult:
+        """Take one optimizer step with the pending logical batch and clear it.
+
+        Without privacy the gradient is the mean over all pending records. With it: the clipped sum over
+        units, plus noise, divided by ``TrainingConfig.expected_batch_size``. On any exception weights, optimizer and
+        pending batch are as before; the mechanism may be used up.
+        """
+        ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, slice_tokens: int
+    ) -> Iterator[list[TokenEvent]]:
+        """Continue every prompt; yield after at most ``slice_tokens`` tokens each, so others can take turns.
+
+        For several completions of a prompt, repeat it: each index draws from its own random stream.
+
+        Raises:
+            InvalidRequestError: an unknown token id, a prompt without room for one token, weights not finite.
+        """
+        ...
+
+    def export_state(self, *, optimizer: bool) -> EngineState:
+        """Copy weights and, if asked, the optimizer's state."""
+        ...
+
+    def import_state(self, state: EngineState, *, optimizer: bool) -> None:
+        """Take over a state and drop what is pending. With ``optimizer=False`` the optimizer starts anew.
+
+        Raises:
+            InvalidRequestError: names, shapes or values do not fit this run; nothing was changed.
+        """
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Text to token ids, as the model's tokenizer does by default."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids to text, special tokens left out."""
+        ...
+
+    def close(self) -> None:
+        """Give back the adapter's memory and hooks. Further calls are errors; closing twice is not."""
+        ...
+
+
+class Backend(Protocol):
+    """Offers base models and opens sessions on them."""
+
+    def models(self) -> list[ModelInfo]:
+        """What is offered."""
+        ...
+
+    def open(self, *, run_id: str, config: TrainingConfig) -> Session:
+        """Make a session.
+
+        Raises:
+            InvalidRequestError: unknown model or target module, naming those that exist.
+            DPUnsupportedError: something in the model would make epsilon untrue.
+        """
+        ...
