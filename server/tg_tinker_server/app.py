@@ -1,0 +1,249 @@
+"""The composition root: builds every part of a server from its configuration and runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Self
+
+from tg_tinker.errors import InvalidRequestError, ServerError
+from tg_tinker_server.artifacts.blobs import LocalBlobs
+from tg_tinker_server.artifacts.vault import Vault
+from tg_tinker_server.config import ServerConfig
+from tg_tinker_server.crypto import api_keys
+from tg_tinker_server.crypto.envelope import TenantKeyring
+from tg_tinker_server.crypto.keys import create_key_file, key_provider
+from tg_tinker_server.engine.backend import Backend
+from tg_tinker_server.ledger.audit import AuditLog
+from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
+from tg_tinker_server.rpc.artifacts import ArtifactServicer
+from tg_tinker_server.rpc.endpoint import Endpoint
+from tg_tinker_server.rpc.privacy import PrivacyServicer
+from tg_tinker_server.rpc.runs import FutureServicer, RunServicer
+from tg_tinker_server.rpc.sampling import SamplingServicer
+from tg_tinker_server.rpc.server import GrpcServer
+from tg_tinker_server.rpc.training import TrainingServicer
+from tg_tinker_server.service.caller import Authenticator, check_roles
+from tg_tinker_server.service.checkpoints import CheckpointService
+from tg_tinker_server.service.durability import Durability
+from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.operations import OperationService
+from tg_tinker_server.service.privacy import PrivacyService
+from tg_tinker_server.service.runs import RunRegistry
+from tg_tinker_server.service.sampling import SamplingService
+from tg_tinker_server.service.tenant_keys import StoredKeyRows
+from tg_tinker_server.service.training import TrainingService
+from tg_tinker_server.store import artifact_rows, key_rows, run_rows
+from tg_tinker_server.store.database import Database
+
+SYSTEM_TENANT = "_server"
+DEFAULT_ROLES = ("trainer", "exporter", "auditor")
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDesk:
+    """Creates, lists and revokes API keys. Used on the server's machine only."""
+
+    db: Database
+    keyring: TenantKeyring
+    pepper: bytes
+
+    def mint(self, tenant: str, roles: tuple[str, ...] = DEFAULT_ROLES, label: str = "") -> str:
+        """Create a key and return its text, which is stored nowhere."""
+        check_roles(roles)
+        if not tenant or tenant == SYSTEM_TENANT:
+            raise InvalidRequestError("name a tenant", field="tenant", constraint="not empty")
+        self.keyring.ensure(tenant)
+        key = api_keys.mint()
+        row = key_rows.ApiKeyRow(
+            key_id=key.key_id,
+            tenant=tenant,
+            roles=roles,
+            mac=api_keys.mac(key, self.pepper),
+            created=_now(),
+            revoked=None,
+            label=label,
+        )
+        self.db.write(lambda tx: key_rows.insert_api_key(tx, row))
+        return key.text
+
+    def list(self) -> list[key_rows.ApiKeyRow]:
+        """All keys, oldest first."""
+        return self.db.read(key_rows.list_api_keys)
+
+    def revoke(self, key_id: str) -> bool:
+        """Revoke a key; running servers obey within a second."""
+        return self.db.write(lambda tx: key_rows.revoke_api_key(tx, key_id, _now()))
+
+
+@dataclass(frozen=True, slots=True)
+class Foundation:
+    """What the server and the key commands share: database, keys, ciphertexts."""
+
+    db: Database
+    keyring: TenantKeyring
+    vault: Vault
+    desk: KeyDesk
+
+    @classmethod
+    def open(cls, config: ServerConfig) -> Foundation:
+        """Open the data folder, making it on first use."""
+        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        db = Database.open(config.resolved_database_url)
+        key_file = config.data_dir / "root.key"
+        if not config.root_key and not key_file.exists() and not db.read(key_rows.list_api_keys):
+            create_key_file(key_file)  # first use of this folder; a lost key file is never replaced
+        keyring = TenantKeyring(key_provider(config.resolved_root_key), StoredKeyRows(db))
+        keyring.ensure(SYSTEM_TENANT)
+        vault = Vault(LocalBlobs(config.resolved_artifacts_dir), keyring)
+        desk = KeyDesk(db, keyring, keyring.mac_key(SYSTEM_TENANT, "api-key-pepper"))
+        return cls(db, keyring, vault, desk)
+
+
+def build_backend(config: ServerConfig) -> Backend:
+    """The model backend that the configuration names."""
+    if config.backend == "bigram":
+        from tg_tinker_server.engine.bigram import BigramBackend
+
+        return BigramBackend()
+    from tg_tinker_server.engine.torch_backend import TorchBackend
+
+    return TorchBackend(
+        models=config.models, base_dtype=config.base_dtype, micro_batch_tokens=config.micro_batch_tokens
+    )
+
+
+class Server:
+    """A whole server. ``start`` and ``stop`` run on the event loop that serves."""
+
+    def __init__(self, config: ServerConfig, foundation: Foundation, backend: Backend) -> None:
+        self.config = config
+        self._foundation = foundation
+        self._executors = Executors()
+        db, vault, keyring = foundation.db, foundation.vault, foundation.keyring
+        executors = self._executors
+        ledger = PrivacyLedger(db, clock=_now)
+        durability = Durability(db, vault, keyring, executors, config.kept_results)
+        checkpoints = CheckpointService(db, vault, ledger, durability, executors)
+        self._registry = RunRegistry(
+            db,
+            backend,
+            ledger,
+            keyring,
+            durability,
+            checkpoints,
+            executors,
+            max_queue=config.max_queue,
+            max_runs_per_tenant=config.max_runs_per_tenant,
+        )
+        audit = AuditLog(db)
+        self._operations = operations = OperationService(db, self._registry, durability, audit, executors)
+        privacy = PrivacyService(ledger, executors)
+        training = TrainingService(ledger, durability, executors, config.max_batch_records)
+        sampling = SamplingService(executors)
+        endpoint = Endpoint(Authenticator(db, foundation.desk.pepper), executors)
+        self._grpc = GrpcServer(
+            config,
+            [
+                TrainingServicer(self._registry, operations, training, checkpoints),
+                SamplingServicer(self._registry, operations, sampling),
+                RunServicer(self._registry, operations, privacy, executors, backend, config),
+                FutureServicer(operations),
+                ArtifactServicer(checkpoints, executors),
+                PrivacyServicer(self._registry, privacy, audit, executors),
+            ],
+            endpoint,
+        )
+
+    @property
+    def address(self) -> str:
+        """Where it listens, host:port."""
+        return self._grpc.address
+
+    async def start(self) -> None:
+        """Clear what a crash left over, then accept calls."""
+        await self._executors.io(self._sweep)
+        await self._grpc.start()
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Drain: say so, let running operations end, close everything."""
+        grace = self.config.drain_s if grace_s is None else grace_s
+        await self._grpc.stop_accepting()
+        self._operations.stopping.set()
+        await self._registry.close(grace)
+        await self._grpc.stop(min(grace, 1.0))
+        await asyncio.to_thread(self._executors.close)
+        await asyncio.to_thread(self._foundation.db.close)
+
+    def _sweep(self) -> None:
+        """Delete ciphertexts no row points to: snapshots of steps that were never settled."""
+        db = self._foundation.db
+        wanted = db.read(run_rows.referenced_states) | db.read(artifact_rows.live_artifact_ids)
+        self._foundation.vault.sweep(wanted)
+
+
+class EmbeddedServer:
+    """A server on a loopback socket inside this process, for demos, tests and notebooks.
+
+    >>> with EmbeddedServer(ServerConfig(port=0, backend="bigram", data_dir=getfixture("tmp_path"))) as server:
+    ...     server.address.startswith("127.0.0.1:")
+    True
+    """
+
+    def __init__(self, config: ServerConfig, backend: Backend | None = None) -> None:
+        self._config = config
+        self._foundation = Foundation.open(config)
+        self._backend = backend or build_backend(config)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="tg-tinker-server", daemon=True)
+        self._server: Server | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it listens, host:port."""
+        if self._server is None:
+            raise ServerError("the embedded server is not running; use it in a with statement")
+        return self._server.address
+
+    def mint_key(self, tenant: str = "default", roles: tuple[str, ...] = DEFAULT_ROLES) -> str:
+        """Create an API key for this server."""
+        return self._foundation.desk.mint(tenant, roles)
+
+    def start(self) -> Self:
+        """Start serving; returns itself."""
+        self._thread.start()
+
+        async def go() -> Server:
+            server = Server(self._config, self._foundation, self._backend)
+            await server.start()
+            return server
+
+        self._server = asyncio.run_coroutine_threadsafe(go(), self._loop).result()
+        return self
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """Drain and close."""
+        if self._server is not None:
+            asyncio.run_coroutine_threadsafe(self._server.stop(grace_s), self._loop).result()
+            self._server = None
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop(grace_s=5.0)
+
+
+__all__ = ["EmbeddedServer", "Foundation", "KeyDesk", "Server", "build_backend"]

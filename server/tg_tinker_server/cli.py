@@ -1,0 +1,130 @@
+"""The server's commands: serve, keys."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from pathlib import Path
+
+import click
+import structlog
+
+from tg_tinker.errors import TGTinkerError
+from tg_tinker_server.app import DEFAULT_ROLES, Foundation, Server, build_backend
+from tg_tinker_server.config import ServerConfig
+
+config_option = click.option(
+    "--config", "config_path", type=click.Path(path_type=Path, dir_okay=False), help="TOML file."
+)
+data_dir_option = click.option("--data-dir", type=click.Path(path_type=Path), help="Database, artifacts, root key.")
+
+
+@contextlib.contextmanager
+def plain_errors():  # type: ignore[no-untyped-def]
+    """Errors meant for people are printed, not traced."""
+    try:
+        yield
+    except TGTinkerError as e:
+        raise click.ClickException(e.message) from e
+
+
+def configure_logging(config: ServerConfig) -> None:
+    """Structured lines with ids, sizes and codes; never content."""
+    level = getattr(logging, config.log_level.upper())
+    renderer = (
+        structlog.processors.JSONRenderer()
+        if config.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=False)
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+    )
+
+
+@click.command()
+@config_option
+@data_dir_option
+@click.option("--host", help="Address to listen on (default 127.0.0.1).")
+@click.option("--port", type=int, help="Port to listen on (default 50051, 0 for a free one).")
+@click.option("--backend", type=click.Choice(["torch", "bigram"]), help="Model backend (default torch).")
+def serve(
+    config_path: Path | None, data_dir: Path | None, host: str | None, port: int | None, backend: str | None
+) -> None:
+    """Run a server until SIGTERM or Ctrl-C; running operations are finished first."""
+    with plain_errors():
+        config = ServerConfig.load(config_path, data_dir=data_dir, host=host, port=port, backend=backend)
+        configure_logging(config)
+        foundation = Foundation.open(config)
+        asyncio.run(_serve(config, foundation))
+
+
+async def _serve(config: ServerConfig, foundation: Foundation) -> None:
+    server = Server(config, foundation, build_backend(config))
+    await server.start()
+    stop = asyncio.Event()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(sig, stop.set)
+    tls = "TLS" if config.tls_cert else "plaintext"
+    click.echo(f"tg-tinker serves on {server.address} ({tls}), data in {config.data_dir.resolve()}")
+    if not foundation.desk.list():
+        click.echo("no API key exists yet: create one with `tg-tinker keys create` in another terminal")
+    await stop.wait()
+    click.echo("draining: running operations are finished, new ones refused")
+    await server.stop()
+    click.echo("stopped")
+
+
+@click.group()
+def keys() -> None:
+    """API keys of this server; run these where its data folder is."""
+
+
+@keys.command("create")
+@config_option
+@data_dir_option
+@click.option("--tenant", default="default", show_default=True, help="Whose key it is.")
+@click.option("--role", "roles", multiple=True, default=DEFAULT_ROLES, show_default=True, help="Repeatable.")
+@click.option("--label", default="", help="To recognise the key by.")
+def create(config_path: Path | None, data_dir: Path | None, tenant: str, roles: tuple[str, ...], label: str) -> None:
+    """Create a key. It is shown once and stored nowhere."""
+    with plain_errors():
+        foundation = Foundation.open(ServerConfig.load(config_path, data_dir=data_dir))
+        text = foundation.desk.mint(tenant, tuple(roles), label)
+        foundation.db.close()
+    click.echo(f"# tenant {tenant}, roles {', '.join(roles)}; shown once, keep it", err=True)
+    click.echo(f"export TG_TINKER_API_KEY={text}")
+
+
+@keys.command("list")
+@config_option
+@data_dir_option
+def list_keys(config_path: Path | None, data_dir: Path | None) -> None:
+    """List keys by id; secrets are not stored."""
+    with plain_errors():
+        foundation = Foundation.open(ServerConfig.load(config_path, data_dir=data_dir))
+        for row in foundation.desk.list():
+            state = f"revoked {row.revoked:%Y-%m-%d}" if row.revoked else "valid"
+            click.echo(f"{row.key_id}  {row.tenant}  {','.join(row.roles)}  {state}  {row.label}")
+        foundation.db.close()
+
+
+@keys.command("revoke")
+@config_option
+@data_dir_option
+@click.argument("key_id")
+def revoke(config_path: Path | None, data_dir: Path | None, key_id: str) -> None:
+    """Revoke a key; running servers obey within a second."""
+    with plain_errors():
+        foundation = Foundation.open(ServerConfig.load(config_path, data_dir=data_dir))
+        found = foundation.desk.revoke(key_id)
+        foundation.db.close()
+    if not found:
+        raise click.ClickException(f"no valid key has the id {key_id}; see `tg-tinker keys list`")
+    click.echo(f"revoked {key_id}")

@@ -1,0 +1,197 @@
+"""save_state, load_state, and the artifacts that come of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
+from tg_tinker.types import EncryptionInfo, LoadStateResult, SavedState
+from tg_tinker_server.artifacts.vault import Vault
+from tg_tinker_server.engine.backend import EngineState
+from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
+from tg_tinker_server.service.durability import CHECKPOINT, Durability, new_id, now
+from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.lanes import Operation
+from tg_tinker_server.service.run import ACTIVE, DONE, Run
+from tg_tinker_server.store import artifact_rows
+from tg_tinker_server.store.database import Database, Transaction
+
+MAX_METADATA_BYTES = 1 << 20
+
+
+def not_found(artifact_id: str) -> ResourceNotFoundError:
+    """The one answer for a missing artifact and for another tenant's."""
+    return ResourceNotFoundError(
+        "no such artifact for this tenant", resource_type="artifact", resource_id=artifact_id
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointService:
+    """Encrypted checkpoints of runs."""
+
+    db: Database
+    vault: Vault
+    ledger: PrivacyLedger
+    durability: Durability
+    executors: Executors
+
+    async def save(
+        self,
+        run: Run,
+        operation: Operation,
+        *,
+        include_optimizer: bool,
+        metadata: Mapping[str, Any],
+        name: str,
+    ) -> SavedState:
+        """Write trainable weights, step, configuration, metadata and the ledger's head, encrypted.
+
+        Pending gradients and the state of the noise generator are never part of it.
+        """
+        if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
+            raise InvalidRequestError(
+                "metadata is over 1 MiB; keep large things elsewhere",
+                field="metadata",
+                constraint="<= 1 MiB of JSON",
+            )
+        engine = await self.executors.compute(run.session.export_state, optimizer=include_optimizer)
+        artifact_id, when = new_id("ckpt"), now()
+        head = await self._ledger_head(run)
+        sealed = await self.executors.io(
+            self.vault.seal,
+            tenant=run.tenant,
+            artifact_id=artifact_id,
+            kind=CHECKPOINT,
+            tensors=engine.tensors,
+            state={
+                "engine": engine.scalars,
+                "step": run.step,
+                "run_id": run.run_id,
+                "config": json.loads(run.config.model_dump_json()),
+                "metadata": dict(metadata),
+                "optimizer": include_optimizer,
+                "saved": when.isoformat(),
+                "ledger": head,
+            },
+        )
+        result = SavedState(
+            artifact_id=artifact_id,
+            size_bytes=sealed.size_bytes,
+            encryption=EncryptionInfo(algorithm=sealed.algorithm, key_id=sealed.key_id),
+            metadata=dict(metadata),
+            timestamp=when,
+            path=f"tg://{run.run_id}/{name or artifact_id}",
+            content_hash=sealed.content_hash,
+        )
+        row = artifact_rows.ArtifactRow(
+            tenant=run.tenant,
+            artifact_id=artifact_id,
+            run_id=run.run_id,
+            kind=CHECKPOINT,
+            step=run.step,
+            size_bytes=sealed.size_bytes,
+            content_hash=sealed.content_hash,
+            algorithm=sealed.algorithm,
+            key_id=sealed.key_id,
+            name=name,
+            created=when,
+        )
+        await self.durability.keep_result(run, operation, result, lambda tx: artifact_rows.insert_artifact(tx, row))
+        return result
+
+    async def load(
+        self, run: Run, operation: Operation, *, artifact_id: str, optimizer: bool | None
+    ) -> LoadStateResult:
+        """Verify, decrypt and load a checkpoint. Budgets never go back: the ledger is not part of it."""
+        opened, state = await self.open(run.tenant, artifact_id)
+        self.check_fits(run, state)
+        if optimizer and not state["optimizer"]:
+            raise InvalidRequestError(
+                "this checkpoint was saved without optimizer state; load it with optimizer=False or leave it out",
+                field="optimizer",
+                constraint="saved with include_optimizer=True",
+            )
+        with_optimizer = bool(state["optimizer"]) if optimizer is None else optimizer
+        operation.commit()
+        async with run.weights:
+            await self.executors.compute(run.session.import_state, opened, optimizer=with_optimizer)
+            run.drop_pending()
+            step = int(state["step"])
+            result = LoadStateResult(
+                artifact_id=artifact_id,
+                step=step,
+                metadata=dict(state["metadata"]),
+                timestamp=datetime.fromisoformat(state["saved"]),
+            )
+            engine = await self.executors.compute(run.session.export_state, optimizer=True)
+            state_id = await self.durability.write_state(run, engine, step=step)
+            ended = run.config.max_steps is not None and step >= run.config.max_steps
+            await self.durability.advance(
+                run, operation, result, state_id=state_id, step=step, status=DONE if ended else ACTIVE
+            )
+        return result
+
+    async def open(self, tenant: str, artifact_id: str) -> tuple[EngineState, Mapping[str, Any]]:
+        """A tenant's checkpoint, verified to its end before anything of it is used.
+
+        Raises:
+            ResourceNotFoundError: there is none for this tenant.
+            InvalidRequestError: it was altered.
+        """
+        await self.row(tenant, artifact_id)
+        opened = await self.executors.io(self.vault.open, tenant=tenant, artifact_id=artifact_id, kind=CHECKPOINT)
+        return EngineState(tensors=opened.tensors, scalars=opened.state["engine"]), opened.state
+
+    async def row(self, tenant: str, artifact_id: str) -> artifact_rows.ArtifactRow:
+        """The index row of a tenant's checkpoint."""
+        row = await self.executors.io(self.db.read, lambda tx: artifact_rows.get_artifact(tx, tenant, artifact_id))
+        if row is None:
+            raise not_found(artifact_id)
+        return row
+
+    async def list(self, tenant: str, run_id: str, limit: int) -> list[artifact_rows.ArtifactRow]:
+        """A tenant's checkpoints, newest first."""
+
+        def read(tx: Transaction) -> list[artifact_rows.ArtifactRow]:
+            return artifact_rows.list_artifacts(tx, tenant, run_id=run_id or None, limit=limit)
+
+        return await self.executors.io(self.db.read, read)
+
+    async def pull(self, tenant: str, artifact_id: str) -> Iterator[bytes]:
+        """The ciphertext, in pieces of at most 1 MiB; iterate it off the event loop."""
+        await self.row(tenant, artifact_id)
+        return self.vault.stream(tenant=tenant, artifact_id=artifact_id)
+
+    async def delete(self, tenant: str, artifact_id: str) -> None:
+        """Delete a checkpoint. What it cost stays in the ledger."""
+        await self.row(tenant, artifact_id)
+        await self.executors.io(self.db.write, lambda tx: artifact_rows.mark_deleted(tx, tenant, artifact_id, now()))
+        await self.executors.io(self.vault.delete, tenant=tenant, artifact_id=artifact_id)
+
+    async def _ledger_head(self, run: Run) -> dict[str, Any] | None:
+        if run.private is None:
+            return None
+        spent = await self.executors.io(self.ledger.spent, run.private.scope)
+        return {
+            "dataset_id": run.private.scope.dataset_id,
+            "head": spent.head.hex(),
+            "entries": spent.entries,
+            "epsilon": repr(spent.epsilon),
+            "delta": repr(spent.delta),
+        }
+
+    def check_fits(self, run: Run, state: Mapping[str, Any]) -> None:
+        saved, here = state["config"], json.loads(run.config.model_dump_json())
+        different = [k for k in ("model_ref", "lora_config") if saved.get(k) != here[k]]
+        if different:
+            raise InvalidRequestError(
+                f"the checkpoint was saved with another {' and '.join(different)}: "
+                + "; ".join(f"{k} was {saved.get(k)}, this run has {here[k]}" for k in different),
+                field="artifact_id",
+                constraint="same base model and adapter",
+            )

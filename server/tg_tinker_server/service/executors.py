@@ -1,0 +1,36 @@
+"""Where work runs: one compute thread for the model, a few threads for disk; never the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Executors:
+    """The threads of a server.
+
+    Models share weights in memory, so all of them are driven from one thread. Lanes hand it one piece of work
+    at a time, first come first served: with many runs active each gets its turn.
+    """
+
+    def __init__(self) -> None:
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._io = ThreadPoolExecutor(4, thread_name_prefix="io")
+
+    async def compute(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run on the compute thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._compute, lambda: fn(*args, **kwargs))
+
+    async def io(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run on a disk thread: database, artifacts, keys."""
+        return await asyncio.get_running_loop().run_in_executor(self._io, lambda: fn(*args, **kwargs))
+
+    def close(self) -> None:
+        """Let running work end, drop what waits."""
+        self._compute.shutdown(wait=True, cancel_futures=True)
+        self._io.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,255 @@
+"""One ordered lane per training run: operations execute in sequence order, each at most once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tg_tinker.errors import (
+    FutureCancelledError,
+    InvalidRequestError,
+    RateLimitedError,
+    ServerError,
+    TGTinkerError,
+)
+
+PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = "pending", "running", "completed", "failed", "cancelled"
+ENDED = (COMPLETED, FAILED, CANCELLED)
+
+
+@dataclass(eq=False)
+class Operation:
+    """One submitted call: where it stands, and what came of it.
+
+    Attributes:
+        digest: keyed MAC of the request; a retry must carry the same.
+        work: what to do when its turn comes; takes the operation, returns the result.
+        effect: whether it may change weights, so that a restart must execute it again.
+        committed: past the point where cancelling could still leave no effect.
+    """
+
+    run_id: str
+    seq: int
+    name: str
+    digest: bytes
+    work: Callable[[Operation], Awaitable[Any]] | None = None
+    request_bytes: int = 0
+    effect: bool = True
+    status: str = PENDING
+    result: Any = None
+    error: TGTinkerError | None = None
+    cancel_requested: bool = False
+    committed: bool = False
+    stored: bool = False
+    started_ns: int = 0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def future_id(self) -> str:
+        """Derived, never stored: the position is the identity."""
+        return future_id(self.run_id, self.seq)
+
+    def finish(self, status: str, result: Any = None, error: TGTinkerError | None = None) -> None:
+        """End the operation and wake everyone who waits for it."""
+        self.status, self.result, self.error = status, result, error
+        self.work = None  # lets go of the batch
+        self.ended.set()
+
+    def commit(self) -> None:
+        """From here on the operation has an effect. Called on the event loop, so it cannot race with cancel.
+
+        Raises:
+            FutureCancelledError: a cancellation came first; leave no effect.
+        """
+        if self.cancel_requested:
+            raise FutureCancelledError(f"operation {self.future_id} was cancelled", future_id=self.future_id)
+        self.committed = True
+
+    def elapsed_ms(self) -> float:
+        """Milliseconds since its work began."""
+        return (time.perf_counter_ns() - self.started_ns) / 1e6
+
+
+def future_id(run_id: str, seq: int) -> str:
+    """The public name of an operation."""
+    return f"{run_id}.{seq}"
+
+
+def parse_future_id(text: str) -> tuple[str, int] | None:
+    """The position behind a future id, or ``None`` if it is not one."""
+    run_id, dot, seq = text.rpartition(".")
+    return (run_id, int(seq)) if dot and seq.isascii() and seq.isdigit() and len(seq) < 20 else None
+
+
+class Lane:
+    """The queue of one run. Everything here happens on the event loop; work is awaited, never run inline.
+
+    Sequence numbers are contiguous. An early one waits for the gap before it to fill; one that was seen is
+    answered with the operation it made. ``expected`` is the next number to execute.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        *,
+        expected: int,
+        max_queue: int,
+        kept: int,
+        on_crash: Callable[[Operation, Exception], TGTinkerError],
+    ) -> None:
+        self.run_id = run_id
+        self.expected = expected
+        self._max_queue = max_queue
+        self._kept = kept
+        self._on_crash = on_crash
+        self._operations: dict[int, Operation] = {}
+        self._finished_elsewhere: set[int] = set()
+        self._arrived = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+        self._current: asyncio.Task[Any] | None = None
+        self._running: Operation | None = None
+        self._closed = False
+
+    def get(self, seq: int) -> Operation | None:
+        """The operation at this position, if this process knows it."""
+        return self._operations.get(seq)
+
+    @property
+    def highest(self) -> int:
+        """The last position anybody used."""
+        return max([self.expected - 1, *self._operations, *self._finished_elsewhere])
+
+    def submit(self, operation: Operation) -> Operation:
+        """Queue an operation, or return the one that already stands at its position.
+
+        Raises:
+            InvalidRequestError: the position is taken by a different request.
+            RateLimitedError: too many operations wait.
+        """
+        known = self._operations.get(operation.seq)
+        if known is not None:
+            if known.digest != operation.digest:
+                raise InvalidRequestError(
+                    f"sequence number {operation.seq} of {self.run_id} was used by a different request; another "
+                    "handle drives this run. Get a fresh one with service.get_training_client",
+                    field="seq",
+                    constraint="one request per sequence number",
+                )
+            return known
+        if operation.seq < self.expected:
+            raise ServerError(
+                f"the result of operation {operation.future_id} is no longer kept and it is not run again",
+                details={"aborted": True},
+            )
+        if operation.status == PENDING:
+            if self._closed:
+                raise InvalidRequestError(
+                    f"training client {self.run_id} is unloaded; create or restore one",
+                    field="training_client_id",
+                    constraint="active",
+                )
+            waiting = sum(1 for o in self._operations.values() if o.status == PENDING)
+            if waiting >= self._max_queue:
+                raise RateLimitedError(
+                    f"{waiting} operations of {self.run_id} are waiting; wait for some results first",
+                    retry_after=1.0,
+                )
+        self._operations[operation.seq] = operation
+        self._arrived.set()
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work(), name=f"lane-{self.run_id}")
+        return operation
+
+    def skip(self, seqs: Iterable[int]) -> None:
+        """Positions that ended before a restart and need not be executed again."""
+        self._finished_elsewhere.update(s for s in seqs if s >= self.expected and s not in self._operations)
+        self._advance()
+        self._arrived.set()
+
+    def cancel(self, seq: int) -> bool:
+        """Cancel if that leaves no effect; says whether it did."""
+        operation = self._operations.get(seq)
+        if operation is None or operation.status in ENDED or operation.committed:
+            return operation is not None and operation.status == CANCELLED
+        operation.cancel_requested = True
+        if operation.status == PENDING:
+            self._end_cancelled(operation)
+            self._arrived.set()
+        elif operation is self._running and not operation.effect and self._current is not None:
+            self._current.cancel()
+        return True
+
+    def unstored(self, upto: int) -> list[Operation]:
+        """Ended operations up to a position whose results are not in the store yet."""
+        ended = ((s, o) for s, o in sorted(self._operations.items()) if o.status in ENDED and not o.stored)
+        return [o for s, o in ended if s <= upto]
+
+    def forget(self, durable_seq: int) -> None:
+        """Drop the oldest stored results from memory."""
+        for seq in [s for s, o in self._operations.items() if s <= durable_seq - self._kept and o.stored]:
+            del self._operations[seq]
+
+    async def close(self, error: TGTinkerError | None, *, grace_s: float = 0.0) -> None:
+        """Take no more work; let the running operation end; fail those that wait.
+
+        Without an error those that wait stay unanswered: their client sends them again to the next server.
+        """
+        self._closed = True
+        for operation in self._operations.values():
+            if operation.status == PENDING and error is not None:
+                operation.finish(FAILED, error=error)
+        self._arrived.set()
+        if self._worker is not None and self._worker is not asyncio.current_task():
+            done, _ = await asyncio.wait({self._worker}, timeout=grace_s)
+            if not done:
+                self._worker.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._worker
+
+    def _advance(self) -> None:
+        while True:
+            operation = self._operations.get(self.expected)
+            if self.expected in self._finished_elsewhere:
+                self._finished_elsewhere.discard(self.expected)
+            elif operation is None or operation.status not in ENDED:
+                return
+            self.expected += 1
+
+    def _end_cancelled(self, operation: Operation) -> None:
+        text = f"operation {operation.future_id} was cancelled"
+        operation.finish(CANCELLED, error=FutureCancelledError(text, future_id=operation.future_id))
+
+    async def _work(self) -> None:
+        while not self._closed:
+            self._advance()
+            operation = self._operations.get(self.expected)
+            if operation is None:
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            await self._execute(operation)
+
+    async def _execute(self, operation: Operation) -> None:
+        assert operation.work is not None
+        operation.status, operation.started_ns = RUNNING, time.perf_counter_ns()
+        self._running = operation
+        self._current = asyncio.ensure_future(operation.work(operation))
+        try:
+            operation.finish(COMPLETED, result=await self._current)
+        except FutureCancelledError as e:
+            operation.finish(CANCELLED, error=e)
+        except TGTinkerError as e:
+            operation.finish(FAILED, error=e)
+        except asyncio.CancelledError:
+            if not operation.cancel_requested:
+                operation.finish(FAILED, error=ServerError("the server is shutting down; the call can be repeated"))
+                raise
+            self._end_cancelled(operation)
+        except Exception as e:  # noqa: BLE001 - a defect of one operation must not stop the lane; the hook logs it
+            operation.finish(FAILED, error=self._on_crash(operation, e))
+        finally:
+            self._running = self._current = None

@@ -1,0 +1,198 @@
+"""From a submitted call to its future: idempotent on (run, sequence), ordered by the lane, noted in the audit log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError, TGTinkerError
+from tg_tinker_server.ledger.audit import AuditLog, AuditRecord
+from tg_tinker_server.service.durability import Durability, now
+from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.lanes import Operation, parse_future_id
+from tg_tinker_server.service.run import Run
+from tg_tinker_server.store import run_rows
+from tg_tinker_server.store.database import Database
+
+if TYPE_CHECKING:
+    from tg_tinker_server.service.runs import RunRegistry
+
+log = structlog.get_logger()
+MAX_WAIT_S = 60.0
+
+
+def crash_to_error(operation: Operation, error: Exception) -> TGTinkerError:
+    """A defect of ours becomes a ServerError without content; the traceback's place goes to the log."""
+    reference = secrets.token_hex(6)
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    where = f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last else "unknown"
+    # The exception's text can quote a batch, so only its type and place are written.
+    log.error(
+        "operation_crashed",
+        operation=operation.name,
+        future_id=operation.future_id,
+        error=type(error).__name__,
+        at=where,
+        reference=reference,
+    )
+    return ServerError(
+        f"{operation.name} failed inside the server (reference {reference}); the session goes on",
+        details={"reference": reference},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OperationService:
+    """Submitting, awaiting and cancelling operations."""
+
+    db: Database
+    registry: RunRegistry
+    durability: Durability
+    audit: AuditLog
+    executors: Executors
+    epoch: str = field(default_factory=lambda: secrets.token_hex(8))
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def submit(
+        self,
+        run: Run,
+        seq: int,
+        name: str,
+        payload: bytes,
+        work: Callable[[Operation], Awaitable[Any]],
+        *,
+        effect: bool,
+    ) -> Operation:
+        """Queue a call at its position, or find the operation that already stands there.
+
+        Raises:
+            InvalidRequestError: the position is taken by another request, or is not a position.
+            RateLimitedError: the queue is full.
+        """
+        self.refuse_when_stopping()
+        if seq < 1:
+            raise InvalidRequestError("sequence numbers start at 1", field="seq", constraint="contiguous from 1")
+        digest = run.mac("request", name.encode() + b"\x00" + payload)
+        operation = Operation(
+            run.run_id,
+            seq,
+            name,
+            digest,
+            request_bytes=len(payload),
+            effect=effect,
+            work=self._noted(run, work),
+        )
+        if seq < run.lane.expected and run.lane.get(seq) is None:
+            kept = await self._kept(run.tenant, run.run_id, seq)
+            if kept is not None:
+                if kept.digest != digest:
+                    raise InvalidRequestError(
+                        f"sequence number {seq} of {run.run_id} was used by a different request",
+                        field="seq",
+                        constraint="one request per sequence number",
+                    )
+                return kept
+        return run.lane.submit(operation)
+
+    async def resume(self, run: Run, finished: Sequence[int]) -> int:
+        """After a restart: skip what ended for good; returns the next position to execute."""
+        run.lane.skip(finished)
+        return run.lane.expected
+
+    async def find(self, tenant: str, run_id: str, seq: int) -> tuple[Run, Operation | None]:
+        """The operation at a position of a tenant's run; ``None`` if this process never received it."""
+        run = await self.registry.get(tenant, run_id)
+        operation = run.lane.get(seq)
+        if operation is None and seq < run.lane.expected:
+            operation = await self._kept(tenant, run_id, seq)
+            if operation is None:
+                raise ResourceNotFoundError(
+                    "the result is no longer kept", resource_type="future", resource_id=f"{run_id}.{seq}"
+                )
+        return run, operation
+
+    async def find_by_id(self, tenant: str, future_id: str) -> tuple[Run, Operation | None]:
+        """The same by public id; a foreign or impossible id gives the same answer as a missing one."""
+        position = parse_future_id(future_id)
+        if position is not None:
+            with contextlib.suppress(ResourceNotFoundError):
+                return await self.find(tenant, *position)
+        raise ResourceNotFoundError("no such future for this tenant", resource_type="future", resource_id=future_id)
+
+    async def wait(self, operation: Operation, wait_s: float) -> None:
+        """Return when the operation has ended or the time is over; a push, not a poll.
+
+        Raises:
+            ServerError: the server stops; ask the next one.
+        """
+        if operation.ended.is_set() or wait_s <= 0:
+            return
+        waits = [asyncio.ensure_future(e.wait()) for e in (operation.ended, self.stopping)]
+        try:
+            await asyncio.wait(waits, timeout=min(wait_s, MAX_WAIT_S), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for waiting in waits:
+                waiting.cancel()
+        if not operation.ended.is_set():
+            self.refuse_when_stopping()
+
+    def refuse_when_stopping(self) -> None:
+        """A stopping server takes nothing new; the transport of the client repeats the call by itself."""
+        if self.stopping.is_set():
+            raise ServerError("the server is shutting down; the call is safe to repeat", details={"retry": True})
+
+    async def _kept(self, tenant: str, run_id: str, seq: int) -> Operation | None:
+        row = await self.executors.io(self.db.read, lambda tx: run_rows.get_result(tx, tenant, run_id, seq))
+        return self.durability.operation_from_row(row) if row else None
+
+    def _noted(self, run: Run, work: Callable[[Operation], Awaitable[Any]]) -> Callable[[Operation], Awaitable[Any]]:
+        async def noted(operation: Operation) -> Any:
+            self.db.check_healthy()  # an audit log that cannot be written stops the request
+            started = now()
+            try:
+                result = await work(operation)
+            except TGTinkerError as e:
+                self._note(run, operation, started, None, e.code)
+                raise
+            except Exception:
+                self._note(run, operation, started, None, ServerError.code)
+                raise
+            self._note(run, operation, started, result, "")
+            return result
+
+        return noted
+
+    def _note(self, run: Run, operation: Operation, started: datetime, result: Any, code: str) -> None:
+        dp = getattr(result, "dp_metrics", None)
+        artifact = getattr(result, "artifact_id", None)
+        self.audit.append(
+            run.tenant,
+            AuditRecord(
+                operation=operation.name,
+                run_id=run.run_id,
+                request_hash="hmac-sha256:" + operation.digest.hex(),
+                request_bytes=operation.request_bytes,
+                artifact_ids=(artifact,) if artifact else (),
+                started=started,
+                completed=now(),
+                success=not code,
+                error_code=code,
+                dp_metrics=None
+                if dp is None
+                else {
+                    "noise_applied": dp.noise_applied,
+                    "epsilon_spent": repr(dp.epsilon_spent),
+                    "total_epsilon": repr(dp.total_epsilon),
+                    "delta": repr(dp.delta),
+                },
+            ),
+        )

@@ -1,0 +1,105 @@
+"""What a configuration releases each step, what it costs, and what may still be spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tg_tinker.ledger import LedgerEntry
+
+from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
+from tg_tinker.types import TrainingConfig
+from tg_tinker_server.dp.calibration import noise_multiplier_for
+from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, SampledGaussian
+from tg_tinker_server.ledger.privacy_ledger import DatasetScope, Forecast, PrivacyLedger, Spent
+from tg_tinker_server.ledger.report import privacy_report
+from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.run import Run
+
+MAX_FORECAST_STEPS = 10_000_000
+
+
+def resolve_noise_multiplier(config: TrainingConfig) -> float:
+    """The noise multiplier, solved for when the configuration says "auto".
+
+    "auto" spends ``target_epsilon`` over ``max_steps`` on a dataset nobody has spent from; where something was
+    spent before, the gate stops earlier.
+    """
+    dp = config.dp_config
+    assert dp is not None
+    if dp.noise_multiplier != "auto":
+        return float(dp.noise_multiplier)
+    assert dp.target_epsilon is not None
+    assert config.max_steps is not None
+    steps = config.max_steps
+    if dp.sampling == "max_participation" and dp.max_participation is not None:
+        steps = min(steps, dp.max_participation)
+    return noise_multiplier_for(
+        target_epsilon=dp.target_epsilon,
+        target_delta=dp.target_delta,
+        sample_rate=config.sample_rate,
+        steps=steps,
+    )
+
+
+def release_event(config: TrainingConfig, noise_multiplier: float) -> Event:
+    """What one step of this configuration releases. Amplification only where somebody vouches for the draw."""
+    dp = config.dp_config
+    assert dp is not None
+    if dp.sampling == "poisson":
+        return SampledGaussian(noise_multiplier=noise_multiplier, sample_rate=config.sample_rate, vouched_by="client")
+    if dp.sampling == "max_participation":
+        return ParticipationGaussian(noise_multiplier=noise_multiplier, releases=1)
+    return Gaussian(noise_multiplier=noise_multiplier)
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyService:
+    """Questions about budgets."""
+
+    ledger: PrivacyLedger
+    executors: Executors
+
+    async def spent(self, run: Run) -> Spent | None:
+        """What the run's dataset has spent; ``None`` without differential privacy."""
+        if run.private is None:
+            return None
+        return await self.executors.io(self.ledger.spent, run.private.scope)
+
+    async def forecast(self, run: Run, steps: int) -> Forecast:
+        """Epsilon now and after ``steps`` more steps of this run, and how many the budget allows."""
+        if run.private is None:
+            raise InvalidRequestError(
+                "this training client has no differential privacy; give it a DPConfig",
+                field="dp_config",
+                constraint="enabled",
+            )
+        if not 0 <= steps <= MAX_FORECAST_STEPS:
+            raise InvalidRequestError(
+                f"steps must be 0 to {MAX_FORECAST_STEPS}",
+                field="steps",
+                constraint=f"0 to {MAX_FORECAST_STEPS}",
+            )
+        return await self.executors.io(
+            self.ledger.forecast,
+            run.private.scope,
+            event=run.private.event,
+            steps=steps,
+            accountant=run.private.config.accountant_type,
+        )
+
+    async def entries(self, tenant: str, dataset_id: str) -> tuple[list[LedgerEntry], Spent]:
+        """The whole ledger of a tenant's dataset."""
+        scope = DatasetScope(tenant=tenant, dataset_id=dataset_id)
+        entries = await self.executors.io(self.ledger.entries, scope)
+        if not entries:
+            raise ResourceNotFoundError(
+                "no such dataset for this tenant", resource_type="dataset", resource_id=dataset_id
+            )
+        return entries, await self.executors.io(self.ledger.spent, scope)
+
+    async def report(self, tenant: str, dataset_id: str) -> dict[str, Any]:
+        """The report on a tenant's dataset."""
+        await self.entries(tenant, dataset_id)
+        scope = DatasetScope(tenant=tenant, dataset_id=dataset_id)
+        return await self.executors.io(privacy_report, self.ledger, scope)

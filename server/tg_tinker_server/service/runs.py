@@ -1,0 +1,270 @@
+"""The life of training runs: create, find (also after a restart), list, unload, delete."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from tg_tinker.errors import InvalidRequestError, RateLimitedError, ResourceNotFoundError, ServerError
+from tg_tinker.types import TrainingConfig
+from tg_tinker_server.crypto.envelope import TenantKeyring
+from tg_tinker_server.dp.rng import SecureNormal
+from tg_tinker_server.engine.backend import Backend, Session
+from tg_tinker_server.ledger.privacy_ledger import DatasetScope, PrivacyLedger
+from tg_tinker_server.service.checkpoints import CheckpointService
+from tg_tinker_server.service.durability import Durability, new_id, now
+from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.lanes import Lane
+from tg_tinker_server.service.operations import crash_to_error
+from tg_tinker_server.service.privacy import release_event, resolve_noise_multiplier
+from tg_tinker_server.service.run import ACTIVE, DONE, PrivateRun, Run
+from tg_tinker_server.store import run_rows
+from tg_tinker_server.store.database import Database, Transaction
+
+
+def run_not_found(run_id: str) -> ResourceNotFoundError:
+    """The one answer for a missing run and for another tenant's."""
+    return ResourceNotFoundError(
+        "no such training client for this tenant", resource_type="training_client", resource_id=run_id
+    )
+
+
+def parse_config(text: str) -> TrainingConfig:
+    """Read a configuration as the client sent it.
+
+    Raises:
+        InvalidRequestError: naming the first field that is wrong.
+    """
+    try:
+        return TrainingConfig.model_validate_json(text)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(p) for p in first["loc"]) or "config"
+        raise InvalidRequestError(f"{where}: {first['msg']}", field=where, constraint=first["type"]) from e
+
+
+@dataclass(frozen=True, slots=True)
+class RunRegistry:
+    """Every run this server has in memory, and how to bring one back from disk."""
+
+    db: Database
+    backend: Backend
+    ledger: PrivacyLedger
+    keyring: TenantKeyring
+    durability: Durability
+    checkpoints: CheckpointService
+    executors: Executors
+    max_queue: int
+    max_runs_per_tenant: int
+    _runs: dict[tuple[str, str], Run] = field(default_factory=dict)
+    _locks: dict[tuple[str, str], asyncio.Lock] = field(default_factory=dict)
+
+    async def create(self, tenant: str, request_id: str, config_json: str, checkpoint_id: str) -> Run:
+        """Make a run; a repeated request gets the run that the first one made."""
+        lock = self._locks.setdefault((tenant, "create:" + request_id), asyncio.Lock())
+        async with lock:
+            made = await self.executors.io(
+                self.db.read, lambda tx: run_rows.find_run_by_request(tx, tenant, request_id)
+            )
+            if made is not None:
+                return await self.get(tenant, made.run_id)
+            run = await self._create(tenant, request_id, parse_config(config_json), checkpoint_id)
+        self._locks.pop((tenant, "create:" + request_id), None)
+        return run
+
+    async def get(self, tenant: str, run_id: str) -> Run:
+        """A tenant's run, restored from its last settled state if this process does not hold it yet.
+
+        Raises:
+            ResourceNotFoundError: there is none for this tenant.
+        """
+        run = self._runs.get((tenant, run_id))
+        if run is not None:
+            return run
+        row = await self.row(tenant, run_id)
+        async with self._locks.setdefault((tenant, run_id), asyncio.Lock()):
+            run = self._runs.get((tenant, run_id))
+            if run is None:
+                run = await self._restore(row)
+                self._runs[(tenant, run_id)] = run
+        self._locks.pop((tenant, run_id), None)
+        return run
+
+    async def row(self, tenant: str, run_id: str) -> run_rows.RunRow:
+        """The durable row of a tenant's run."""
+        row = await self.executors.io(self.db.read, lambda tx: run_rows.get_run(tx, tenant, run_id))
+        if row is None:
+            raise run_not_found(run_id)
+        return row
+
+    async def list(self, tenant: str, status: str, limit: int) -> list[run_rows.RunRow]:
+        """A tenant's runs, newest first."""
+        if status and status not in (ACTIVE, DONE, "failed"):
+            raise InvalidRequestError(
+                f"unknown status {status!r}", field="status", constraint="active, completed or failed"
+            )
+
+        def read(tx: Transaction) -> list[run_rows.RunRow]:
+            return run_rows.list_runs(tx, tenant, status=status or None, limit=limit)
+
+        return await self.executors.io(self.db.read, read)
+
+    async def unload(self, tenant: str, run_id: str) -> run_rows.RunRow:
+        """Free the run's memory and complete it. Checkpoints and the ledger stay."""
+        await self.row(tenant, run_id)
+        await self._release_memory(tenant, run_id)
+        await self.executors.io(
+            self.db.write, lambda tx: run_rows.update_run(tx, tenant, run_id, status=DONE, updated=now())
+        )
+        return await self.row(tenant, run_id)
+
+    async def delete(self, tenant: str, run_id: str) -> None:
+        """Forget the run and its results. Checkpoints stay, and so does what was spent."""
+        row = await self.row(tenant, run_id)
+        await self._release_memory(tenant, run_id)
+
+        def write(tx: Transaction) -> None:
+            run_rows.update_run(tx, tenant, run_id, status="deleted", state_artifact_id=None, updated=now())
+            run_rows.delete_results(tx, tenant, run_id)
+
+        await self.executors.io(self.db.write, write)
+        if row.state_artifact_id:
+            await self.executors.io(self.durability.vault.delete, tenant=tenant, artifact_id=row.state_artifact_id)
+
+    async def close(self, grace_s: float) -> None:
+        """Let running operations end; waiting ones are sent again by their clients."""
+        await asyncio.gather(*(r.lane.close(None, grace_s=grace_s) for r in self._runs.values()))
+        self._runs.clear()
+
+    async def _create(self, tenant: str, request_id: str, config: TrainingConfig, checkpoint_id: str) -> Run:
+        active = await self.executors.io(self.db.read, lambda tx: run_rows.count_active(tx, tenant))
+        if active >= self.max_runs_per_tenant:
+            raise RateLimitedError(
+                f"{active} training clients are active, the limit of this server; unload or delete one",
+                retry_after=30.0,
+            )
+        run_id = new_id("run")
+        start = await self.checkpoints.open(tenant, checkpoint_id) if checkpoint_id else None
+        session = await self.executors.compute(self.backend.open, run_id=run_id, config=config)
+        try:
+            private = await self._open_budget(tenant, run_id, config)
+            row = run_rows.RunRow(
+                tenant=tenant,
+                run_id=run_id,
+                request_id=request_id,
+                config_json=config.model_dump_json(),
+                status=ACTIVE,
+                step=0,
+                durable_seq=0,
+                state_artifact_id=None,
+                created=now(),
+                updated=now(),
+                dataset_id=private.scope.dataset_id if private else None,
+                noise_multiplier=private.noise_multiplier if private else None,
+            )
+            run = await self._assemble(row, config, session, private)
+            if start is not None:
+                engine, state = start
+                self.checkpoints.check_fits(run, state)
+                await self.executors.compute(session.import_state, engine, optimizer=bool(state["optimizer"]))
+                run.step = int(state["step"])
+            engine = await self.executors.compute(session.export_state, optimizer=True)
+            run.state_id = await self.durability.write_state(run, engine, step=run.step)
+            values = {k: getattr(row, k) for k in row.__dataclass_fields__}
+            values.update(step=run.step, state_artifact_id=run.state_id)
+            await self.executors.io(self.db.write, lambda tx: run_rows.insert_run(tx, run_rows.RunRow(**values)))
+        except BaseException:
+            await self.executors.compute(session.close)
+            raise
+        self._runs[(tenant, run_id)] = run
+        return run
+
+    async def _open_budget(self, tenant: str, run_id: str, config: TrainingConfig) -> PrivateRun | None:
+        dp = config.dp_config
+        if dp is None or not dp.enabled:
+            return None
+        scope = DatasetScope(tenant=tenant, dataset_id=dp.dataset_id or run_id)
+        sigma = await self.executors.io(resolve_noise_multiplier, config)
+        private = self._private(config, scope, sigma)
+        await self.executors.io(
+            self.ledger.open_dataset,
+            scope,
+            run_id=run_id,
+            target_epsilon=dp.target_epsilon if dp.finite_target else None,
+            target_delta=dp.target_delta,
+            unit=dp.privacy_unit,
+            accountant=dp.accountant_type,
+            mechanism=private.event,
+        )
+        return private
+
+    def _private(self, config: TrainingConfig, scope: DatasetScope, sigma: float) -> PrivateRun:
+        assert config.dp_config is not None
+        return PrivateRun(
+            config=config.dp_config,
+            scope=scope,
+            event=release_event(config, sigma),
+            noise_multiplier=sigma,
+            noise=SecureNormal(),
+        )
+
+    async def _restore(self, row: run_rows.RunRow) -> Run:
+        config = parse_config(row.config_json)
+        if row.state_artifact_id is None:
+            raise ServerError(f"training client {row.run_id} has no saved state")
+        engine, _ = await self.durability.read_state(row.tenant, row.state_artifact_id)
+        session = await self.executors.compute(self.backend.open, run_id=row.run_id, config=config)
+        try:
+            await self.executors.compute(session.import_state, engine, optimizer=True)
+            private = None
+            if row.dataset_id is not None and row.noise_multiplier is not None:
+                scope = DatasetScope(tenant=row.tenant, dataset_id=row.dataset_id)
+                private = self._private(config, scope, row.noise_multiplier)
+            run = await self._assemble(row, config, session, private)
+            kept = await self.executors.io(
+                self.db.read,
+                lambda tx: run_rows.results_after(tx, row.tenant, row.run_id, row.durable_seq),
+            )
+            for result in kept:
+                run.lane.submit(await self.executors.io(self.durability.operation_from_row, result))
+        except BaseException:
+            await self.executors.compute(session.close)
+            raise
+        return run
+
+    async def _assemble(
+        self, row: run_rows.RunRow, config: TrainingConfig, session: Session, private: PrivateRun | None
+    ) -> Run:
+        secret = await self.executors.io(self.keyring.mac_key, row.tenant, "run/" + row.run_id)
+        return Run(
+            tenant=row.tenant,
+            run_id=row.run_id,
+            config=config,
+            session=session,
+            lane=Lane(
+                row.run_id,
+                expected=row.durable_seq + 1,
+                max_queue=self.max_queue,
+                kept=self.durability.kept_results,
+                on_crash=crash_to_error,
+            ),
+            private=private,
+            secret=secret,
+            created=row.created,
+            status=row.status,
+            step=row.step,
+            durable_seq=row.durable_seq,
+            state_id=row.state_artifact_id or "",
+        )
+
+    async def _release_memory(self, tenant: str, run_id: str) -> None:
+        run = self._runs.pop((tenant, run_id), None)
+        if run is None:
+            return
+        ended = InvalidRequestError(
+            f"training client {run_id} was unloaded", field="training_client_id", constraint="active"
+        )
+        await run.lane.close(ended, grace_s=600.0)
+        await self.executors.compute(run.session.close)

@@ -1,0 +1,317 @@
+"""forward_backward and optim_step: the logical batch, the charge, the release."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from tg_tinker.errors import (
+    DPBudgetExceededError,
+    DPUnsupportedError,
+    FutureCancelledError,
+    InvalidRequestError,
+    ServerError,
+    TGTinkerError,
+)
+from tg_tinker.types import (
+    IGNORE_INDEX,
+    BatchData,
+    DPMetrics,
+    ForwardBackwardOutput,
+    OptimStepOutput,
+    batch_digest,
+)
+from tg_tinker_server.dp.events import Unnoised
+from tg_tinker_server.dp.mechanism import GaussianMechanism
+from tg_tinker_server.engine.backend import PassRequest, PassResult, StepRequest, StepResult
+from tg_tinker_server.engine.schedules import learning_rate
+from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger, Reservation
+from tg_tinker_server.service.durability import Durability
+from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.lanes import Operation
+from tg_tinker_server.service.run import ACTIVE, DONE, PrivateRun, Run
+from tg_tinker_server.store.database import Transaction
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One forward_backward as the client sent it."""
+
+    batch: BatchData
+    train: bool
+    units: tuple[str, ...] | None
+    batch_hash: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingService:
+    """The two operations that training is made of. Each runs inside the run's lane."""
+
+    ledger: PrivacyLedger
+    durability: Durability
+    executors: Executors
+    max_batch_records: int
+
+    async def forward_backward(self, run: Run, operation: Operation, request: Pass) -> ForwardBackwardOutput:
+        """Add one batch to the logical batch, or only evaluate it.
+
+        A training pass that fails leaves the logical batch incomplete: the next step is refused once.
+        """
+        try:
+            return await self._forward_backward(run, operation, request)
+        except FutureCancelledError:
+            raise  # left no effect: the same records may come again
+        except TGTinkerError as e:
+            if request.train and run.status == ACTIVE and not isinstance(e, DPBudgetExceededError):
+                run.poison = run.poison or e.message
+            raise
+
+    async def _forward_backward(self, run: Run, operation: Operation, request: Pass) -> ForwardBackwardOutput:
+        if request.train:
+            run.require_active()
+        batch = request.batch
+        self._check(run, request)
+        digest = batch_digest(batch)
+        claimed = request.batch_hash or ""
+        if claimed.startswith("sha256:") and claimed != "sha256:" + digest.hex():
+            raise InvalidRequestError(
+                "batch_hash does not match the batch that arrived; compute it with tg_tinker.hash_batch(batch)",
+                field="batch_hash",
+                constraint="sha256 of this batch",
+            )
+        if request.train and run.private is not None:
+            await self._refuse_if_unaffordable(run.private)
+        result = await self._pass(run, request)
+        if request.train:
+            await self._accumulate(run, operation, result)
+        return self._describe(run, request, digest, result, operation)
+
+    async def _pass(self, run: Run, request: Pass) -> PassResult:
+        ids = request.batch.input_ids
+        mask = request.batch.attention_mask
+        mask = np.ones_like(ids) if mask is None else mask
+        labels = request.batch.labels
+        labels = np.where(mask == 1, ids, IGNORE_INDEX) if labels is None else labels
+        engine_request = PassRequest(
+            input_ids_BT=ids,
+            attention_mask_BT=mask,
+            labels_BT=labels,
+            units=request.units,
+            train=request.train,
+            seed=run.dropout_seed(),
+        )
+        run.session.check(engine_request)
+        return await self.executors.compute(run.session.forward_backward, engine_request)
+
+    async def _accumulate(self, run: Run, operation: Operation, result: PassResult) -> None:
+        assert result.contribution is not None
+        operation.commit()
+        await self.executors.compute(run.session.accumulate, result.contribution)
+        run.passes += 1
+
+    def _check(self, run: Run, request: Pass) -> None:
+        records, tokens = request.batch.input_ids.shape
+        private = run.private
+        empty_draw = request.train and private is not None and private.config.sampling == "poisson"
+        if (records == 0 or tokens == 0) and not empty_draw:
+            raise InvalidRequestError(
+                "the batch is empty; only a Poisson draw (DPConfig.sampling='poisson') may be",
+                field="batch.input_ids",
+                constraint="at least one record of one token",
+            )
+        if records > self.max_batch_records:
+            raise InvalidRequestError(
+                f"the batch has {records} records, over the {self.max_batch_records} of one call; split it into "
+                "several forward_backward calls, they add up",
+                field="batch.input_ids",
+                constraint=f"at most {self.max_batch_records} records",
+            )
+        if tokens > run.config.max_sequence_length:
+            raise InvalidRequestError(
+                f"records of {tokens} tokens are longer than max_sequence_length={run.config.max_sequence_length}; "
+                "cut them yourself, nothing is cut silently",
+                field="batch.input_ids",
+                constraint=f"at most {run.config.max_sequence_length} tokens",
+            )
+        units = request.units
+        if units is not None and len(units) != records:
+            raise InvalidRequestError(
+                f"{len(units)} privacy_unit_ids for {records} records",
+                field="privacy_unit_ids",
+                constraint="one per record",
+            )
+        needs_units = (
+            private is not None
+            and request.train
+            and (private.config.privacy_unit != "datum" or private.config.sampling == "max_participation")
+        )
+        if needs_units and units is None and records:
+            assert private is not None
+            raise InvalidRequestError(
+                f"privacy_unit={private.config.privacy_unit!r} with sampling={private.config.sampling!r} needs "
+                "privacy_unit_ids: say whose each record is",
+                field="privacy_unit_ids",
+                constraint="one per record",
+            )
+
+    async def _refuse_if_unaffordable(self, private: PrivateRun) -> None:
+        spent = await self.executors.io(
+            self.ledger.affordable, private.scope, private.event, private.config.accountant_type
+        )
+        if spent is not None:
+            raise spent
+
+    def _describe(
+        self, run: Run, request: Pass, digest: bytes, result: PassResult, operation: Operation
+    ) -> ForwardBackwardOutput:
+        private = run.private
+        gradient = ""
+        if request.train and result.contribution is not None:
+            raw = result.contribution.digest()
+            gradient = run.mac_text("gradient", raw) if private else "sha256:" + raw.hex()
+        shown = private is None or private.config.diagnostics == "owner"
+        metrics = {
+            "loss:sum": result.loss_sum,
+            "loss:mean": result.loss_sum / max(1, result.num_targets),
+            "tokens:sum": float(result.num_targets),
+            "records:sum": float(result.num_records),
+        }
+        return ForwardBackwardOutput(
+            loss=result.loss if shown else NAN,
+            batch_hash=run.mac_text("batch", digest) if private else "sha256:" + digest.hex(),
+            gradient_hash=gradient,
+            num_tokens=result.num_tokens if shown else 0,
+            latency_ms=operation.elapsed_ms(),
+            metrics=metrics if shown else {},
+        )
+
+    async def optim_step(self, run: Run, operation: Operation, *, apply_dp_noise: bool) -> OptimStepOutput:
+        """Charge, release, settle (docs/privacy.md). Refused steps change nothing and cost nothing."""
+        run.require_active()
+        if run.poison is not None:
+            why = run.poison
+            run.drop_pending()
+            raise InvalidRequestError(
+                f"a forward_backward since the last step failed ({why}), so its batch is incomplete and was "
+                "dropped; send the batch again",
+                field="optim_step",
+                constraint="every forward_backward of the step succeeded",
+            )
+        if run.session.pending_calls == 0:
+            raise InvalidRequestError(
+                "nothing was accumulated since the last step; call forward_backward first (in train mode)",
+                field="optim_step",
+                constraint="at least one forward_backward",
+            )
+        operation.commit()
+        rate = learning_rate(run.config.optimizer, step=run.step, max_steps=run.config.max_steps)
+        paid = None
+        if run.private is not None:
+            paid = await self._charge(run, run.private, operation, apply_dp_noise)
+        async with run.weights:
+            return await self._release(run, operation, rate, paid)
+
+    async def _charge(self, run: Run, private: PrivateRun, operation: Operation, apply_dp_noise: bool) -> Reservation:
+        config = private.config
+        if not apply_dp_noise and not config.allow_unnoised_steps:
+            raise DPUnsupportedError(
+                "apply_dp_noise=False would release the private gradient as it is (epsilon infinite)",
+                feature="apply_dp_noise",
+                reason="an un-noised release has no finite epsilon",
+                alternative="leave apply_dp_noise=True, or create the run with "
+                "DPConfig(target_epsilon=None, allow_unnoised_steps=True)",
+            )
+        counted = config.sampling == "max_participation"
+        units = tuple(run.mac("unit", u.encode()) for u in run.session.pending_units) if counted else ()
+        return await self.executors.io(
+            self.ledger.reserve,
+            private.scope,
+            run_id=run.run_id,
+            seq=operation.seq,
+            event=private.event if apply_dp_noise else Unnoised(),
+            accountant=config.accountant_type,
+            unit_macs=units,
+            max_participation=config.max_participation if counted else None,
+        )
+
+    async def _release(
+        self, run: Run, operation: Operation, rate: float, paid: Reservation | None
+    ) -> OptimStepOutput:
+        private = run.private
+        mechanism = None
+        if paid is not None and private is not None and not isinstance(paid.event, Unnoised):
+            # The scale comes from what the ledger recorded, never from the configuration.
+            mechanism = GaussianMechanism(paid.event.noise_multiplier, private.config.max_grad_norm, private.noise)
+        request = StepRequest(learning_rate=rate, mechanism=mechanism, global_clip=run.config.optimizer.max_grad_norm)
+        try:
+            done = await self.executors.compute(run.session.step, request)
+            engine = await self.executors.compute(run.session.export_state, optimizer=True)
+            output = self._output(run, done, rate, paid, operation)
+            state_id = await self.durability.write_state(run, engine, step=run.step + 1)
+            await self.durability.advance(
+                run,
+                operation,
+                output,
+                state_id=state_id,
+                step=run.step + 1,
+                status=DONE if run.config.max_steps == run.step + 1 else ACTIVE,
+                settle=self._settlement(paid, "released", done.update_hash) if paid else None,
+            )
+        except Exception as e:
+            await self._undo(run, paid, e)
+            raise
+        run.drop_pending()
+        return output
+
+    def _settlement(self, paid: Reservation, outcome: str, update_hash: str):  # type: ignore[no-untyped-def]
+        def settle(tx: Transaction) -> None:
+            self.ledger.settle(tx, paid, outcome=outcome, update_hash=update_hash)
+
+        return settle
+
+    async def _undo(self, run: Run, paid: Reservation | None, cause: Exception) -> None:
+        """Nothing was released: go back to the last durable weights. What was paid stays paid."""
+        run.drop_pending()
+        engine, _ = await self.durability.read_state(run.tenant, run.state_id)
+        await self.executors.compute(run.session.import_state, engine, optimizer=True)
+        if paid is not None:
+            await self.executors.io(self.durability.db.write, self._settlement(paid, "failed", ""))
+        if not isinstance(cause, TGTinkerError):
+            raise ServerError(
+                "the step failed inside the server; weights are as before"
+                + (", the charge stays" if paid else "")
+                + "; send the batch again"
+            ) from cause
+
+    def _output(
+        self, run: Run, done: StepResult, rate: float, paid: Reservation | None, operation: Operation
+    ) -> OptimStepOutput:
+        metrics = {"unclipped_grad_norm": done.grad_norm}
+        dp = None
+        if paid is not None and run.private is not None:
+            shown = run.private.config.diagnostics == "owner"
+            noised = not isinstance(paid.event, Unnoised)
+            before, after = paid.epsilon_before, paid.epsilon_after
+            dp = DPMetrics(
+                noise_applied=noised,
+                epsilon_spent=after if math.isinf(after) else after - before,
+                total_epsilon=after,
+                delta=paid.delta,
+                grad_norm_before_clip=done.norm_before_clip if shown else NAN,
+                grad_norm_after_clip=done.norm_after_clip if shown else NAN,
+                num_clipped=done.num_clipped if shown else -1,
+            )
+            if shown:
+                metrics["nonfinite_units"] = float(done.nonfinite_units)
+        return OptimStepOutput(
+            grad_norm=done.grad_norm,
+            learning_rate=rate,
+            step=run.step + 1,
+            dp_metrics=dp,
+            latency_ms=operation.elapsed_ms(),
+            metrics=metrics,
+        )
