@@ -55,9 +55,11 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class OperationKey(_message.Message):
-    __slots__ = ("run_id", "seq")
+    __slots__ = ("run_id", "seq", "handle")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     seq: int
-    def __init__(self, run_id: _Optional[str] = ..., seq: _Optional[int] = ...) -> None: ...
+    handle: str
+    def __init__(self, run_id: _Optional[str] = ..., seq: _Optional[int] = ..., handle: _Optional[str] = ...) -> None: ...

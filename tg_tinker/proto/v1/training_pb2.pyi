@@ -21,14 +21,16 @@ PASS_MODE_TRAIN: PassMode
 PASS_MODE_EVAL: PassMode
 
 class Submitted(_message.Message):
-    __slots__ = ("future_id", "server_epoch", "expected_seq")
+    __slots__ = ("future_id", "server_epoch", "expected_seq", "durable_seq")
     FUTURE_ID_FIELD_NUMBER: _ClassVar[int]
     SERVER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_SEQ_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_SEQ_FIELD_NUMBER: _ClassVar[int]
     future_id: str
     server_epoch: str
     expected_seq: int
-    def __init__(self, future_id: _Optional[str] = ..., server_epoch: _Optional[str] = ..., expected_seq: _Optional[int] = ...) -> None: ...
+    durable_seq: int
+    def __init__(self, future_id: _Optional[str] = ..., server_epoch: _Optional[str] = ..., expected_seq: _Optional[int] = ..., durable_seq: _Optional[int] = ...) -> None: ...
 
 class ForwardBackwardRequest(_message.Message):
     __slots__ = ("key", "mode", "input_ids", "attention_mask", "labels", "privacy_unit_ids", "batch_hash")
@@ -135,7 +137,7 @@ class SaveStateRequest(_message.Message):
     def __init__(self, key: _Optional[_Union[_common_pb2.OperationKey, _Mapping]] = ..., include_optimizer: _Optional[bool] = ..., metadata_json: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class SaveStateReply(_message.Message):
-    __slots__ = ("artifact_id", "size_bytes", "encryption_algorithm", "encryption_key_id", "metadata_json", "timestamp", "content_hash")
+    __slots__ = ("artifact_id", "size_bytes", "encryption_algorithm", "encryption_key_id", "metadata_json", "timestamp", "content_hash", "path")
     ARTIFACT_ID_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ENCRYPTION_ALGORITHM_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +145,7 @@ class SaveStateReply(_message.Message):
     METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
     TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
     CONTENT_HASH_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
     artifact_id: str
     size_bytes: int
     encryption_algorithm: str
@@ -150,7 +153,8 @@ class SaveStateReply(_message.Message):
     metadata_json: str
     timestamp: _timestamp_pb2.Timestamp
     content_hash: str
-    def __init__(self, artifact_id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., encryption_algorithm: _Optional[str] = ..., encryption_key_id: _Optional[str] = ..., metadata_json: _Optional[str] = ..., timestamp: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., content_hash: _Optional[str] = ...) -> None: ...
+    path: str
+    def __init__(self, artifact_id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., encryption_algorithm: _Optional[str] = ..., encryption_key_id: _Optional[str] = ..., metadata_json: _Optional[str] = ..., timestamp: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., content_hash: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
 
 class LoadStateRequest(_message.Message):
     __slots__ = ("key", "artifact_id", "optimizer")

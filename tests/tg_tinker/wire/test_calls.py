@@ -1,0 +1,157 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.proto.v1 import runs_pb2, training_pb2
+from tg_tinker.types import BatchData, batch_digest
+from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.wire.calls import (
+    OPERATION,
+    Generate,
+    Load,
+    Pass,
+    Position,
+    Save,
+    Step,
+    call_from_proto,
+    call_to_proto,
+    has_effect,
+    position_from_proto,
+    position_to_proto,
+)
+
+HERE = Position(run_id="run_1", seq=7, handle="h")
+TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | TEXT,
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(TEXT, children, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def passes(draw):
+    records, tokens = draw(st.integers(0, 4)), draw(st.integers(0, 5))
+    ids = np.array(draw(st.lists(st.integers(0, 2**62), min_size=records * tokens, max_size=records * tokens)))
+    shape = (records, tokens)
+    batch = BatchData(
+        input_ids=ids.astype(np.int64).reshape(shape),
+        attention_mask=np.ones(shape, dtype=np.int64) if draw(st.booleans()) else None,
+        labels=np.full(shape, -100) if draw(st.booleans()) else None,
+    )
+    units = draw(st.none() | st.lists(TEXT, min_size=records, max_size=records).map(tuple)) or None
+    return Pass(
+        batch=batch,
+        train=draw(st.booleans()),
+        units=units,
+        batch_hash=draw(st.none() | TEXT.filter(bool)),
+    )
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 2**40),
+    temperature=st.floats(0, 10),
+    top_p=st.floats(0.01, 1),
+    top_k=st.none() | st.integers(0, 10**6),
+    stop_sequences=st.lists(TEXT.filter(bool), max_size=3).map(tuple),
+    repetition_penalty=st.floats(0.1, 10),
+    presence_penalty=st.floats(-10, 10),
+    frequency_penalty=st.floats(-10, 10),
+    seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+)
+OTHERS = (
+    st.builds(Step, apply_dp_noise=st.booleans())
+    | st.builds(Save, include_optimizer=st.booleans(), metadata=st.dictionaries(TEXT, JSON, max_size=3), name=TEXT)
+    | st.builds(Load, artifact_id=TEXT, optimizer=st.none() | st.booleans())
+    | st.builds(
+        Generate,
+        prompts=st.lists(TEXT, max_size=3).map(tuple),
+        params=PARAMS,
+        num_completions=st.integers(-5, 2**40),
+    )
+)
+
+
+def through_the_wire(call):
+    message = call_to_proto(call, HERE)
+    return call_from_proto(type(message).FromString(message.SerializeToString()))
+
+
+@given(passes())
+def test_a_pass_survives_the_wire(call):
+    back = through_the_wire(call)
+    assert batch_digest(back.batch) == batch_digest(call.batch)
+    assert dataclasses.replace(back, batch=None).__repr__() == dataclasses.replace(call, batch=None).__repr__()
+
+
+@given(OTHERS)
+def test_every_other_call_survives_the_wire(call):
+    assert through_the_wire(call) == call
+
+
+@given(st.builds(Position, run_id=TEXT, seq=st.integers(0, 2**64 - 1), handle=TEXT))
+def test_a_position_survives_the_wire(position):
+    assert position_from_proto(position_to_proto(position)) == position
+
+
+def test_every_kind_of_call_has_a_name_and_a_known_effect():
+    batch = BatchData(input_ids=[[1]])
+    calls = [Pass(batch=batch), Step(), Save(), Load(artifact_id="a"), Generate(prompts=("p",))]
+    assert {type(c) for c in calls} == set(OPERATION)
+    assert [has_effect(c) for c in calls] == [True, True, False, True, False]
+    assert not has_effect(Pass(batch=batch, train=False))
+
+
+def test_metadata_that_is_not_json_is_refused_by_name():
+    for metadata in ({"f": object()}, {"t": {1, 2}}, [1]):
+        with pytest.raises(InvalidRequestError) as caught:
+            call_to_proto(Save(metadata=metadata), HERE)
+        assert caught.value.field == "metadata"
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (training_pb2.ForwardBackwardRequest(mode=1), "batch.input_ids"),
+        (training_pb2.ForwardBackwardRequest(), "mode"),
+        (training_pb2.SaveStateRequest(metadata_json="[1]"), "metadata"),
+        (training_pb2.SaveStateRequest(metadata_json="{"), "metadata"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_by_name(request_, field):
+    with pytest.raises(InvalidRequestError) as caught:
+        call_from_proto(request_)
+    assert caught.value.field == field
+
+
+def test_a_message_that_is_no_call_is_a_programming_error():
+    with pytest.raises(TypeError, match="GetFutureRequest"):
+        call_from_proto(runs_pb2.GetFutureRequest())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", -1),
+        ("temperature", math.nan),
+        ("temperature", -0.1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_k", -1),
+        ("stop_sequences", ("a", "")),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", math.inf),
+        ("frequency_penalty", math.nan),
+        ("seed", 2**63),
+    ],
+)
+def test_impossible_sampling_options_are_refused_by_name(field, value):
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.field == field

@@ -1,0 +1,57 @@
+"""A training run as the server describes it to its owner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from tg_tinker.types.configs import TrainingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyState:
+    """Where a dataset's budget stands.
+
+    Attributes:
+        epsilon_spent: by every run on the dataset, at ``delta``.
+        target_epsilon: the promise; inf when there is none.
+        noise_multiplier: in use, solved for when the configuration says "auto".
+        sample_rate: of the Poisson draw; 1.0 where no amplification is claimed.
+        expected_batch_size: the public divisor of a step, in records.
+        ledger_head: hash of the ledger's last entry.
+    """
+
+    dataset_id: str
+    epsilon_spent: float
+    target_epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    expected_batch_size: float
+    ledger_head: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """One run.
+
+    Attributes:
+        status: active, completed or failed.
+        next_seq: first sequence number that nobody used.
+        server_epoch: changes when the server process was restarted.
+        privacy: ``None`` without differential privacy.
+        base_dtype: precision of the frozen base that the service chose.
+        unit_key: key of the HMAC that hides privacy unit ids from the server; empty in lists.
+    """
+
+    run_id: str
+    config: TrainingConfig
+    status: str
+    step: int
+    created: datetime
+    next_seq: int = 1
+    server_epoch: str = ""
+    privacy: PrivacyState | None = None
+    trainable_parameters: int = 0
+    base_dtype: str = ""
+    unit_key: bytes = field(default=b"", repr=False)

@@ -1,0 +1,249 @@
+"""The ordered calls of a run as values, and as the requests that carry them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.message import Message
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.proto.v1 import common_pb2, sampling_pb2, training_pb2
+from tg_tinker.types import BatchData
+from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.wire.tensors import tensor_from_proto, tensor_to_proto
+
+_BATCH_FIELDS = ("input_ids", "attention_mask", "labels")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where a call stands: the run, the sequence number, and which client handle assigned it."""
+
+    run_id: str
+    seq: int
+    handle: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pass:
+    """One forward_backward.
+
+    Attributes:
+        train: accumulate the gradient; otherwise only evaluate.
+        units: one privacy unit id per record, already keyed; ``None``: each record is its own unit.
+        batch_hash: ``sha256:...`` that must match, or a label.
+    """
+
+    batch: BatchData
+    train: bool = True
+    units: tuple[str, ...] | None = None
+    batch_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One optim_step."""
+
+    apply_dp_noise: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """One save_state."""
+
+    include_optimizer: bool = True
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """One load_state; ``optimizer`` ``None`` loads whatever was saved."""
+
+    artifact_id: str
+    optimizer: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """One sample; ``num_completions`` for each prompt."""
+
+    prompts: tuple[str, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    num_completions: int = 1
+
+
+Call = Pass | Step | Save | Load | Generate
+
+# What the operation of each call is named, and whether it may change weights or the pending gradient.
+OPERATION = {
+    Pass: "forward_backward",
+    Step: "optim_step",
+    Save: "save_state",
+    Load: "load_state",
+    Generate: "sample",
+}
+
+
+def has_effect(call: Call) -> bool:
+    """Whether a restarted server must execute the call again: it may change weights or the pending gradient."""
+    return call.train if isinstance(call, Pass) else isinstance(call, Step | Load)
+
+
+def position_to_proto(position: Position) -> common_pb2.OperationKey:
+    """A position as a message."""
+    return common_pb2.OperationKey(run_id=position.run_id, seq=position.seq, handle=position.handle)
+
+
+def position_from_proto(key: common_pb2.OperationKey) -> Position:
+    """A position from a message."""
+    return Position(run_id=key.run_id, seq=key.seq, handle=key.handle)
+
+
+def call_to_proto(call: Call, position: Position) -> Message:
+    """The request message of a call; ``wire.methods.method_of(type(message))`` says where to send it."""
+    key = position_to_proto(position)
+    match call:
+        case Pass():
+            return _pass_to_proto(call, key)
+        case Step():
+            return training_pb2.OptimStepRequest(key=key, apply_dp_noise=call.apply_dp_noise)
+        case Save():
+            return training_pb2.SaveStateRequest(
+                key=key,
+                include_optimizer=call.include_optimizer,
+                metadata_json=json_to_text(call.metadata, field="metadata"),
+                name=call.name,
+            )
+        case Load():
+            return training_pb2.LoadStateRequest(key=key, artifact_id=call.artifact_id, optimizer=call.optimizer)
+        case Generate():
+            return sampling_pb2.SampleRequest(
+                key=key,
+                prompts=call.prompts,
+                params=sampling_to_proto(call.params, num_completions=call.num_completions),
+            )
+
+
+def call_from_proto(request: Message) -> Call:
+    """The call in a request.
+
+    Raises:
+        InvalidRequestError: naming the field that cannot be what it says.
+    """
+    match request:
+        case training_pb2.ForwardBackwardRequest():
+            return _pass_from_proto(request)
+        case training_pb2.OptimStepRequest():
+            return Step(apply_dp_noise=request.apply_dp_noise)
+        case training_pb2.SaveStateRequest():
+            return Save(
+                include_optimizer=request.include_optimizer,
+                metadata=json_from_text(request.metadata_json, field="metadata"),
+                name=request.name,
+            )
+        case training_pb2.LoadStateRequest():
+            optimizer = request.optimizer if request.HasField("optimizer") else None
+            return Load(artifact_id=request.artifact_id, optimizer=optimizer)
+        case sampling_pb2.SampleRequest():
+            params, num_completions = sampling_from_proto(request.params)
+            return Generate(prompts=tuple(request.prompts), params=params, num_completions=num_completions)
+    raise TypeError(f"{type(request).__name__} is not an ordered call")
+
+
+def sampling_to_proto(params: SamplingParams, *, num_completions: int) -> sampling_pb2.SamplingParams:
+    """Sampling options as a message."""
+    if not -(2**63) <= num_completions < 2**63:
+        raise InvalidRequestError("num_completions is out of range", field="num_completions", constraint="at least 1")
+    return sampling_pb2.SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        stop_sequences=params.stop_sequences,
+        num_completions=num_completions,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+    )
+
+
+def sampling_from_proto(message: sampling_pb2.SamplingParams) -> tuple[SamplingParams, int]:
+    """Sampling options and the number of completions from a message."""
+    params = SamplingParams(
+        max_tokens=message.max_tokens,
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k if message.HasField("top_k") else None,
+        stop_sequences=tuple(message.stop_sequences),
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        seed=message.seed if message.HasField("seed") else None,
+    )
+    return params, message.num_completions
+
+
+def json_to_text(value: Mapping[str, Any], *, field: str) -> str:
+    """A JSON object as text.
+
+    Raises:
+        InvalidRequestError: naming ``field``: something in it is not JSON.
+    """
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(
+            f"{field} is a {type(value).__name__}; pass a dict", field=field, constraint="JSON object"
+        )
+    try:
+        return json.dumps(dict(value), separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise InvalidRequestError(
+            f"{field} holds something that is not JSON: {e}", field=field, constraint="JSON object"
+        ) from e
+
+
+def json_from_text(text: str, *, field: str) -> dict[str, Any]:
+    """A JSON object from text; empty text is an empty object."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError) as e:
+        raise InvalidRequestError(f"{field} is not JSON", field=field, constraint="JSON object") from e
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"{field} is not a JSON object", field=field, constraint="JSON object")
+    return value
+
+
+def _pass_to_proto(call: Pass, key: common_pb2.OperationKey) -> training_pb2.ForwardBackwardRequest:
+    mode = training_pb2.PASS_MODE_TRAIN if call.train else training_pb2.PASS_MODE_EVAL
+    tensors = {
+        name: tensor_to_proto(array) for name in _BATCH_FIELDS if (array := getattr(call.batch, name)) is not None
+    }
+    return training_pb2.ForwardBackwardRequest(
+        key=key,
+        mode=mode,
+        privacy_unit_ids=call.units or (),
+        batch_hash=call.batch_hash or "",
+        **tensors,
+    )
+
+
+def _pass_from_proto(request: training_pb2.ForwardBackwardRequest) -> Pass:
+    if request.mode not in (training_pb2.PASS_MODE_TRAIN, training_pb2.PASS_MODE_EVAL):
+        raise InvalidRequestError("the pass has no mode", field="mode", constraint="train or eval")
+    if not request.HasField("input_ids"):
+        raise InvalidRequestError("batch has no input_ids", field="batch.input_ids", constraint="required")
+    arrays = {
+        name: tensor_from_proto(getattr(request, name), field=f"batch.{name}")
+        for name in _BATCH_FIELDS
+        if request.HasField(name)
+    }
+    return Pass(
+        batch=BatchData(**arrays),
+        train=request.mode == training_pb2.PASS_MODE_TRAIN,
+        units=tuple(request.privacy_unit_ids) or None,
+        batch_hash=request.batch_hash or None,
+    )
