@@ -1,0 +1,161 @@
+"""The plaintext of an artifact: a safetensors file with one JSON text, ``state``, in its metadata.
+
+    file = header length (8, little-endian) | header (JSON, padded with spaces to 8) | data
+    header = {"__metadata__": {"state": "<JSON text>"}, "<name>": {"dtype", "shape", "data_offsets"}, ...}
+
+Reading is strict: tensors cover the data without gap or overlap, sizes agree with shapes, only numbers are
+known. Nothing is allocated for a size that the file claims; arrays are views of the bytes given.
+
+Source: https://huggingface.co/docs/safetensors/index#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+LENGTH_BYTES = 8
+LARGEST_HEADER_BYTES = 16 * 2**20
+LARGEST_RANK = 32
+METADATA = "__metadata__"
+STATE = "state"
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+}  # fmt: skip
+NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
+
+Array = npt.NDArray[Any]
+
+
+class FormatError(ValueError):
+    """These bytes are not in the format; internal to the package, the vault turns it into its one error."""
+
+
+def serialize(tensors: Mapping[str, Array], state: Mapping[str, Any]) -> Iterator[memoryview]:
+    """The file, in pieces: the header, then each array's bytes without a copy where they are contiguous.
+
+    Raises:
+        ValueError: a dtype safetensors has no name for, a reserved name, or a state that is not JSON.
+    """
+    # Largest items first, as the safetensors library does, keeps every array aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {METADATA: {STATE: _to_json(state)}}
+    offset = 0
+    for name, array in ordered:
+        dtype = NAMES.get(array.dtype)
+        if dtype is None or name == METADATA:
+            raise ValueError(f"tensor {name!r} of dtype {array.dtype} cannot be stored")
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > LARGEST_HEADER_BYTES:
+        raise ValueError(f"the state and tensor names take {len(text)} bytes, over {LARGEST_HEADER_BYTES}")
+    yield memoryview(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+    for _, array in ordered:
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        yield memoryview(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
+
+
+def parse(file: memoryview) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Tensors, as views of ``file``, and the state.
+
+    Raises:
+        FormatError: anything but a whole, gapless safetensors file of numbers with a state.
+    """
+    if len(file) < LENGTH_BYTES:
+        raise FormatError("too short")
+    length = int.from_bytes(file[:LENGTH_BYTES], "little")
+    if length > min(LARGEST_HEADER_BYTES, len(file) - LENGTH_BYTES):
+        raise FormatError("the header is longer than allowed or than the file")
+    header = _object(_utf8(file[LENGTH_BYTES : LENGTH_BYTES + length]))
+    data = file[LENGTH_BYTES + length :]
+    metadata = header.pop(METADATA, None)
+    if not isinstance(metadata, dict) or set(metadata) != {STATE} or not isinstance(metadata[STATE], str):
+        raise FormatError("no state")
+    spans: list[tuple[int, int]] = []
+    tensors: dict[str, Array] = {}
+    for name, entry in header.items():
+        dtype, shape, (start, end) = _entry(entry)
+        if not start <= end <= len(data) or math.prod(shape) * dtype.itemsize != end - start:
+            raise FormatError("a tensor does not fit")
+        spans.append((start, end))
+        tensors[name] = _array(data[start:end], dtype, shape)
+    position = 0
+    for start, end in sorted(spans):
+        if start != position:
+            raise FormatError("tensors overlap or leave a gap")
+        position = end
+    if position != len(data):
+        raise FormatError("bytes that belong to no tensor")
+    return tensors, _object(metadata[STATE])
+
+
+def _entry(entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError("a tensor's entry")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FormatError("dtype")
+    if not _sizes(shape) or len(shape) > LARGEST_RANK:
+        raise FormatError("shape")
+    if not _sizes(offsets) or len(offsets) != 2:
+        raise FormatError("offsets")
+    return np.dtype(DTYPES[dtype]), tuple(shape), (offsets[0], offsets[1])
+
+
+def _array(data: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    try:
+        return np.frombuffer(data, dtype=dtype).reshape(shape)
+    except ValueError as e:  # dimensions beyond what an index can count, next to one that is zero
+        raise FormatError("shape") from e
+
+
+def _sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _to_json(state: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(state), allow_nan=False, sort_keys=True, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"the state is not plain JSON: {e}") from e
+
+
+def _utf8(text: memoryview) -> str:
+    try:
+        return str(text, "utf-8")
+    except UnicodeDecodeError as e:
+        raise FormatError("not UTF-8") from e
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object without repeated names; repeated names could hide one tensor behind another."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise FormatError("a name appears twice")
+        return values
+
+    def no_constant(name: str) -> Any:
+        raise FormatError(f"{name} is not JSON")
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as e:
+        raise FormatError("not JSON") from e
+    if not isinstance(value, dict):
+        raise FormatError("not an object")
+    return value
