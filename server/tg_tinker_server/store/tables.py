@@ -1,0 +1,179 @@
+"""Every table. The tenant is part of every key; ledger and audit rows can only be added."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    DDL,
+    BigInteger,
+    Column,
+    DateTime,
+    Dialect,
+    Float,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    event,
+)
+
+metadata = MetaData()
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """An aware time, kept in UTC; SQLite alone would drop the zone."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        """To the database."""
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        """From the database."""
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+def _key(name: str, *, length: int = 200) -> Column[str]:
+    return Column(name, String(length), primary_key=True)
+
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    _key("key_id", length=32),
+    Column("tenant", String(200), nullable=False, index=True),
+    Column("roles", Text, nullable=False),
+    Column("mac", LargeBinary, nullable=False),
+    Column("created", UtcTime, nullable=False),
+    Column("revoked", UtcTime),
+    Column("label", Text, nullable=False),
+)
+
+tenant_keys = Table(
+    "tenant_keys",
+    metadata,
+    _key("tenant"),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("wrapped", LargeBinary, nullable=False),
+    Column("created", UtcTime, nullable=False),
+    Column("destroyed", UtcTime),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    _key("tenant"),
+    _key("run_id", length=64),
+    Column("request_id", String(128), nullable=False),
+    Column("config_json", Text, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("durable_seq", BigInteger, nullable=False),
+    Column("state_artifact_id", String(64)),
+    Column("created", UtcTime, nullable=False),
+    Column("updated", UtcTime, nullable=False),
+    Column("dataset_id", String(200)),
+    Column("noise_multiplier", Float(53)),
+    UniqueConstraint("tenant", "request_id"),
+)
+
+results = Table(
+    "results",
+    metadata,
+    _key("tenant"),
+    _key("run_id", length=64),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("operation", String(32), nullable=False),
+    Column("request_mac", LargeBinary, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+    Column("future_id", String(96), nullable=False),
+    Column("created", UtcTime, nullable=False),
+)
+
+artifacts = Table(
+    "artifacts",
+    metadata,
+    _key("tenant"),
+    _key("artifact_id", length=64),
+    Column("run_id", String(64), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("content_hash", String(80), nullable=False),
+    Column("algorithm", String(40), nullable=False),
+    Column("key_id", String(300), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("created", UtcTime, nullable=False),
+    Column("deleted", UtcTime),
+)
+
+datasets = Table(
+    "datasets",
+    metadata,
+    _key("tenant"),
+    _key("dataset_id"),
+    Column("unit", String(32), nullable=False),
+    Column("target_epsilon", Float(53)),
+    Column("target_delta", Float(53), nullable=False),
+    Column("created", UtcTime, nullable=False),
+)
+
+ledger = Table(
+    "ledger",
+    metadata,
+    _key("tenant"),
+    _key("dataset_id"),
+    Column("position", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", String(16), nullable=False),
+    Column("run_id", String(64), nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("body_json", Text, nullable=False),
+    Column("prev_hash", LargeBinary, nullable=False),
+    Column("entry_hash", LargeBinary, nullable=False),
+)
+
+participations = Table(
+    "participations",
+    metadata,
+    _key("tenant"),
+    _key("dataset_id"),
+    _key("run_id", length=64),
+    Column("unit_mac", LargeBinary, primary_key=True),
+    Column("count", Integer, nullable=False),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    _key("tenant"),
+    Column("position", BigInteger, primary_key=True, autoincrement=False),
+    Column("body_json", Text, nullable=False),
+    Column("prev_hash", LargeBinary, nullable=False),
+    Column("record_hash", LargeBinary, nullable=False),
+)
+
+APPEND_ONLY = (ledger, audit)
+
+
+def append_only_triggers(table: str) -> list[str]:
+    """SQLite statements that make a table refuse UPDATE and DELETE."""
+    return [
+        f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+        f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+        for verb in ("UPDATE", "DELETE")
+    ]
+
+
+for _table in APPEND_ONLY:
+    for _statement in append_only_triggers(_table.name):
+        event.listen(_table, "after_create", DDL(_statement).execute_if(dialect="sqlite"))  # type: ignore[no-untyped-call]
