@@ -49,7 +49,7 @@ def serialize(tensors: Mapping[str, Array], state: Mapping[str, Any]) -> Iterato
     header: dict[str, Any] = {METADATA: {STATE: _to_json(state)}}
     offset = 0
     for name, array in ordered:
-        dtype = NAMES.get(array.dtype)
+        dtype = NAMES.get(array.dtype.newbyteorder("<"))
         if dtype is None or name == METADATA:
             raise ValueError(f"tensor {name!r} of dtype {array.dtype} cannot be stored")
         header[name] = {
