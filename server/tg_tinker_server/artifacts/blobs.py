@@ -62,6 +62,10 @@ class BlobStore(Protocol):
         """All names, sorted."""
         ...
 
+    def remove_drafts(self, *, older_than_s: float) -> int:
+        """Remove what writers that died left behind; returns how many. Younger drafts may be at work."""
+        ...
+
 
 class LocalBlobs:
     """Blobs as files of one folder, readable by the server's user only.
@@ -141,7 +145,7 @@ class LocalBlobs:
         return sorted(p.name for p in self._root.iterdir() if NAME.fullmatch(p.name))
 
     def remove_drafts(self, *, older_than_s: float) -> int:
-        """Remove what crashed writers left behind; returns how many. Younger drafts may be at work."""
+        """Remove what writers that died left behind."""
         oldest_s = time.time() - older_than_s
         drafts = [p for p in self._root.glob(f"{DRAFT_PREFIX}*") if p.stat().st_mtime <= oldest_s]
         for draft in drafts:
@@ -208,6 +212,10 @@ class MemoryBlobs:
         """All names, sorted."""
         with self._lock:
             return sorted(self._blobs)
+
+    def remove_drafts(self, *, older_than_s: float) -> int:  # noqa: ARG002 - a draft here dies with its writer
+        """Nothing to remove."""
+        return 0
 
     def _get(self, name: str) -> bytes:
         _check(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -216,6 +216,28 @@ class Vault:
             self._blobs.delete(artifact_id + SLOTS_SUFFIX)
 
         _uniform(artifact_id, attempt)
+
+    def sweep(self, wanted: Collection[str]) -> list[str]:
+        """Delete artifacts not in ``wanted`` and drafts of writers that died; returns the ids deleted.
+
+        Call at the start, before anything is sealed: what is being written now is not wanted yet either.
+        An artifact whose key does not open here is left alone, so that a server started with the wrong
+        database deletes nothing.
+        """
+        self._blobs.remove_drafts(older_than_s=0)
+        deleted = []
+        for name in self._blobs.names():
+            artifact_id = name.removesuffix(SLOTS_SUFFIX)
+            if name != artifact_id or artifact_id in wanted:
+                continue
+            try:
+                owner = parse_header(self._start(artifact_id)[0])[0].scope.tenant
+                self._unlock(owner, artifact_id, None)
+            except (DecryptionError, FormatError, BlobNotFoundError):
+                continue
+            self.delete(tenant=owner, artifact_id=artifact_id)
+            deleted.append(artifact_id)
+        return deleted
 
     def _unlock(self, tenant: str, artifact_id: str, kind: str | None) -> _Unlocked:
         start, rest = self._start(artifact_id)

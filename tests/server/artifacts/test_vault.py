@@ -455,6 +455,28 @@ def test_a_damaged_artifact_and_one_whose_keys_are_gone_can_be_deleted(
     assert blobs.names() == []
 
 
+def test_a_sweep_deletes_what_nobody_wants_and_leaves_the_rest(tmp_path: Path, keys: TenantKeyring) -> None:
+    blobs = LocalBlobs(tmp_path)
+    vault = Vault(blobs, keys)
+    seal(vault, A)
+    seal(vault, B, tenant="other")
+    for tenant, artifact_id in (("acme", A), ("other", B)):
+        vault.rewrap(tenant=tenant, artifact_id=artifact_id)
+    (tmp_path / ".draft-00").write_bytes(b"half")
+    assert vault.sweep({A}) == [B]
+    assert blobs.names() == [A, A + ".slots"]
+    assert len(list(tmp_path.iterdir())) == 2
+    assert vault.sweep({A}) == []
+
+
+def test_a_server_started_with_the_wrong_database_sweeps_nothing(vault: Vault, blobs: MemoryBlobs) -> None:
+    seal(vault)
+    blobs.put(B, [b"something else"])
+    stranger = Vault(blobs, TenantKeyring(LocalKeyProvider(bytes(range(32))), MemoryKeyRows()))
+    assert stranger.sweep(set()) == []
+    assert blobs.names() == [A, B]
+
+
 # --- memory
 
 
