@@ -1,4 +1,4 @@
-"""A vault in memory, and one in a folder."""
+"""A vault in memory and its parts."""
 
 from __future__ import annotations
 
