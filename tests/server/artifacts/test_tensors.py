@@ -141,6 +141,13 @@ def test_a_header_that_claims_too_much_is_refused_before_anything_is_allocated(c
     assert most < 100_000
 
 
+def test_a_header_over_the_limit_is_refused_even_if_it_is_there() -> None:
+    text = json.dumps(META).encode()
+    parse(crafted(text.ljust(1000)))
+    with pytest.raises(FormatError):
+        parse(crafted(text.ljust(LARGEST_HEADER_BYTES + 8)))
+
+
 def test_a_tensor_that_claims_too_much_is_refused_before_anything_is_allocated() -> None:
     headers = [
         {**META, "x": entry(0, 2**40)},
