@@ -26,6 +26,11 @@ class Position:
     seq: int
     handle: str = ""
 
+    @property
+    def future_id(self) -> str:
+        """The public name of the operation at this position."""
+        return f"{self.run_id}.{self.seq}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pass:
@@ -45,9 +50,15 @@ class Pass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One optim_step."""
+    """One optim_step.
+
+    Attributes:
+        incomplete: why a pass of this logical batch never arrived, as only the client knows; the server then
+            drops the batch and refuses the step. Empty otherwise.
+    """
 
     apply_dp_noise: bool = True
+    incomplete: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +121,9 @@ def call_to_proto(call: Call, position: Position) -> Message:
         case Pass():
             return _pass_to_proto(call, key)
         case Step():
-            return training_pb2.OptimStepRequest(key=key, apply_dp_noise=call.apply_dp_noise)
+            return training_pb2.OptimStepRequest(
+                key=key, apply_dp_noise=call.apply_dp_noise, incomplete=call.incomplete
+            )
         case Save():
             return training_pb2.SaveStateRequest(
                 key=key,
@@ -138,7 +151,7 @@ def call_from_proto(request: Message) -> Call:
         case training_pb2.ForwardBackwardRequest():
             return _pass_from_proto(request)
         case training_pb2.OptimStepRequest():
-            return Step(apply_dp_noise=request.apply_dp_noise)
+            return Step(apply_dp_noise=request.apply_dp_noise, incomplete=request.incomplete)
         case training_pb2.SaveStateRequest():
             return Save(
                 include_optimizer=request.include_optimizer,

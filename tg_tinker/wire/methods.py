@@ -57,11 +57,15 @@ def methods() -> tuple[Method, ...]:
     return tuple(found)
 
 
-@cache
 def method_of(request: type[Message]) -> Method:
     """The method that takes this request; every method has a request message of its own.
 
     Raises:
         KeyError: no method takes it.
     """
-    return {m.request: m for m in methods()}[request]
+    return _by_request()[request]
+
+
+@cache
+def _by_request() -> dict[type[Message], Method]:
+    return {m.request: m for m in methods()}

@@ -6,6 +6,7 @@ BadRequest, RetryInfo and RequestInfo for tools that know those. Values that hol
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from typing import Any
@@ -31,6 +32,13 @@ from tg_tinker.errors import (
 
 STATUS_KEY = "grpc-status-details-bin"
 DOMAIN = "tg-tinker"
+# What a connection that breaks under a call looks like, besides UNAVAILABLE.
+BROKEN = (
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+)
 _MAX_MESSAGE = 1_000  # characters; trailing metadata is limited to 8 KiB by default
 _MAX_DETAILS = 3_000
 
@@ -133,6 +141,40 @@ def is_ours(status: status_pb2.Status) -> bool:
     """Whether a TG-Tinker server wrote this status, rather than grpc or something on the way."""
     info = error_details_pb2.ErrorInfo()
     return any(d.Is(info.DESCRIPTOR) and d.Unpack(info) and info.domain == DOMAIN for d in status.details)
+
+
+def failure_of(rpc: Any, request_id: str) -> tuple[grpc.StatusCode, TGTinkerError, bool]:
+    """A failed call (a grpc.RpcError, or a grpc.Future): its status, the error, whether a TG-Tinker server said it.
+
+    Args:
+        rpc: has code(), details() and trailing_metadata().
+        request_id: what we sent; the error names it when the server did not.
+    """
+    code = rpc.code()
+    status = status_pb2.Status(code=code.value[0], message=rpc.details() or code.name)
+    for key, value in rpc.trailing_metadata() or ():
+        if key == STATUS_KEY:
+            with contextlib.suppress(DecodeError):  # the bare code and text still stand
+                status = status_pb2.Status.FromString(value)
+    ours = is_ours(status)
+    error = error_from_status(status)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not ours and "larger than max" in status.message:
+        error = InvalidRequestError(
+            "the message is larger than the server accepts; split the batch into several forward_backward calls",
+            field="batch",
+            constraint="max_request_bytes of get_server_capabilities()",
+        )
+    elif code is grpc.StatusCode.UNIMPLEMENTED and not ours:
+        error = ServerError("the server does not know this call: client and server versions differ, update the older")
+    error.request_id = error.request_id or request_id
+    return code, error, ours
+
+
+def is_unreachable(code: grpc.StatusCode, ours: bool) -> bool:
+    """Whether a failure says nothing about the request, so that sending it again is the way to know."""
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return True
+    return not ours and (code is grpc.StatusCode.DEADLINE_EXCEEDED or code in BROKEN)
 
 
 def _shortened(value: Any) -> Any:

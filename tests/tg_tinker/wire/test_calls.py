@@ -66,7 +66,7 @@ PARAMS = st.builds(
     seed=st.none() | st.integers(-(2**63), 2**63 - 1),
 )
 OTHERS = (
-    st.builds(Step, apply_dp_noise=st.booleans())
+    st.builds(Step, apply_dp_noise=st.booleans(), incomplete=TEXT)
     | st.builds(Save, include_optimizer=st.booleans(), metadata=st.dictionaries(TEXT, JSON, max_size=3), name=TEXT)
     | st.builds(Load, artifact_id=TEXT, optimizer=st.none() | st.booleans())
     | st.builds(

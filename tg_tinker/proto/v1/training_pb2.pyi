@@ -74,12 +74,14 @@ class ForwardBackwardReply(_message.Message):
     def __init__(self, loss: _Optional[float] = ..., batch_hash: _Optional[str] = ..., gradient_hash: _Optional[str] = ..., num_tokens: _Optional[int] = ..., latency_ms: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class OptimStepRequest(_message.Message):
-    __slots__ = ("key", "apply_dp_noise")
+    __slots__ = ("key", "apply_dp_noise", "incomplete")
     KEY_FIELD_NUMBER: _ClassVar[int]
     APPLY_DP_NOISE_FIELD_NUMBER: _ClassVar[int]
+    INCOMPLETE_FIELD_NUMBER: _ClassVar[int]
     key: _common_pb2.OperationKey
     apply_dp_noise: bool
-    def __init__(self, key: _Optional[_Union[_common_pb2.OperationKey, _Mapping]] = ..., apply_dp_noise: _Optional[bool] = ...) -> None: ...
+    incomplete: str
+    def __init__(self, key: _Optional[_Union[_common_pb2.OperationKey, _Mapping]] = ..., apply_dp_noise: _Optional[bool] = ..., incomplete: _Optional[str] = ...) -> None: ...
 
 class DPMetrics(_message.Message):
     __slots__ = ("noise_applied", "epsilon_spent", "total_epsilon", "delta", "grad_norm_before_clip", "grad_norm_after_clip", "num_clipped")
