@@ -19,12 +19,15 @@ from tg_tinker_server.crypto.keys import create_key_file, key_provider
 from tg_tinker_server.engine.backend import Backend
 from tg_tinker_server.ledger.audit import AuditLog
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
+from tg_tinker_server.logs import configure_logging
 from tg_tinker_server.rpc.artifacts import ArtifactServicer
 from tg_tinker_server.rpc.endpoint import Endpoint
+from tg_tinker_server.rpc.futures import FutureServicer
 from tg_tinker_server.rpc.privacy import PrivacyServicer
-from tg_tinker_server.rpc.runs import FutureServicer, RunServicer
+from tg_tinker_server.rpc.runs import RunServicer
 from tg_tinker_server.rpc.sampling import SamplingServicer
 from tg_tinker_server.rpc.server import GrpcServer
+from tg_tinker_server.rpc.submitting import Submitting
 from tg_tinker_server.rpc.training import TrainingServicer
 from tg_tinker_server.service.caller import Authenticator, check_roles
 from tg_tinker_server.service.checkpoints import CheckpointService
@@ -113,11 +116,12 @@ def build_backend(config: ServerConfig) -> Backend:
         from tg_tinker_server.engine.bigram import BigramBackend
 
         return BigramBackend()
+    from tg_tinker_server.engine.models import BUNDLED_MODELS
+    from tg_tinker_server.engine.performance import PerformanceConfig
     from tg_tinker_server.engine.torch_backend import TorchBackend
 
-    return TorchBackend(
-        models=config.models, base_dtype=config.base_dtype, micro_batch_tokens=config.micro_batch_tokens
-    )
+    performance = PerformanceConfig(base_dtype=config.base_dtype, micro_batch_tokens=config.micro_batch_tokens)
+    return TorchBackend({**BUNDLED_MODELS, **config.models}, performance)
 
 
 class Server:
@@ -148,13 +152,14 @@ class Server:
         privacy = PrivacyService(ledger, executors)
         training = TrainingService(ledger, durability, executors, config.max_batch_records)
         sampling = SamplingService(executors)
+        submitting = Submitting(self._registry, operations)
         endpoint = Endpoint(Authenticator(db, foundation.desk.pepper), executors)
         self._grpc = GrpcServer(
             config,
             [
-                TrainingServicer(self._registry, operations, training, checkpoints),
-                SamplingServicer(self._registry, operations, sampling),
-                RunServicer(self._registry, operations, privacy, executors, backend, config),
+                TrainingServicer(submitting, training, checkpoints),
+                SamplingServicer(submitting, sampling),
+                RunServicer(submitting, privacy, backend, config),
                 FutureServicer(operations),
                 ArtifactServicer(checkpoints, executors),
                 PrivacyServicer(self._registry, privacy, audit, executors),
@@ -198,6 +203,7 @@ class EmbeddedServer:
     """
 
     def __init__(self, config: ServerConfig, backend: Backend | None = None) -> None:
+        configure_logging(level="warning", style="console")  # a guest in somebody's process keeps quiet
         self._config = config
         self._foundation = Foundation.open(config)
         self._backend = backend or build_backend(config)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 from pathlib import Path
 
 import click
-import structlog
 
 from tg_tinker.errors import TGTinkerError
 from tg_tinker_server.app import DEFAULT_ROLES, Foundation, Server, build_backend
 from tg_tinker_server.config import ServerConfig
+from tg_tinker_server.logs import configure_logging
 
 config_option = click.option(
     "--config", "config_path", type=click.Path(path_type=Path, dir_okay=False), help="TOML file."
@@ -30,24 +29,6 @@ def plain_errors():  # type: ignore[no-untyped-def]
         raise click.ClickException(e.message) from e
 
 
-def configure_logging(config: ServerConfig) -> None:
-    """Structured lines with ids, sizes and codes; never content."""
-    level = getattr(logging, config.log_level.upper())
-    renderer = (
-        structlog.processors.JSONRenderer()
-        if config.log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=False)
-    )
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-    )
-
-
 @click.command()
 @config_option
 @data_dir_option
@@ -60,7 +41,7 @@ def serve(
     """Run a server until SIGTERM or Ctrl-C; running operations are finished first."""
     with plain_errors():
         config = ServerConfig.load(config_path, data_dir=data_dir, host=host, port=port, backend=backend)
-        configure_logging(config)
+        configure_logging(level=config.log_level, style=config.log_format)
         foundation = Foundation.open(config)
         asyncio.run(_serve(config, foundation))
 

@@ -57,7 +57,7 @@ class ServerConfig(BaseModel):
     max_runs_per_tenant: int = Field(64, ge=1)
     max_batch_records: int = Field(4096, ge=1)
     max_request_bytes: int = Field(64 * 2**20, ge=2**16)
-    micro_batch_tokens: int = Field(8192, ge=1)
+    micro_batch_tokens: int = Field(2048, ge=1)
     kept_results: int = Field(1000, ge=10)
     drain_s: float = Field(30.0, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -92,9 +92,7 @@ class ServerConfig(BaseModel):
         return self.root_key or f"file:{(self.data_dir / 'root.key').resolve()}"
 
     @classmethod
-    def load(
-        cls, path: Path | None, environ: Mapping[str, str] = os.environ, **overrides: Any
-    ) -> ServerConfig:
+    def load(cls, path: Path | None, environ: Mapping[str, str] = os.environ, **overrides: Any) -> ServerConfig:
         """Read the TOML file, then ``TG_TINKER_SERVER_*``, then explicit overrides; later wins.
 
         Raises:
@@ -105,9 +103,7 @@ class ServerConfig(BaseModel):
             try:
                 values.update(tomllib.loads(path.read_text()))
             except (OSError, tomllib.TOMLDecodeError) as e:
-                raise InvalidRequestError(
-                    f"cannot read {path}: {e}", field="config", constraint="TOML"
-                ) from e
+                raise InvalidRequestError(f"cannot read {path}: {e}", field="config", constraint="TOML") from e
         for name, text in environ.items():
             if name.startswith(ENVIRONMENT_PREFIX):
                 values[name.removeprefix(ENVIRONMENT_PREFIX).lower()] = text
@@ -115,9 +111,7 @@ class ServerConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as e:
-            problems = "; ".join(
-                f"{'.'.join(map(str, p['loc'])) or 'config'}: {p['msg']}" for p in e.errors()
-            )
+            problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'config'}: {p['msg']}" for p in e.errors())
             raise InvalidRequestError(
                 f"server configuration: {problems}", field="config", constraint="known settings only"
             ) from e

@@ -52,14 +52,14 @@ class Endpoint:
     authenticator: Authenticator
     executors: Executors
 
-    def handler(self, method: Method, function: Callable[..., Any]) -> grpc.RpcMethodHandler:
+    def handler(self, method: Method, function: Callable[..., Any]) -> grpc.RpcMethodHandler[bytes, bytes]:
         """The grpc handler of one method."""
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(self._stream(method, function))
         return grpc.unary_unary_rpc_method_handler(self._unary(method, function))
 
     def _unary(self, method: Method, function: UnaryHandler) -> Callable[..., Awaitable[bytes]]:
-        async def call(payload: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def call(payload: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
             started = time.perf_counter()
             request_id = _request_id(context)
             try:
@@ -73,7 +73,7 @@ class Endpoint:
         return call
 
     def _stream(self, method: Method, function: StreamHandler) -> Callable[..., AsyncIterator[bytes]]:
-        async def call(payload: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        async def call(payload: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> AsyncIterator[bytes]:
             started = time.perf_counter()
             request_id = _request_id(context)
             try:
@@ -87,7 +87,7 @@ class Endpoint:
         return call
 
     async def _admit(
-        self, method: Method, payload: bytes, context: grpc.aio.ServicerContext, request_id: str
+        self, method: Method, payload: bytes, context: grpc.aio.ServicerContext[bytes, bytes], request_id: str
     ) -> tuple[Call, Message]:
         caller = _NOBODY if method.scope == PUBLIC else await self._authenticate(context)
         if method.scope != PUBLIC:
@@ -103,21 +103,23 @@ class Endpoint:
             ) from e
         return Call(caller=caller, request_id=request_id, payload=payload), request
 
-    async def _authenticate(self, context: grpc.aio.ServicerContext) -> Caller:
+    async def _authenticate(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> Caller:
         metadata = _metadata(context)
         scheme, _, token = metadata.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise AuthenticationError(f"no API key was sent; {HOW_TO_GET_A_KEY}")
         tenant = metadata.get("x-tenant-id")
         known = self.authenticator.cached(token, tenant)
-        return known or await self.executors.io(self.authenticator.authenticate, token, tenant)
+        if known is not None:
+            return known
+        return await self.executors.io(self.authenticator.authenticate, token, tenant)
 
 
-def _metadata(context: grpc.aio.ServicerContext) -> dict[str, str]:
+def _metadata(context: grpc.aio.ServicerContext[bytes, bytes]) -> dict[str, str]:
     return {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
 
 
-def _request_id(context: grpc.aio.ServicerContext) -> str:
+def _request_id(context: grpc.aio.ServicerContext[bytes, bytes]) -> str:
     given = _metadata(context).get("x-request-id", "")
     return given if _REQUEST_ID.match(given) else secrets.token_hex(8)
 
@@ -126,7 +128,9 @@ def _ms(started: float) -> float:
     return round((time.perf_counter() - started) * 1e3, 2)
 
 
-async def _abort(context: grpc.aio.ServicerContext, method: Method, error: Exception, request_id: str) -> NoReturn:
+async def _abort(
+    context: grpc.aio.ServicerContext[bytes, bytes], method: Method, error: Exception, request_id: str
+) -> NoReturn:
     if isinstance(error, asyncio.CancelledError):
         raise error
     if not isinstance(error, TGTinkerError):

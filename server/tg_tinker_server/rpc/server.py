@@ -17,7 +17,7 @@ from tg_tinker_server.rpc.endpoint import Endpoint
 UNSPECIFIED = "UNSPECIFIED"
 
 
-def bind(servicers: Iterable[Any], endpoint: Endpoint) -> list[grpc.GenericRpcHandler]:
+def bind(servicers: Iterable[Any], endpoint: Endpoint) -> list[grpc.GenericRpcHandler[bytes, bytes]]:
     """One handler per method of the protocol.
 
     Raises:
@@ -26,7 +26,7 @@ def bind(servicers: Iterable[Any], endpoint: Endpoint) -> list[grpc.GenericRpcHa
     functions: dict[str, Callable[..., Any]] = {}
     for servicer in servicers:
         functions.update({name: getattr(servicer, name) for name in dir(servicer) if name[0].isupper()})
-    services: dict[str, dict[str, grpc.RpcMethodHandler]] = {}
+    services: dict[str, dict[str, grpc.RpcMethodHandler[bytes, bytes]]] = {}
     for method in methods():
         require_scope(method)
         if method.name not in functions:
@@ -58,7 +58,7 @@ class GrpcServer:
         )
         handlers = bind(servicers, endpoint)
         self._server.add_generic_rpc_handlers(tuple(handlers))
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = sorted({m.service for m in methods()})
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.types import EncryptionInfo, LoadStateResult, SavedState
+from tg_tinker.wire.runs import config_to_json
 from tg_tinker_server.artifacts.vault import Vault
 from tg_tinker_server.engine.backend import EngineState
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
@@ -72,7 +73,7 @@ class CheckpointService:
                 "engine": engine.scalars,
                 "step": run.step,
                 "run_id": run.run_id,
-                "config": json.loads(run.config.model_dump_json()),
+                "config": json.loads(config_to_json(run.config)),
                 "metadata": dict(metadata),
                 "optimizer": include_optimizer,
                 "saved": when.isoformat(),
@@ -186,7 +187,7 @@ class CheckpointService:
         }
 
     def check_fits(self, run: Run, state: Mapping[str, Any]) -> None:
-        saved, here = state["config"], json.loads(run.config.model_dump_json())
+        saved, here = state["config"], json.loads(config_to_json(run.config))
         different = [k for k in ("model_ref", "lora_config") if saved.get(k) != here[k]]
         if different:
             raise InvalidRequestError(

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tg_tinker.ledger import LedgerEntry
-
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
+from tg_tinker.ledger import LedgerEntry
 from tg_tinker.types import TrainingConfig
-from tg_tinker_server.dp.calibration import noise_multiplier_for
+from tg_tinker_server.dp.calibration import Forecast, noise_multiplier_for
 from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, SampledGaussian
-from tg_tinker_server.ledger.privacy_ledger import DatasetScope, Forecast, PrivacyLedger, Spent
+from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.report import privacy_report
+from tg_tinker_server.ledger.reservation import DatasetScope, Spent
 from tg_tinker_server.service.executors import Executors
-from tg_tinker_server.service.run import Run
+from tg_tinker_server.service.run import PrivateRun, Run
 
 MAX_FORECAST_STEPS = 10_000_000
 
@@ -83,10 +83,18 @@ class PrivacyService:
         return await self.executors.io(
             self.ledger.forecast,
             run.private.scope,
+            run_id=run.run_id,
             event=run.private.event,
             steps=steps,
-            accountant=run.private.config.accountant_type,
+            accountant=run.private.accountant,
+            releases_left=await self._releases_left(run.private, run.run_id),
         )
+
+    async def _releases_left(self, private: PrivateRun, run_id: str) -> int | None:
+        limit = private.config.max_participation
+        if private.config.sampling != "max_participation" or limit is None:
+            return None
+        return limit - await self.executors.io(self.ledger.participation, private.scope, run_id)
 
     async def entries(self, tenant: str, dataset_id: str) -> tuple[list[LedgerEntry], Spent]:
         """The whole ledger of a tenant's dataset."""

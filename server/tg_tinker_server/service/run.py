@@ -13,7 +13,7 @@ from tg_tinker.types import DPConfig, TrainingConfig
 from tg_tinker_server.dp.events import Event
 from tg_tinker_server.dp.rng import SecureNormal
 from tg_tinker_server.engine.backend import Session
-from tg_tinker_server.ledger.privacy_ledger import DatasetScope
+from tg_tinker_server.ledger.reservation import DatasetScope
 from tg_tinker_server.service.lanes import Lane
 
 ACTIVE, DONE, BROKEN = "active", "completed", "failed"
@@ -26,6 +26,7 @@ class PrivateRun:
     Attributes:
         event: what one step releases, resolved when the run was created; the ledger records this value and
             the noise is drawn from the record.
+        accountant: "prv" only for a schedule fixed in advance; "gdp" is no bound and never gates.
         noise: the run's own generator, keyed by the operating system, never saved.
     """
 
@@ -33,6 +34,7 @@ class PrivateRun:
     scope: DatasetScope
     event: Event
     noise_multiplier: float
+    accountant: str
     noise: SecureNormal
 
 

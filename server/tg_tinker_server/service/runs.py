@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from pydantic import ValidationError
-
 from tg_tinker.errors import InvalidRequestError, RateLimitedError, ResourceNotFoundError, ServerError
 from tg_tinker.types import TrainingConfig
+from tg_tinker.wire.runs import config_from_json, config_to_json
 from tg_tinker_server.crypto.envelope import TenantKeyring
 from tg_tinker_server.dp.rng import SecureNormal
 from tg_tinker_server.engine.backend import Backend, Session
-from tg_tinker_server.ledger.privacy_ledger import DatasetScope, PrivacyLedger
+from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
+from tg_tinker_server.ledger.reservation import DatasetScope
 from tg_tinker_server.service.checkpoints import CheckpointService
 from tg_tinker_server.service.durability import Durability, new_id, now
 from tg_tinker_server.service.executors import Executors
@@ -29,20 +29,6 @@ def run_not_found(run_id: str) -> ResourceNotFoundError:
     return ResourceNotFoundError(
         "no such training client for this tenant", resource_type="training_client", resource_id=run_id
     )
-
-
-def parse_config(text: str) -> TrainingConfig:
-    """Read a configuration as the client sent it.
-
-    Raises:
-        InvalidRequestError: naming the first field that is wrong.
-    """
-    try:
-        return TrainingConfig.model_validate_json(text)
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(p) for p in first["loc"]) or "config"
-        raise InvalidRequestError(f"{where}: {first['msg']}", field=where, constraint=first["type"]) from e
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +56,7 @@ class RunRegistry:
             )
             if made is not None:
                 return await self.get(tenant, made.run_id)
-            run = await self._create(tenant, request_id, parse_config(config_json), checkpoint_id)
+            run = await self._create(tenant, request_id, config_from_json(config_json), checkpoint_id)
         self._locks.pop((tenant, "create:" + request_id), None)
         return run
 
@@ -154,7 +140,7 @@ class RunRegistry:
                 tenant=tenant,
                 run_id=run_id,
                 request_id=request_id,
-                config_json=config.model_dump_json(),
+                config_json=config_to_json(config),
                 status=ACTIVE,
                 step=0,
                 durable_seq=0,
@@ -195,7 +181,7 @@ class RunRegistry:
             target_epsilon=dp.target_epsilon if dp.finite_target else None,
             target_delta=dp.target_delta,
             unit=dp.privacy_unit,
-            accountant=dp.accountant_type,
+            accountant=private.accountant,
             mechanism=private.event,
         )
         return private
@@ -207,11 +193,12 @@ class RunRegistry:
             scope=scope,
             event=release_event(config, sigma),
             noise_multiplier=sigma,
+            accountant="prv" if config.dp_config.accountant_type == "prv" and config.max_steps else "rdp",
             noise=SecureNormal(),
         )
 
     async def _restore(self, row: run_rows.RunRow) -> Run:
-        config = parse_config(row.config_json)
+        config = config_from_json(row.config_json)
         if row.state_artifact_id is None:
             raise ServerError(f"training client {row.run_id} has no saved state")
         engine, _ = await self.durability.read_state(row.tenant, row.state_artifact_id)

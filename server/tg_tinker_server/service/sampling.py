@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import Sample, SampleResult, StreamChunk
-from tg_tinker_server.engine.backend import SamplingParams, TokenEvent
+from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.wire.calls import Generate
+from tg_tinker_server.engine.backend import TokenEvent
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
 from tg_tinker_server.service.run import Run
@@ -17,24 +19,21 @@ SLICE_TOKENS = 8  # tokens per turn on the compute thread: other runs wait no lo
 MAX_COMPLETIONS = 512
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingRequest:
-    """The arguments of ``sample``; possible once made."""
+def check(request: Generate) -> None:
+    """Refuse what no server should try.
 
-    prompts: tuple[str, ...]
-    params: SamplingParams
-    num_completions: int = 1
-
-    def __post_init__(self) -> None:
-        count = len(self.prompts) * self.num_completions
-        rules = (
-            ("prompts", len(self.prompts) >= 1, "at least one prompt"),
-            ("num_completions", self.num_completions >= 1, "at least 1"),
-            ("num_completions", count <= MAX_COMPLETIONS, f"prompts x completions at most {MAX_COMPLETIONS}"),
-        )
-        for name, holds, constraint in rules:
-            if not holds:
-                raise InvalidRequestError(f"{name} must be: {constraint}", field=name, constraint=constraint)
+    Raises:
+        InvalidRequestError: naming the argument.
+    """
+    count = len(request.prompts) * request.num_completions
+    rules = (
+        ("prompts", len(request.prompts) >= 1, "at least one prompt"),
+        ("num_completions", request.num_completions >= 1, "at least 1"),
+        ("num_completions", count <= MAX_COMPLETIONS, f"prompts x completions at most {MAX_COMPLETIONS}"),
+    )
+    for name, holds, constraint in rules:
+        if not holds:
+            raise InvalidRequestError(f"{name} must be: {constraint}", field=name, constraint=constraint)
 
 
 @dataclass(slots=True)
@@ -54,8 +53,9 @@ class SamplingService:
 
     executors: Executors
 
-    async def sample(self, run: Run, operation: Operation, request: SamplingRequest) -> SampleResult:
+    async def sample(self, run: Run, operation: Operation, request: Generate) -> SampleResult:
         """Complete every prompt ``num_completions`` times; prompt-major order."""
+        check(request)
         started = time.perf_counter()
         grown = [_Progress(p) for p in request.prompts for _ in range(request.num_completions)]
         async for events in self._slices(run, [g.prompt for g in grown], request.params, SLICE_TOKENS):
@@ -81,7 +81,7 @@ class SamplingService:
             latency_ms=operation.elapsed_ms(),
         )
 
-    async def stream(self, run: Run, request: SamplingRequest) -> AsyncIterator[StreamChunk]:
+    async def stream(self, run: Run, request: Generate) -> AsyncIterator[StreamChunk]:
         """Yield text as it is generated; never half a character, never part of a stop sequence."""
         async for events in self._slices(run, list(request.prompts), request.params, 1):
             for event in events:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Literal
 
 from tg_tinker.errors import (
     DPBudgetExceededError,
@@ -16,18 +16,18 @@ from tg_tinker.errors import (
     TGTinkerError,
 )
 from tg_tinker.types import (
-    IGNORE_INDEX,
-    BatchData,
     DPMetrics,
     ForwardBackwardOutput,
     OptimStepOutput,
     batch_digest,
 )
+from tg_tinker.wire.calls import Pass, Step
 from tg_tinker_server.dp.events import Unnoised
 from tg_tinker_server.dp.mechanism import GaussianMechanism
 from tg_tinker_server.engine.backend import PassRequest, PassResult, StepRequest, StepResult
-from tg_tinker_server.engine.schedules import learning_rate
-from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger, Reservation
+from tg_tinker_server.engine.schedules import learning_rate_at
+from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
+from tg_tinker_server.ledger.reservation import Reservation
 from tg_tinker_server.service.durability import Durability
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
@@ -35,16 +35,6 @@ from tg_tinker_server.service.run import ACTIVE, DONE, PrivateRun, Run
 from tg_tinker_server.store.database import Transaction
 
 NAN = float("nan")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
-    """One forward_backward as the client sent it."""
-
-    batch: BatchData
-    train: bool
-    units: tuple[str, ...] | None
-    batch_hash: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,25 +74,15 @@ class TrainingService:
                 constraint="sha256 of this batch",
             )
         if request.train and run.private is not None:
-            await self._refuse_if_unaffordable(run.private)
+            await self._refuse_if_unaffordable(run, run.private)
         result = await self._pass(run, request)
         if request.train:
             await self._accumulate(run, operation, result)
         return self._describe(run, request, digest, result, operation)
 
     async def _pass(self, run: Run, request: Pass) -> PassResult:
-        ids = request.batch.input_ids
-        mask = request.batch.attention_mask
-        mask = np.ones_like(ids) if mask is None else mask
-        labels = request.batch.labels
-        labels = np.where(mask == 1, ids, IGNORE_INDEX) if labels is None else labels
-        engine_request = PassRequest(
-            input_ids_BT=ids,
-            attention_mask_BT=mask,
-            labels_BT=labels,
-            units=request.units,
-            train=request.train,
-            seed=run.dropout_seed(),
+        engine_request = PassRequest.of_batch(
+            request.batch, units=request.units, train=request.train, seed=run.dropout_seed()
         )
         run.session.check(engine_request)
         return await self.executors.compute(run.session.forward_backward, engine_request)
@@ -158,12 +138,18 @@ class TrainingService:
                 constraint="one per record",
             )
 
-    async def _refuse_if_unaffordable(self, private: PrivateRun) -> None:
-        spent = await self.executors.io(
-            self.ledger.affordable, private.scope, private.event, private.config.accountant_type
+    async def _refuse_if_unaffordable(self, run: Run, private: PrivateRun) -> None:
+        if private.config.sampling == "max_participation":
+            return  # what the step costs depends on its units; the charge decides
+        refusal = await self.executors.io(
+            self.ledger.refusal,
+            private.scope,
+            run_id=run.run_id,
+            event=private.event,
+            accountant=private.accountant,
         )
-        if spent is not None:
-            raise spent
+        if refusal is not None:
+            raise refusal
 
     def _describe(
         self, run: Run, request: Pass, digest: bytes, result: PassResult, operation: Operation
@@ -189,11 +175,11 @@ class TrainingService:
             metrics=metrics if shown else {},
         )
 
-    async def optim_step(self, run: Run, operation: Operation, *, apply_dp_noise: bool) -> OptimStepOutput:
+    async def optim_step(self, run: Run, operation: Operation, request: Step) -> OptimStepOutput:
         """Charge, release, settle (docs/privacy.md). Refused steps change nothing and cost nothing."""
         run.require_active()
-        if run.poison is not None:
-            why = run.poison
+        why = run.poison or request.incomplete
+        if why:
             run.drop_pending()
             raise InvalidRequestError(
                 f"a forward_backward since the last step failed ({why}), so its batch is incomplete and was "
@@ -208,10 +194,10 @@ class TrainingService:
                 constraint="at least one forward_backward",
             )
         operation.commit()
-        rate = learning_rate(run.config.optimizer, step=run.step, max_steps=run.config.max_steps)
+        rate = learning_rate_at(run.config.optimizer, step=run.step, max_steps=run.config.max_steps)
         paid = None
         if run.private is not None:
-            paid = await self._charge(run, run.private, operation, apply_dp_noise)
+            paid = await self._charge(run, run.private, operation, request.apply_dp_noise)
         async with run.weights:
             return await self._release(run, operation, rate, paid)
 
@@ -233,7 +219,7 @@ class TrainingService:
             run_id=run.run_id,
             seq=operation.seq,
             event=private.event if apply_dp_noise else Unnoised(),
-            accountant=config.accountant_type,
+            accountant=private.accountant,
             unit_macs=units,
             max_participation=config.max_participation if counted else None,
         )
@@ -267,7 +253,9 @@ class TrainingService:
         run.drop_pending()
         return output
 
-    def _settlement(self, paid: Reservation, outcome: str, update_hash: str):  # type: ignore[no-untyped-def]
+    def _settlement(
+        self, paid: Reservation, outcome: Literal["released", "failed"], update_hash: str
+    ) -> Callable[[Transaction], None]:
         def settle(tx: Transaction) -> None:
             self.ledger.settle(tx, paid, outcome=outcome, update_hash=update_hash)
 

@@ -19,8 +19,15 @@ def make_lane(expected: int = 1, max_queue: int = 100) -> Lane:
     return Lane("run_a", expected=expected, max_queue=max_queue, kept=1000, on_crash=crash)
 
 
-def make(seq: int, log: list[int], *, digest: bytes = b"", effect: bool = True, gate: asyncio.Event | None = None,
-         error: Exception | None = None) -> Operation:
+def make(
+    seq: int,
+    log: list[int],
+    *,
+    digest: bytes = b"",
+    effect: bool = True,
+    gate: asyncio.Event | None = None,
+    error: Exception | None = None,
+) -> Operation:
     async def work(operation: Operation) -> Any:
         if gate is not None:
             await gate.wait()

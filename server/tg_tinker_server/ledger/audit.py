@@ -1,0 +1,109 @@
+"""The audit log: one hash-chained record per operation, with ids, sizes and keyed hashes, never content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime
+
+from tg_tinker.ledger import AUDIT_DOMAIN, START, ChainEntry
+from tg_tinker_server.store import audit_rows
+from tg_tinker_server.store.database import Database, Transaction
+
+_PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRecord:
+    """One operation that ended.
+
+    Attributes:
+        request_hash: keyed; a plain hash of a small batch can be guessed.
+        dp_metrics: epsilon figures as decimal strings; nothing that depends on the data.
+    """
+
+    operation: str
+    run_id: str
+    request_hash: str
+    request_bytes: int
+    artifact_ids: tuple[str, ...]
+    started: datetime
+    completed: datetime
+    success: bool
+    error_code: str
+    dp_metrics: Mapping[str, str | bool] | None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditLog:
+    """Appends and reads records of tenants."""
+
+    db: Database
+
+    def append(self, tenant: str, record: AuditRecord) -> Future[None]:
+        """Append in order of calls; durable when the future is done. A failed write makes the database unhealthy."""
+        body = {
+            "operation": record.operation,
+            "training_client_id": record.run_id,
+            "request_hash": record.request_hash,
+            "request_bytes": record.request_bytes,
+            "artifact_ids": list(record.artifact_ids),
+            "started": record.started.isoformat(),
+            "completed": record.completed.isoformat(),
+            "success": record.success,
+            "error_code": record.error_code,
+            "dp_metrics": None if record.dp_metrics is None else dict(record.dp_metrics),
+        }
+
+        def write(tx: Transaction) -> None:
+            position, head = audit_rows.last_record(tx, tenant) or (-1, START)
+            entry = ChainEntry.make(AUDIT_DOMAIN, body, position=position + 1, prev_hash=head)
+            audit_rows.insert_record(
+                tx,
+                audit_rows.AuditRow(
+                    tenant=tenant,
+                    position=entry.position,
+                    body_json=entry.body_json(),
+                    prev_hash=entry.prev_hash,
+                    record_hash=entry.entry_hash,
+                ),
+            )
+
+        return self.db.submit(write)
+
+    def query(
+        self,
+        tenant: str,
+        *,
+        run_id: str = "",
+        operation: str = "",
+        start: datetime | None = None,
+        end: datetime | None = None,
+        limit: int = 100,
+    ) -> list[ChainEntry]:
+        """The newest ``limit`` records that fit, oldest of them first. ``start`` and ``end`` bound ``started``."""
+
+        def fits(body: Mapping[str, object]) -> bool:
+            began = datetime.fromisoformat(str(body["started"]))
+            return (
+                (not run_id or body["training_client_id"] == run_id)
+                and (not operation or body["operation"] == operation)
+                and (start is None or began >= start)
+                and (end is None or began <= end)
+            )
+
+        def read(tx: Transaction) -> list[ChainEntry]:
+            found: list[ChainEntry] = []
+            before: int | None = None
+            while len(found) < limit:
+                page = audit_rows.records(tx, tenant, before=before, limit=_PAGE)
+                if not page:
+                    break
+                before = page[-1].position
+                entries = (ChainEntry(json.loads(r.body_json), r.record_hash) for r in page)
+                found += [e for e in entries if fits(e.body)]
+            return found[:limit][::-1]
+
+        return self.db.read(read)

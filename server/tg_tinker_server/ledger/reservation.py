@@ -1,0 +1,58 @@
+"""Values of the ledger: whose budget, the proof that a release was paid for, where a budget stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tg_tinker_server.dp.events import Event
+
+NEIGHBOURS = "add-or-remove-one"
+MINT = object()  # known to the ledger; a reservation without it cannot be made
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetScope:
+    """Whose budget: a dataset of a tenant."""
+
+    tenant: str
+    dataset_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Proof that one release was paid for. Only the ledger makes it; noise is drawn from its ``event``.
+
+    Attributes:
+        position, entry_hash: the charge's place in the ledger.
+        epsilon_before, epsilon_after: of the dataset, at ``delta``, by ``accountant``.
+        attempt: 1, or more where a crash came between an earlier charge and its settlement.
+    """
+
+    scope: DatasetScope
+    run_id: str
+    seq: int
+    attempt: int
+    event: Event
+    accountant: str
+    position: int
+    entry_hash: bytes
+    epsilon_before: float
+    epsilon_after: float
+    delta: float
+    mint: object
+
+    def __post_init__(self) -> None:
+        if self.mint is not MINT:
+            raise TypeError("only the ledger makes reservations")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """Where a dataset's budget stands."""
+
+    epsilon: float
+    delta: float
+    target_epsilon: float | None
+    head: bytes
+    entries: int
+    unit: str

@@ -1,0 +1,53 @@
+"""What the servicers of ordered calls share: from a request to its place in the run's lane."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tg_tinker.proto.v1 import training_pb2
+from tg_tinker.wire.calls import call_from_proto
+from tg_tinker.wire.operations import Submission, submission_to_proto
+from tg_tinker_server.rpc.endpoint import Call
+from tg_tinker_server.service.lanes import Operation
+from tg_tinker_server.service.operations import OperationService
+from tg_tinker_server.service.run import Run
+from tg_tinker_server.service.runs import RunRegistry
+
+
+@dataclass(frozen=True, slots=True)
+class Submitting:
+    """Puts calls into lanes. The request is read inside the lane, so that a bad one still takes its turn."""
+
+    registry: RunRegistry
+    operations: OperationService
+
+    async def submit(
+        self,
+        call: Call,
+        request: Any,
+        name: str,
+        work: Callable[[Run, Operation, Any], Awaitable[Any]],
+        *,
+        effect: bool,
+    ) -> training_pb2.Submitted:
+        """Queue ``work`` at the request's position; answer at once."""
+        run = await self.registry.get(call.tenant, request.key.run_id)
+
+        async def turn(operation: Operation) -> Any:
+            return await work(run, operation, call_from_proto(request))
+
+        operation = await self.operations.submit(run, request.key.seq, name, call.payload, turn, effect=effect)
+        return self.answer(run, operation.future_id)
+
+    def answer(self, run: Run, future_id: str = "") -> training_pb2.Submitted:
+        """Where the run stands, for the client's journal."""
+        return submission_to_proto(
+            Submission(
+                future_id=future_id,
+                server_epoch=self.operations.epoch,
+                expected_seq=run.lane.expected,
+                durable_seq=run.durable_seq,
+            )
+        )

@@ -1,0 +1,41 @@
+"""Rows of the audit log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, insert, select
+
+from tg_tinker_server.store import tables as t
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRow:
+    """One entry of one tenant's audit log; ``body_json`` is canonical."""
+
+    tenant: str
+    position: int
+    body_json: str
+    prev_hash: bytes
+    record_hash: bytes
+
+
+def insert_record(tx: Connection, row: AuditRow) -> None:
+    """Append a record."""
+    tx.execute(insert(t.audit).values(**{c.name: getattr(row, c.name) for c in t.audit.columns}))
+
+
+def last_record(tx: Connection, tenant: str) -> tuple[int, bytes] | None:
+    """Position and hash of a tenant's newest record."""
+    c = t.audit.c
+    query = select(c.position, c.record_hash).where(c.tenant == tenant).order_by(c.position.desc()).limit(1)
+    found = tx.execute(query).first()
+    return (int(found[0]), bytes(found[1])) if found else None
+
+
+def records(tx: Connection, tenant: str, *, before: int | None, limit: int) -> list[AuditRow]:
+    """A tenant's records, newest first, older than a position."""
+    query = select(t.audit).where(t.audit.c.tenant == tenant)
+    if before is not None:
+        query = query.where(t.audit.c.position < before)
+    return [AuditRow(**r._mapping) for r in tx.execute(query.order_by(t.audit.c.position.desc()).limit(limit))]
