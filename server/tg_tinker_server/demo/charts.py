@@ -1,0 +1,114 @@
+"""Line charts as inline SVG: pure text from numbers, colours left to the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 440, 230
+LEFT, RIGHT, TOP, BOTTOM = 40, 12, 26, 36
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """What a chart shows.
+
+    Attributes:
+        label: read out by screen readers.
+        line: drawn connected.
+        dots: drawn as faint single points, e.g. the raw values behind a smoothed line.
+        limit: a dashed horizontal line with its name, e.g. the budget.
+        zero: whether the vertical axis starts at zero.
+    """
+
+    label: str
+    x_name: str
+    y_name: str
+    line: Points
+    dots: Points = ()
+    limit: tuple[float, str] | None = None
+    zero: bool = False
+
+
+def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
+    """Round values covering [low, high], about so many.
+
+    >>> ticks(0.0, 8.2)
+    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    """
+    if high - low < 1e-9 * max(1.0, abs(low), abs(high)):
+        return [low, low + max(1.0, abs(low) * 1e-3)]
+    rough = (high - low) / max(about - 1, 1)
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * 0.75)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def smoothed(points: Points, *, window: int = 9) -> list[tuple[float, float]]:
+    """Centred moving average over at most ``window`` points, fewer at the ends."""
+    half = window // 2
+    values = [y for _, y in points]
+    means = []
+    for i, (x, _) in enumerate(points):
+        part = values[max(0, i - half) : i + half + 1]
+        means.append((x, sum(part) / len(part)))
+    return means
+
+
+def line_chart(chart: Chart) -> str:
+    """The chart as one ``<svg>`` element."""
+    everything = [*chart.line, *chart.dots]
+    if not everything:
+        return '<p class="quiet">Nothing to draw: no steps were taken.</p>'
+    xs = [x for x, _ in everything]
+    ys = [y for _, y in everything] + ([chart.limit[0]] if chart.limit else []) + ([0.0] if chart.zero else [])
+    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs), about=7), ticks(min(ys), max(ys))
+    x_low, x_high = x_ticks[0], max(xs)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def px(x: float) -> float:
+        return LEFT + (x - x_low) / ((x_high - x_low) or 1) * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return HEIGHT - BOTTOM - (y - y_low) / ((y_high - y_low) or 1) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.label, quote=True)}">',
+        *_y_axis(y_ticks, py),
+        *_x_axis([t for t in x_ticks if t <= x_high], px),
+        f'<text class="axis" x="{LEFT}" y="{TOP - 12}">{escape(chart.y_name)}</text>',
+        f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(chart.x_name)}</text>',
+    ]
+    if chart.limit is not None:
+        value, name = chart.limit
+        parts.append(
+            f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>'
+            f'<text class="limit-name" x="{LEFT + 10}" y="{py(value) + 16:.1f}">{escape(name)}</text>'
+        )
+    parts += [f'<circle class="dot" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.2"/>' for x, y in chart.dots]
+    path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in chart.line)
+    parts.append(f'<polyline class="line" points="{path}"/>')
+    if chart.line:
+        x, y = chart.line[-1]
+        parts.append(f'<circle class="end" cx="{px(x):.1f}" cy="{py(y):.1f}" r="4"/>')
+    return "\n".join([*parts, "</svg>"])
+
+
+def _y_axis(values: Sequence[float], py: Callable[[float], float]) -> list[str]:
+    return [
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(v):.1f}" y2="{py(v):.1f}"/>'
+        f'<text class="tick" x="{LEFT - 8}" y="{py(v) + 4:.1f}" text-anchor="end">{v:g}</text>'
+        for v in values
+    ]
+
+
+def _x_axis(values: Sequence[float], px: Callable[[float], float]) -> list[str]:
+    return [
+        f'<text class="tick" x="{px(v):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{v:g}</text>'
+        for v in values
+    ]

@@ -1,0 +1,64 @@
+"""Charts: the numbers land where they belong."""
+
+from __future__ import annotations
+
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tg_tinker_server.demo.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, line_chart, smoothed, ticks
+
+values = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
+
+
+def chart(**changes: object) -> Chart:
+    fields: dict[str, object] = {"label": "a", "x_name": "step", "y_name": "loss", "line": [(1, 5.0), (2, 4.0)]}
+    return Chart(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def vertices(svg: str) -> list[tuple[float, float]]:
+    points = re.search(r'<polyline class="line" points="([^"]*)"', svg)
+    assert points is not None
+    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in points[1].split())]
+
+
+@given(values, values)
+def test_ticks_cover_the_range_and_are_few(a: float, b: float) -> None:
+    low, high = min(a, b), max(a, b)
+    found = ticks(low, high)
+    assert found[0] <= low + 1e-6 * max(1, abs(low))
+    assert found[-1] >= high - 1e-6 * max(1, abs(high))
+    assert 2 <= len(found) <= 12
+    assert found == sorted(set(found))
+
+
+@given(st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 1e4)), min_size=1, max_size=60))
+def test_every_point_lies_inside_the_frame(points: list[tuple[int, float]]) -> None:
+    for x, y in vertices(line_chart(chart(line=sorted(points)))):
+        assert LEFT - 0.1 <= x <= WIDTH - RIGHT + 0.1
+        assert TOP - 0.1 <= y <= HEIGHT - BOTTOM + 0.1
+
+
+def test_a_larger_value_stands_higher() -> None:
+    (_, first), (_, second) = vertices(line_chart(chart()))
+    assert first < second  # SVG counts downwards
+
+
+def test_the_limit_is_drawn_and_named() -> None:
+    svg = line_chart(chart(limit=(8.0, "budget 8")))
+    assert 'class="limit"' in svg
+    assert "budget 8" in svg
+
+
+def test_no_steps_draw_no_chart() -> None:
+    assert "<svg" not in line_chart(chart(line=[]))
+
+
+def test_labels_are_escaped() -> None:
+    assert '"><b>' not in line_chart(chart(label='"><b>'))
+
+
+def test_smoothing_keeps_a_constant_and_averages_the_rest() -> None:
+    assert smoothed([(i, 2.0) for i in range(5)]) == [(i, 2.0) for i in range(5)]
+    assert smoothed([(0, 0.0), (1, 3.0), (2, 9.0)], window=3)[1] == (1, 4.0)
