@@ -1,0 +1,298 @@
+"""ServiceClient: the way in. Creates and finds training clients, artifacts, ledgers, audit logs."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tg_tinker._endpoint import DEFAULT_RETRY_COUNT, DEFAULT_TIMEOUT_S, read_tls_files, resolve
+from tg_tinker._transport import Transport
+from tg_tinker.errors import ResourceNotFoundError, ServerError
+from tg_tinker.futures import FutureHandle
+from tg_tinker.ledger import PrivacyLedger
+from tg_tinker.operation import Operation
+from tg_tinker.session import Session
+from tg_tinker.training_client import TrainingClient
+from tg_tinker.types import (
+    ArtifactInfo,
+    AuditLogEntry,
+    Capabilities,
+    ServiceConfig,
+    TrainingClientInfo,
+    TrainingConfig,
+)
+from tg_tinker.types.run import RunInfo
+from tg_tinker.wire import requests
+from tg_tinker.wire.artifacts import artifact_from_proto
+from tg_tinker.wire.calls import json_from_text
+from tg_tinker.wire.operations import (
+    FAILED,
+    UNKNOWN,
+    FutureState,
+    cancel_future_request,
+    future_from_proto,
+    get_future_request,
+)
+from tg_tinker.wire.privacy import audit_from_lines, ledger_from_proto
+from tg_tinker.wire.runs import API_VERSION, capabilities_from_proto, run_info_from_proto
+
+
+class ServiceClient:
+    """A connection to one server, shared by threads. Nothing is sent before the first call.
+
+    >>> service = ServiceClient(base_url="localhost:50051")
+    >>> service.config.tls
+    False
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        tenant_id: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        retry_count: int = DEFAULT_RETRY_COUNT,
+        *,
+        user_metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Settings that are not given come from the environment.
+
+        Args:
+            api_key: or TG_TINKER_API_KEY.
+            base_url: or TG_TINKER_BASE_URL; host:port (this machine), grpc://, grpcs://, http:// or https://.
+                Default localhost:50051.
+            tenant_id: or TG_TINKER_TENANT_ID; checked against the key's tenant.
+            timeout: or TG_TINKER_TIMEOUT; seconds that a server reached before may be away, and that creating a
+                run may take. Waiting for results has its own timeouts.
+            retry_count: or TG_TINKER_RETRY_COUNT; repeats when the server was never reached or says "too many
+                requests". 0 repeats nothing.
+            user_metadata: added to the metadata of every run created here.
+
+        Raises:
+            InvalidRequestError: a setting that cannot be, named; among them plaintext to another machine.
+        """
+        self._config = resolve(
+            api_key=api_key, base_url=base_url, tenant_id=tenant_id, timeout=timeout, retry_count=retry_count
+        )
+        self._transport = Transport(self._config, tls=read_tls_files() if self._config.tls else None)
+        self._user_metadata = dict(user_metadata or {})
+        self._lock = threading.Lock()
+        self._sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
+        self._capabilities: Capabilities | None = None
+
+    @property
+    def config(self) -> ServiceConfig:
+        """The settings in use; the key is not shown."""
+        return self._config
+
+    @property
+    def tenant_id(self) -> str:
+        """The tenant that the key belongs to."""
+        return self._config.tenant_id or self._handshake().tenant_id
+
+    # Training clients.
+
+    def create_training_client(self, config: TrainingConfig, checkpoint_id: str | None = None) -> TrainingClient:
+        """Create a run.
+
+        Args:
+            checkpoint_id: start from this artifact.
+
+        Raises:
+            InvalidRequestError: the server cannot do what the configuration asks for; it names the field.
+            DPBudgetExceededError: the dataset's budget does not allow a single step.
+        """
+        self._handshake()
+        if self._user_metadata:
+            config = config.model_copy(update={"metadata": {**self._user_metadata, **config.metadata}})
+        request = requests.create_run(uuid.uuid4().hex, config, checkpoint_id)
+        info = run_info_from_proto(self._transport.call(request, attempt_s=self._config.timeout))
+        return self._client(info, takeover=False)
+
+    def get_training_client(self, client_id: str) -> TrainingClient:
+        """A handle on a run that exists, to go on where it stands. One handle drives a run at a time."""
+        self._handshake()
+        return self._client(self._run_info(client_id), takeover=True)
+
+    def list_training_clients(self, status: str | None = None, limit: int = 100) -> list[TrainingClientInfo]:
+        """The newest runs of the tenant; ``status`` is active, completed or failed."""
+        reply = self._transport.call(requests.list_runs(status, limit))
+        infos = [run_info_from_proto(run) for run in reply.runs]
+        return [
+            TrainingClientInfo(
+                training_client_id=i.run_id,
+                model_ref=i.config.model_ref,
+                status=i.status,
+                step=i.step,
+                created=i.created,
+            )
+            for i in infos
+        ]
+
+    def delete_training_client(self, training_client_id: str) -> None:
+        """Delete a run and its results. Its checkpoints stay, and so does what it spent."""
+        self._transport.call(requests.delete_run(training_client_id), attempt_s=self._config.timeout)
+
+    def get_future(self, future_id: str) -> FutureHandle:
+        """The handle of an operation, by its id, from any process.
+
+        Raises:
+            ResourceNotFoundError: there is none for this tenant.
+        """
+        state = future_from_proto(self._transport.call(get_future_request(future_id, wait_s=0.0)))
+        if state.status == UNKNOWN:
+            raise ResourceNotFoundError(f"no such future {future_id}", resource_type="future", resource_id=future_id)
+        return FutureHandle(_Elsewhere(self._transport).operation(state))
+
+    # Artifacts.
+
+    def pull_artifact(self, artifact_id: str, destination: str | Path | None = None) -> bytes:
+        """The encrypted bytes of a checkpoint.
+
+        Args:
+            destination: also write them to this file; it appears whole or not at all.
+        """
+        stream = self._transport.stream(requests.pull_artifact(artifact_id))
+        data = b"".join(chunk.data for chunk in stream)
+        if destination is not None:
+            _write_whole(Path(destination), data)
+        return data
+
+    def list_artifacts(self, training_client_id: str | None = None, limit: int = 100) -> list[ArtifactInfo]:
+        """The newest checkpoints, of one run or of all."""
+        reply = self._transport.call(requests.list_artifacts(training_client_id, limit))
+        return [artifact_from_proto(a) for a in reply.artifacts]
+
+    def delete_artifact(self, artifact_id: str) -> None:
+        """Delete a checkpoint. What it cost stays in the ledger."""
+        self._transport.call(requests.delete_artifact(artifact_id))
+
+    # Privacy and audit.
+
+    def get_privacy_ledger(self, dataset_id: str) -> PrivacyLedger:
+        """The whole ledger of a dataset; ``verify()`` checks it without trusting the server."""
+        return ledger_from_proto(self._transport.call(requests.ledger(dataset_id)))
+
+    def get_privacy_report(self, dataset_id: str) -> dict[str, Any]:
+        """The report on a dataset: guarantee, curve, mechanism, accounting, what is not covered."""
+        return json_from_text(self._transport.call(requests.report(dataset_id)).report_json, field="report")
+
+    def get_audit_logs(
+        self,
+        training_client_id: str | None = None,
+        operation: str | None = None,
+        start_time: datetime | None = None,
+        end_time: datetime | None = None,
+        limit: int = 100,
+    ) -> list[AuditLogEntry]:
+        """The newest audit records that fit, oldest of them first. Times are timezone-aware."""
+        request = requests.audit_log(training_client_id, operation, start_time, end_time, limit)
+        return audit_from_lines(self._transport.call(request).entries_json)
+
+    # The server.
+
+    def get_server_capabilities(self) -> Capabilities:
+        """What the server can do.
+
+        Raises:
+            ServerError: it speaks another major version of the protocol.
+        """
+        request = requests.capabilities(version("tg-tinker"))
+        capabilities = capabilities_from_proto(self._transport.call(request))
+        if capabilities.api_version.partition(".")[0] != API_VERSION.partition(".")[0]:
+            raise ServerError(
+                f"the server speaks protocol {capabilities.api_version} and this client {API_VERSION}: install the "
+                f"version of tg-tinker that fits the server ({capabilities.server_version})",
+                details={"server": capabilities.api_version, "client": API_VERSION},
+            )
+        self._capabilities = capabilities
+        return capabilities
+
+    def close(self, *, wait_s: float = 60.0) -> None:
+        """End the connection. Calls already made are handed to the server first, for up to ``wait_s`` seconds."""
+        deadline = time.monotonic() + wait_s
+        for session in list(self._sessions.values()):
+            session.close(wait_s=max(0.0, deadline - time.monotonic()))
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(wait_s=60.0 if error is None else 0.0)
+
+    def _handshake(self) -> Capabilities:
+        return self._capabilities or self.get_server_capabilities()
+
+    def _run_info(self, run_id: str) -> RunInfo:
+        request = requests.get_run(run_id)
+        return run_info_from_proto(self._transport.call(request, attempt_s=self._config.timeout))
+
+    def _client(self, info: RunInfo, *, takeover: bool) -> TrainingClient:
+        with self._lock:
+            session = self._sessions.get(info.run_id)
+            if session is None or not session.usable or info.next_seq > session.next_seq:
+                session = Session(self._transport, info, takeover=takeover)
+                self._sessions[info.run_id] = session
+        return TrainingClient(self._transport, session, info)
+
+
+class _Elsewhere:
+    """Owner of an operation that another handle submitted: it can be watched and cancelled, not sent again."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._lost_since: float | None = None
+
+    def operation(self, state: FutureState) -> Operation:
+        """The operation whose state was just learned."""
+        operation = Operation(self._transport, self, state.position, state.operation, known=True)
+        operation.learn(state)
+        return operation
+
+    def saw(self, operation: Operation, state: FutureState) -> None:
+        """Nothing to note: the journal is elsewhere."""
+
+    def ending(self, operation: Operation, outcome: Any) -> None:
+        """Nothing to note: the journal is elsewhere."""
+
+    def lost(self, operation: Operation, state: FutureState) -> None:  # noqa: ARG002 - of the protocol
+        """The server was restarted; whoever submitted the call will send it again, so wait for that."""
+        now = time.monotonic()
+        self._lost_since = self._lost_since or now
+        if now - self._lost_since < self._transport.policy.patience_s:
+            operation.poll_later()
+            return
+        text = f"the server was restarted and nobody sent {operation.future_id} again"
+        operation.end(FAILED, ServerError(text))
+
+    def cancel(self, operation: Operation) -> bool:
+        """Ask the server."""
+        cancelled = bool(self._transport.call(cancel_future_request(operation.position)).cancelled)
+        if cancelled:
+            operation.cancelled()
+        return cancelled
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

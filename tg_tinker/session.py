@@ -1,0 +1,333 @@
+"""One handle on one run: numbers its calls, sends them in order, and again when the server was restarted.
+
+When the server answers under a new epoch, it is a new process: the session tells it which calls ended for good,
+learns where the run's last durable state stands, and sends the journal again from there, byte for byte.
+Outcomes that were delivered never change.
+
+One submission is under way at a time, so a call is never received before the one it follows. That costs a
+round trip for each call, and none of it is waiting for execution.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from tg_tinker._transport import MAX_MESSAGE_BYTES, Transport, encode
+from tg_tinker.errors import InvalidRequestError, ServerError, TGTinkerError
+from tg_tinker.journal import Entry, Journal
+from tg_tinker.operation import Operation
+from tg_tinker.types import LoadStateResult, OptimStepResult
+from tg_tinker.types.run import RunInfo
+from tg_tinker.wire import calls
+from tg_tinker.wire.calls import Pass, Position, Step
+from tg_tinker.wire.operations import (
+    FAILED,
+    FutureState,
+    Submission,
+    cancel_future_request,
+    resume_request,
+    submission_from_proto,
+)
+
+_FRESH = "get a fresh handle with service.get_training_client"
+
+
+class Session:
+    """Threads may share it. Everything here returns at once, except ``cancel`` and ``close``.
+
+    Attributes:
+        run_id: the run.
+        step: optimizer steps as of the last result seen.
+    """
+
+    def __init__(self, transport: Transport, info: RunInfo, *, takeover: bool = False) -> None:
+        """A handle on the run that the server just described.
+
+        Args:
+            takeover: others drove the run before, so numbers below ours may be missing for good. The first
+                submission then begins with a resume that passes over them.
+        """
+        self.run_id = info.run_id
+        self.step = info.step
+        self._step_seq = 0
+        self._transport = transport
+        self._handle = secrets.token_hex(8)
+        self._lock = threading.RLock()
+        self._moved = threading.Condition(self._lock)
+        self._journal = Journal(info.next_seq)
+        self._first_seq = info.next_seq
+        self._epoch = "" if takeover else info.server_epoch
+        self._sending: Entry | None = None
+        self._resume_wanted = False
+        self._resuming = False
+        self._broken: TGTinkerError | None = None
+        self._incomplete = ""
+        self._unheard: set[Entry] = set()  # may have changed the step
+
+    @property
+    def usable(self) -> bool:
+        """Whether calls are still taken."""
+        return self._broken is None
+
+    @property
+    def next_seq(self) -> int:
+        """The number the next call gets."""
+        return self._journal.next_seq
+
+    @property
+    def step_is_current(self) -> bool:
+        """Whether every call that may have changed ``step`` has been heard of."""
+        return not self._unheard
+
+    def submit(self, call: calls.Call) -> Entry:
+        """Take a call: it gets the next number and is sent after those before it.
+
+        Raises:
+            InvalidRequestError: it cannot be sent (too large, not JSON), or the handle is closed.
+            TGTinkerError: what broke this handle.
+        """
+        with self._lock:
+            if self._broken is not None:
+                raise self._broken
+            if isinstance(call, Step) and self._incomplete:
+                call, self._incomplete = replace(call, incomplete=self._incomplete), ""
+            position = Position(run_id=self.run_id, seq=self.next_seq, handle=self._handle)
+            method, payload = encode(calls.call_to_proto(call, position))
+            if len(payload) > MAX_MESSAGE_BYTES:
+                raise InvalidRequestError(
+                    f"the request has {len(payload)} bytes, over the {MAX_MESSAGE_BYTES} of one message; split the "
+                    "batch into several forward_backward calls, they add up",
+                    field="batch",
+                    constraint=f"at most {MAX_MESSAGE_BYTES} bytes",
+                )
+            entry = Entry(self._transport, self, position, calls.OPERATION[type(call)], known=False)
+            entry.request = (method, payload)
+            entry.effect = calls.has_effect(call)
+            entry.train_pass = isinstance(call, Pass) and call.train
+            entry.weights = entry.effect and not isinstance(call, Pass)
+            if entry.weights:
+                self._unheard.add(entry)
+            self._journal.add(entry)
+        self._pump()
+        return entry
+
+    def saw_run(self, info: RunInfo) -> None:
+        """Take note of the run as the server described it just now."""
+        if self._epoch:
+            self._note(info.server_epoch, 0)
+            self._pump()
+
+    def close(self, *, wait_s: float) -> None:
+        """Take no more calls. Those taken are sent first, for up to ``wait_s`` seconds."""
+        with self._lock:
+            self._moved.wait_for(lambda: not self.usable or not self._journal.queue, timeout=wait_s)
+        text = f"this handle on {self.run_id} is closed; {_FRESH}"
+        self._break(InvalidRequestError(text, field="training_client", constraint="open"))
+
+    # What operations report.
+
+    def saw(self, operation: Operation, state: FutureState) -> None:  # noqa: ARG002 - of the protocol
+        """Every reply says which server process answered and what is durable."""
+        self._note(state.server_epoch, state.durable_seq)
+        self._pump()
+
+    def lost(self, operation: Operation, state: FutureState) -> None:
+        """A new server process does not have it: it is sent again. The same process dropped it: it is gone."""
+        entry = _entry(operation)
+        with self._lock:
+            resending = self._resume_wanted or self._resuming or entry in self._journal.queue
+            known = entry.epoch == state.server_epoch == self._epoch
+            gone = not self.usable or entry.seq <= self._journal.durable_seq or (known and not resending)
+            if not gone and resending:
+                entry.forgotten()  # accepted() wakes it again
+        if gone:
+            text = f"the server no longer keeps the result of {entry.future_id}"
+            entry.end(FAILED, self._broken or ServerError(text))
+        elif not resending:
+            entry.poll_later()
+
+    def ending(self, operation: Operation, outcome: Any) -> None:
+        """Learn the step from results; let go of requests that need not be sent again."""
+        entry = _entry(operation)
+        with self._lock:
+            self._unheard.discard(entry)
+            if isinstance(outcome, OptimStepResult | LoadStateResult) and entry.seq > self._step_seq:
+                self.step, self._step_seq = outcome.step, entry.seq
+            if entry.finished and entry not in self._journal.queue:
+                self._journal.finish(entry)
+
+    def cancel(self, operation: Operation) -> bool:
+        """Cancel a call: here if the server has nothing of it yet, there otherwise.
+
+        Raises:
+            TGTinkerError: the server could not be asked.
+        """
+        entry = _entry(operation)
+        with self._lock:
+            under_way = entry is self._sending
+            entry.skip = not under_way and not entry.epoch and entry in self._journal.queue
+        if entry.skip or (under_way and entry.call is not None and entry.call.withdraw()):
+            entry.cancelled()
+            self._pump()  # tells the server to pass over the number when its turn comes
+            return True
+        if entry.call is not None and entry.call.exception() is not None:  # waits for the server's answer
+            return False
+        reply = self._transport.call(cancel_future_request(entry.position))
+        if reply.cancelled:
+            entry.cancelled()
+        return bool(reply.cancelled)
+
+    # Sending.
+
+    def _pump(self) -> None:
+        """Send the next call, or resume first if the server process changed."""
+        with self._lock:
+            if not self.usable or self._sending is not None or self._resuming:
+                return
+            head = self._journal.queue[0] if self._journal.queue else None
+            if self._resume_wanted or (head is not None and head.finished):
+                self._resume_wanted, self._resuming = False, True
+                request = encode(resume_request(self.run_id, self._journal.finished_seqs()))
+            elif head is not None:
+                assert head.request is not None
+                self._sending, request = head, head.request
+            else:
+                return
+            resuming = self._resuming
+        call = self._transport.send(request, back_pressure=True)
+        if resuming or head is None:
+            call.add_done_callback(self._resumed)
+        else:
+            head.call = call
+            call.add_done_callback(lambda done: self._sent(head, done))
+
+    def _sent(self, entry: Entry, call: Future[Any]) -> None:
+        error = call.exception()
+        with self._lock:
+            self._sending = None
+            if error is None:
+                answer = submission_from_proto(call.result())
+                self._journal.accepted(entry, answer.server_epoch)
+                if entry.finished:
+                    self._journal.finish(entry)
+            elif isinstance(error, TGTinkerError) and error.details.get("withdrawn") is True:
+                entry.skip = True
+                return  # cancel() goes on
+            self._moved.notify_all()
+        if error is None:
+            entry.accepted()
+            self._note(answer.server_epoch, answer.durable_seq)
+        else:
+            assert isinstance(error, TGTinkerError)
+            self._refused(entry, error)
+        self._pump()
+
+    def _refused(self, entry: Entry, error: TGTinkerError) -> None:
+        """The server would not take a call, or could not be reached."""
+        later: list[Entry] = []
+        collided = isinstance(error, InvalidRequestError) and error.field == "seq"
+        with self._lock:
+            if error.details.get("aborted") is True:  # its number is used up, its result is gone
+                self._journal.accepted(entry, self._epoch)
+                dead = False
+            else:
+                dead = self._journal.replaying() or collided or error.details.get("retry") is True
+            if not dead and self.usable and error.details.get("aborted") is not True:
+                later = self._journal.roll_back(entry)
+                if any(e.train_pass for e in later):
+                    self._incomplete = f"a forward_backward was refused: {error.message}"
+            self._moved.notify_all()
+        entry.end(FAILED, error)
+        _fail(later, _not_sent(entry, error))
+        if dead:
+            self._break(_broken(self.run_id, error))
+
+    def _resumed(self, call: Future[Any]) -> None:
+        error = call.exception()
+        if error is None:
+            error = self._restart(submission_from_proto(call.result()))
+        with self._lock:
+            self._resuming = False
+        if isinstance(error, TGTinkerError):
+            self._break(_broken(self.run_id, error), everything=True)
+        self._pump()
+
+    def _restart(self, answer: Submission) -> TGTinkerError | None:
+        """Queue what the server process needs again; says why if it cannot be given."""
+        with self._lock:
+            expected, durable = answer.expected_seq, self._journal.durable_seq
+            if expected <= durable:
+                return ServerError(
+                    f"the server went back behind what it had declared durable (it expects call {expected} and had "
+                    f"confirmed {durable}): was an old database restored?"
+                )
+            if expected > self.next_seq:
+                return InvalidRequestError(
+                    f"the server expects call {expected}, this handle stands at {self.next_seq}",
+                    field="seq",
+                    constraint="one handle per run",
+                )
+            self._epoch = answer.server_epoch
+            if self._journal.pass_over(range(expected, self._first_seq)):
+                self._resume_wanted = True
+            known = self._journal.forget(answer.durable_seq)
+            known += self._journal.restart(answer.server_epoch, expected)
+            self._moved.notify_all()
+        for entry in known:
+            entry.accepted()
+        return None
+
+    def _note(self, epoch: str, durable_seq: int) -> None:
+        with self._lock:
+            durable = self._journal.forget(durable_seq)
+            if epoch and epoch != self._epoch and not self._resuming:
+                self._resume_wanted = True
+        for entry in durable:
+            entry.accepted()  # a restarted server kept its result, so it need not wait to be sent again
+
+    def _break(self, error: TGTinkerError, *, everything: bool = False) -> None:
+        """Take no more calls; end those the server does not have, or whose fate cannot be known."""
+        with self._lock:
+            self._broken = self._broken or error
+            kept = self._journal.clear()
+            self._moved.notify_all()
+        _fail((e for e in kept if everything or e.epoch != self._epoch), self._broken)
+
+
+def _entry(operation: Operation) -> Entry:
+    assert isinstance(operation, Entry)
+    return operation
+
+
+def _fail(entries: Iterable[Entry], error: TGTinkerError) -> None:
+    for entry in entries:
+        entry.end(FAILED, error)
+
+
+def _not_sent(entry: Entry, error: TGTinkerError) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"not sent, because the {entry.name} before it was refused: {error.message}",
+        field=entry.name,
+        constraint="every call before it was taken",
+    )
+
+
+def _broken(run_id: str, error: TGTinkerError) -> TGTinkerError:
+    """What later calls get: the cause, and what to do."""
+    if isinstance(error, InvalidRequestError) and error.field == "seq":
+        return InvalidRequestError(
+            f"another handle drives {run_id}, so this one cannot go on ({error.message}); {_FRESH}",
+            field=error.field,
+            constraint=error.constraint,
+            request_id=error.request_id,
+        )
+    return ServerError(
+        f"this handle on {run_id} cannot go on: {error.message}; {_FRESH} when the cause is mended",
+        details=error.details,
+        request_id=error.request_id,
+    )

@@ -1,0 +1,110 @@
+"""The requests that are plain questions: a few words each, and no order among them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2, sampling_pb2
+from tg_tinker.types import TrainingConfig
+from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.wire.calls import sampling_to_proto
+from tg_tinker.wire.runs import config_to_json
+from tg_tinker.wire.times import time_to_proto
+
+
+def create_run(
+    request_id: str, config: TrainingConfig, checkpoint_id: str | None
+) -> runs_pb2.CreateTrainingClientRequest:
+    """Make a run; the same ``request_id`` again gets the same run."""
+    return runs_pb2.CreateTrainingClientRequest(
+        request_id=request_id, config_json=config_to_json(config), checkpoint_id=checkpoint_id or ""
+    )
+
+
+def get_run(run_id: str) -> runs_pb2.GetTrainingClientRequest:
+    """Describe a run."""
+    return runs_pb2.GetTrainingClientRequest(run_id=run_id)
+
+
+def list_runs(status: str | None, limit: int) -> runs_pb2.ListTrainingClientsRequest:
+    """The newest ``limit`` runs, of one status or of all."""
+    return runs_pb2.ListTrainingClientsRequest(status=status or "", limit=limit)
+
+
+def delete_run(run_id: str) -> runs_pb2.DeleteTrainingClientRequest:
+    """Delete a run."""
+    return runs_pb2.DeleteTrainingClientRequest(run_id=run_id)
+
+
+def unload_run(run_id: str) -> runs_pb2.UnloadModelRequest:
+    """Free a run's memory and complete it."""
+    return runs_pb2.UnloadModelRequest(run_id=run_id)
+
+
+def capabilities(client_version: str) -> runs_pb2.GetCapabilitiesRequest:
+    """What can the server do?"""
+    return runs_pb2.GetCapabilitiesRequest(client_version=client_version)
+
+
+def encode_texts(run_id: str, texts: list[str]) -> sampling_pb2.EncodeRequest:
+    """Texts to token ids."""
+    return sampling_pb2.EncodeRequest(run_id=run_id, texts=texts)
+
+
+def decode_ids(run_id: str, ids: list[list[int]]) -> sampling_pb2.DecodeRequest:
+    """Token ids to texts."""
+    return sampling_pb2.DecodeRequest(run_id=run_id, ids=[sampling_pb2.TokenIds(ids=i) for i in ids])
+
+
+def sample_stream(run_id: str, prompt: str, params: SamplingParams) -> sampling_pb2.SampleStreamRequest:
+    """Stream one completion."""
+    return sampling_pb2.SampleStreamRequest(
+        run_id=run_id, prompt=prompt, params=sampling_to_proto(params, num_completions=1)
+    )
+
+
+def pull_artifact(artifact_id: str) -> artifacts_pb2.PullArtifactRequest:
+    """Stream a checkpoint's ciphertext."""
+    return artifacts_pb2.PullArtifactRequest(artifact_id=artifact_id)
+
+
+def list_artifacts(run_id: str | None, limit: int) -> artifacts_pb2.ListArtifactsRequest:
+    """The newest ``limit`` checkpoints, of one run or of all."""
+    return artifacts_pb2.ListArtifactsRequest(run_id=run_id or "", limit=limit)
+
+
+def delete_artifact(artifact_id: str) -> artifacts_pb2.DeleteArtifactRequest:
+    """Delete a checkpoint."""
+    return artifacts_pb2.DeleteArtifactRequest(artifact_id=artifact_id)
+
+
+def forecast(run_id: str, steps: int) -> privacy_pb2.ForecastPrivacyRequest:
+    """What would so many more steps cost?"""
+    return privacy_pb2.ForecastPrivacyRequest(run_id=run_id, steps=steps)
+
+
+def ledger(dataset_id: str) -> privacy_pb2.GetLedgerRequest:
+    """The whole ledger of a dataset."""
+    return privacy_pb2.GetLedgerRequest(dataset_id=dataset_id)
+
+
+def report(dataset_id: str) -> privacy_pb2.GetPrivacyReportRequest:
+    """The privacy report on a dataset."""
+    return privacy_pb2.GetPrivacyReportRequest(dataset_id=dataset_id)
+
+
+def audit_log(
+    run_id: str | None,
+    operation: str | None,
+    start_time: datetime | None,
+    end_time: datetime | None,
+    limit: int,
+) -> privacy_pb2.GetAuditLogRequest:
+    """The newest ``limit`` audit records that fit."""
+    return privacy_pb2.GetAuditLogRequest(
+        run_id=run_id or "",
+        operation=operation or "",
+        start_time=None if start_time is None else time_to_proto(start_time),
+        end_time=None if end_time is None else time_to_proto(end_time),
+        limit=limit,
+    )
