@@ -222,6 +222,10 @@ class EmbeddedServer:
         """Create an API key for this server."""
         return self._foundation.desk.mint(tenant, roles)
 
+    def revoke_key(self, key: str) -> None:
+        """Revoke an API key; it stops working within a second."""
+        self._foundation.desk.revoke(api_keys.parse(key).key_id)
+
     def start(self) -> Self:
         """Start serving; returns itself."""
         self._thread.start()

@@ -71,7 +71,8 @@ def repeated(costs: Costs, times: int) -> Costs:
 
 def add(total: Costs, costs: Costs) -> Costs:
     """Composition: costs add up, saturating at infinity."""
-    return np.minimum(total + costs, INFINITE)
+    composed: Costs = np.minimum(total + costs, INFINITE)
+    return composed
 
 
 _CONVERSION = np.log1p(-1.0 / ORDERS)

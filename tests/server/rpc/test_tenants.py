@@ -1,0 +1,178 @@
+"""Two tenants on one server: neither sees, moves or stops anything of the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from google.protobuf.message import Message
+
+from tests.server.rpc.raw_client import RawClient, batch
+from tg_tinker.errors import AuthenticationError, AuthorizationError, ResourceNotFoundError, TGTinkerError
+from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2, sampling_pb2
+from tg_tinker.types import DPConfig, TrainingConfig
+from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.wire.calls import Generate, Load, Position, Save, Step, call_to_proto
+from tg_tinker.wire.methods import methods
+from tg_tinker.wire.operations import cancel_future_request, get_future_request, resume_request
+from tg_tinker_server.app import EmbeddedServer
+
+CONFIG = TrainingConfig(model_ref="bigram", batch_size=4, seed=1)
+PRIVATE = CONFIG.model_copy(update={"dp_config": DPConfig(dataset_id="secret-data", target_epsilon=100.0)})
+
+
+def requests_on(run_id: str, artifact_id: str, dataset_id: str) -> list[Message]:
+    """One request for each method that takes somebody's id."""
+    position = Position(run_id=run_id, seq=99)
+    calls = [batch(), batch(train=False), Step(), Save(), Load(artifact_id=artifact_id), Generate(prompts=("x",))]
+    return [
+        *(call_to_proto(call, position) for call in calls),
+        sampling_pb2.SampleStreamRequest(run_id=run_id, prompt="x"),
+        sampling_pb2.EncodeRequest(run_id=run_id, texts=["x"]),
+        sampling_pb2.DecodeRequest(run_id=run_id),
+        runs_pb2.GetTrainingClientRequest(run_id=run_id),
+        runs_pb2.DeleteTrainingClientRequest(run_id=run_id),
+        runs_pb2.UnloadModelRequest(run_id=run_id),
+        resume_request(run_id, [1]),
+        get_future_request(Position(run_id=run_id, seq=1), wait_s=0),
+        get_future_request(f"{run_id}.1", wait_s=0),
+        cancel_future_request(f"{run_id}.1"),
+        artifacts_pb2.PullArtifactRequest(artifact_id=artifact_id),
+        artifacts_pb2.DeleteArtifactRequest(artifact_id=artifact_id),
+        privacy_pb2.GetLedgerRequest(dataset_id=dataset_id),
+        privacy_pb2.GetPrivacyReportRequest(dataset_id=dataset_id),
+        privacy_pb2.ForecastPrivacyRequest(run_id=run_id, steps=1),
+    ]
+
+
+WITHOUT_IDS = {"CreateTrainingClient", "ListTrainingClients", "GetCapabilities", "ListArtifacts", "GetAuditLog"}
+
+
+def answer(client: RawClient, request: Message) -> tuple[Any, ...]:
+    with pytest.raises(TGTinkerError) as caught:
+        client.send(request)
+    error = caught.value
+    return type(error), error.message, {k: v for k, v in error.details.items() if k != "resource_id"}
+
+
+def test_every_method_with_an_id_is_in_the_list() -> None:
+    covered = {type(r) for r in requests_on("r", "a", "d")}
+    assert {m.name for m in methods() if m.request not in covered} == WITHOUT_IDS
+
+
+def test_a_foreign_id_and_a_missing_id_give_the_same_answer_and_change_nothing(bigram_server: EmbeddedServer) -> None:
+    owner = RawClient(bigram_server.address, bigram_server.mint_key("tenant-a"))
+    stranger = RawClient(bigram_server.address, bigram_server.mint_key("tenant-b"))
+    run = owner.create(PRIVATE)
+    assert owner.call(run.run_id, 1, batch()).status == "completed"
+    assert owner.call(run.run_id, 2, Step()).status == "completed"
+    saved = owner.call(run.run_id, 3, Save()).result
+    before = owner.send(runs_pb2.GetTrainingClientRequest(run_id=run.run_id))
+    theirs = requests_on(run.run_id, saved.artifact_id, "secret-data")
+    nobodys = requests_on("run_" + "0" * 24, "ckpt_" + "0" * 24, "no-such-data")
+    for foreign, missing in zip(theirs, nobodys, strict=True):
+        got = answer(stranger, foreign)
+        assert got[0] is ResourceNotFoundError, foreign
+        assert got == answer(stranger, missing)
+    assert owner.send(runs_pb2.GetTrainingClientRequest(run_id=run.run_id)) == before
+    assert stranger.send(runs_pb2.ListTrainingClientsRequest()).runs == []
+    assert stranger.send(artifacts_pb2.ListArtifactsRequest()).artifacts == []
+    assert stranger.send(privacy_pb2.GetAuditLogRequest()).entries_json == []
+
+
+def test_a_stranger_cannot_load_anothers_checkpoint_into_a_run_of_its_own(bigram_server: EmbeddedServer) -> None:
+    owner = RawClient(bigram_server.address, bigram_server.mint_key("tenant-a"))
+    stranger = RawClient(bigram_server.address, bigram_server.mint_key("tenant-b"))
+    run = owner.create(CONFIG)
+    saved = owner.call(run.run_id, 1, Save()).result
+    mine = stranger.create(CONFIG)
+    got = stranger.call(mine.run_id, 1, Load(artifact_id=saved.artifact_id))
+    assert isinstance(got.error, ResourceNotFoundError)
+    with pytest.raises(ResourceNotFoundError):
+        stranger.send(
+            runs_pb2.CreateTrainingClientRequest(
+                request_id="x", config_json=mine.config_json, checkpoint_id=saved.artifact_id
+            )
+        )
+
+
+def test_two_tenants_may_use_the_same_dataset_name_without_sharing_a_budget(bigram_server: EmbeddedServer) -> None:
+    one = RawClient(bigram_server.address, bigram_server.mint_key("tenant-a"))
+    two = RawClient(bigram_server.address, bigram_server.mint_key("tenant-b"))
+    first, second = one.create(PRIVATE), two.create(PRIVATE)
+    one.call(first.run_id, 1, batch())
+    assert one.call(first.run_id, 2, Step()).status == "completed"
+    spent = two.send(privacy_pb2.GetLedgerRequest(dataset_id="secret-data")).epsilon_spent
+    assert spent == 0.0
+    assert second.privacy.epsilon_spent == 0.0
+
+
+def test_one_tenants_bad_batches_leave_the_others_losses_bit_for_bit(bigram_server: EmbeddedServer) -> None:
+    def losses(neighbour_misbehaves: bool) -> list[float]:
+        good = RawClient(bigram_server.address, bigram_server.mint_key("tenant-a"))
+        bad = RawClient(bigram_server.address, bigram_server.mint_key("tenant-b"))
+        run, other = good.create(CONFIG), bad.create(CONFIG)
+        found, theirs = [], 0
+        for step in range(4):
+            if neighbour_misbehaves:
+                for vocab, tokens in ((10**9, 12), (200, 5000)):
+                    theirs += 1
+                    assert bad.call(other.run_id, theirs, batch(step, vocab=vocab, tokens=tokens)).status == "failed"
+                theirs += 1
+                assert bad.call(other.run_id, theirs, Step()).status == "failed"
+            found.append(good.call(run.run_id, 2 * step + 1, batch(step)).result.loss)
+            assert good.call(run.run_id, 2 * step + 2, Step()).status == "completed"
+        return found
+
+    assert losses(neighbour_misbehaves=True) == losses(neighbour_misbehaves=False)
+
+
+@pytest.mark.parametrize(
+    ("role", "allowed"),
+    [
+        ("trainer", {"READ", "TRAIN", "SAMPLE"}),
+        ("sampler", {"READ", "SAMPLE"}),
+        ("exporter", {"READ", "EXPORT"}),
+        ("auditor", {"READ", "AUDIT"}),
+        ("admin", {"READ"}),
+    ],
+)
+def test_each_role_may_do_what_it_says_and_nothing_else(
+    bigram_server: EmbeddedServer, role: str, allowed: set[str]
+) -> None:
+    client = RawClient(bigram_server.address, bigram_server.mint_key("tenant-a", (role,)))
+    for method in methods():
+        request = method.request()
+        if method.scope in allowed:
+            try:
+                client.send(request)
+            except AuthorizationError:  # pragma: no cover
+                pytest.fail(f"{role} was refused {method.name}")
+            except TGTinkerError:
+                pass  # an empty request may be wrong, but it was let in
+        else:
+            with pytest.raises(AuthorizationError):
+                client.send(request)
+
+
+def test_no_key_a_wrong_key_and_a_revoked_key_open_nothing(bigram_server: EmbeddedServer) -> None:
+    good = bigram_server.mint_key("tenant-a")
+    last = "0" if good[-9] != "0" else "1"
+    for key in (None, "nonsense", good[:-9] + last + good[-8:]):
+        with pytest.raises(AuthenticationError):
+            RawClient(bigram_server.address, key).send(runs_pb2.GetCapabilitiesRequest())
+    client = RawClient(bigram_server.address, good)
+    client.send(runs_pb2.GetCapabilitiesRequest())
+    bigram_server.revoke_key(good)
+    import time
+
+    time.sleep(1.0)
+    with pytest.raises(AuthenticationError):
+        client.send(runs_pb2.GetCapabilitiesRequest())
+
+
+def test_greedy_sampling_works_for_the_owner(bigram_server: EmbeddedServer) -> None:
+    owner = RawClient(bigram_server.address, bigram_server.mint_key("tenant-a"))
+    run = owner.create(CONFIG)
+    call = Generate(prompts=("ab",), params=SamplingParams(max_tokens=3, temperature=0.0))
+    assert owner.call(run.run_id, 1, call).result.samples[0].num_tokens <= 3
