@@ -13,7 +13,7 @@ config = TrainingConfig(
 
 tc = ServiceClient().create_training_client(config)
 for drawn in PoissonSampler.from_config(config):
-    tc.forward_backward(collate([tc.encode(texts[i]) for i in drawn]))
+    tc.forward_backward(collate(tc.encode_batch([texts[i] for i in drawn])))
     step = tc.optim_step().result()
     print(f"step {step.step}: epsilon {step.dp_metrics.total_epsilon:.2f}")
 

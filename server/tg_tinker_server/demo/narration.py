@@ -92,7 +92,11 @@ class Narrator:
             f"at epsilon {up(found.ledger.epsilon)}, in {seconds:.0f} s"
         )
         self._facts(
-            ("report", f"{out} (for the owner of the data: it shows un-noised losses)"),
+            ("page", f"{out}, for the owner of the data: it shows un-noised losses"),
+            (
+                "report",
+                f"{out.with_suffix('.json')}, which may be handed out: what was promised and how it was computed",
+            ),
             ("ledger", f"{found.ledger.file}; check it anywhere: tg-tinker ledger verify {found.ledger.file}"),
         )
 

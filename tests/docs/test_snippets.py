@@ -1,0 +1,45 @@
+"""Pages and examples run as they are written."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.docs.snippets import snippets
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.usefixtures("documented_server")
+@pytest.mark.parametrize(("page", "blocks"), [("README.md", 1), ("docs/quickstart.md", 4)])
+def test_the_marked_blocks_of_a_page_run_in_order(page: str, blocks: int, capsys: pytest.CaptureFixture[str]) -> None:
+    marked = [s for s in snippets(ROOT / page) if s.marked]
+    assert len(marked) == blocks
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for snippet in marked:
+        snippet.execute(namespace)
+    printed = capsys.readouterr().out
+    epsilons = [float(e) for e in re.findall(r"step \d+: .*epsilon ([0-9.]+)", printed)]
+    assert len(epsilons) == 5
+    assert epsilons == sorted(epsilons)
+    assert 7.5 < epsilons[-1] <= 8.0
+
+
+@pytest.mark.usefixtures("documented_server")
+def test_the_quickstart_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
+    assert "step 5: epsilon" in capsys.readouterr().out
+
+
+def test_the_readme_shows_the_example_that_is_run() -> None:
+    """Formatting aside, the ten lines exist once."""
+
+    def words(code: str) -> str:
+        return re.sub(r"[\s,]+", "", code)
+
+    (shown,) = (s.code for s in snippets(ROOT / "README.md") if s.marked)
+    script = (ROOT / "examples" / "quickstart.py").read_text().split('"""', 2)[2]
+    assert words(shown) == words(script)
