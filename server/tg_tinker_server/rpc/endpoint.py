@@ -18,6 +18,7 @@ from tg_tinker.errors import AuthenticationError, InvalidRequestError, ServerErr
 from tg_tinker.wire.methods import Method
 from tg_tinker.wire.status import error_to_status, grpc_code
 from tg_tinker_server.service.caller import HOW_TO_GET_A_KEY, Authenticator, Caller
+from tg_tinker_server.service.crashes import place_of
 from tg_tinker_server.service.executors import Executors
 
 log = structlog.get_logger()
@@ -134,11 +135,9 @@ async def _abort(
     if isinstance(error, asyncio.CancelledError):
         raise error
     if not isinstance(error, TGTinkerError):
-        last = error.__traceback__
-        while last is not None and last.tb_next is not None:
-            last = last.tb_next
-        where = f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last else "unknown"
-        log.error("rpc_crashed", method=method.name, request_id=request_id, error=type(error).__name__, at=where)
+        log.error(
+            "rpc_crashed", method=method.name, request_id=request_id, error=type(error).__name__, at=place_of(error)
+        )
         error = ServerError("the request failed inside the server; quote the request id to its operator")
     error.request_id = request_id
     status = error_to_status(error)

@@ -8,9 +8,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
-
-import structlog
+from typing import Any
 
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError, TGTinkerError
 from tg_tinker_server.ledger.audit import AuditLog, AuditRecord
@@ -18,36 +16,11 @@ from tg_tinker_server.service.durability import Durability, now
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation, parse_future_id
 from tg_tinker_server.service.run import Run
+from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.store import run_rows
 from tg_tinker_server.store.database import Database
 
-if TYPE_CHECKING:
-    from tg_tinker_server.service.runs import RunRegistry
-
-log = structlog.get_logger()
 MAX_WAIT_S = 60.0
-
-
-def crash_to_error(operation: Operation, error: Exception) -> TGTinkerError:
-    """A defect of ours becomes a ServerError without content; the traceback's place goes to the log."""
-    reference = secrets.token_hex(6)
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    where = f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last else "unknown"
-    # The exception's text can quote a batch, so only its type and place are written.
-    log.error(
-        "operation_crashed",
-        operation=operation.name,
-        future_id=operation.future_id,
-        error=type(error).__name__,
-        at=where,
-        reference=reference,
-    )
-    return ServerError(
-        f"{operation.name} failed inside the server (reference {reference}); the session goes on",
-        details={"reference": reference},
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from tg_tinker_server.engine.backend import Backend, Session
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import DatasetScope
 from tg_tinker_server.service.checkpoints import CheckpointService
+from tg_tinker_server.service.crashes import crash_to_error
 from tg_tinker_server.service.durability import Durability, new_id, now
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Lane
-from tg_tinker_server.service.operations import crash_to_error
 from tg_tinker_server.service.privacy import release_event, resolve_noise_multiplier
 from tg_tinker_server.service.run import ACTIVE, DONE, PrivateRun, Run
 from tg_tinker_server.store import run_rows
