@@ -16,9 +16,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import IGNORE_INDEX, BatchData, TrainingConfig
 from tg_tinker.types.info import ModelInfo
+from tg_tinker.types.sampling import SamplingParams
 from tg_tinker_server.dp.mechanism import GaussianMechanism
 
 Ints = npt.NDArray[np.int64]
@@ -137,52 +137,6 @@ class StepResult:
     num_clipped: int
     nonfinite_units: int
     update_hash: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How to generate. Applied in this order: penalties, temperature, top_k, top_p.
-
-    Attributes:
-        max_tokens: most tokens of one completion; at least 1.
-        temperature: 0 is greedy.
-        top_p: smallest set of tokens with at least this probability; 1 keeps all.
-        top_k: most likely tokens to keep; ``None`` or 0 keeps all.
-        stop_sequences: texts that end a completion; they are not part of it.
-        repetition_penalty: divides positive, multiplies negative logits of tokens in prompt or output.
-        presence_penalty: taken off the logit of every token already generated.
-        frequency_penalty: the same, times how often it was generated.
-        seed: of the random choices; ``None`` takes a fresh one.
-    """
-
-    max_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    stop_sequences: tuple[str, ...] = ()
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        rules = (
-            ("max_tokens", self.max_tokens >= 1, ">= 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), ">= 0 and finite"),
-            ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
-            ("top_k", self.top_k is None or self.top_k >= 0, ">= 1, or None for all"),
-            ("stop_sequences", all(self.stop_sequences), "no empty stop sequence"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "> 0 and finite"),
-            ("presence_penalty", abs(self.presence_penalty) < float("inf"), "finite"),
-            ("frequency_penalty", abs(self.frequency_penalty) < float("inf"), "finite"),
-        )
-        for name, holds, constraint in rules:
-            if not holds:
-                raise InvalidRequestError(
-                    f"{name}={getattr(self, name)!r} is not possible; it must be {constraint}",
-                    field=name,
-                    constraint=constraint,
-                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,3 +293,18 @@ class Backend(Protocol):
             DPUnsupportedError: something in the model would make epsilon untrue.
         """
         ...
+
+
+__all__ = [
+    "Backend",
+    "Contribution",
+    "EngineState",
+    "FinishReason",
+    "PassRequest",
+    "PassResult",
+    "SamplingParams",
+    "Session",
+    "StepRequest",
+    "StepResult",
+    "TokenEvent",
+]
