@@ -97,7 +97,9 @@ class Journal:
         gone = []
         self.durable_seq = max(self.durable_seq, durable_seq)
         while self._kept and (first := next(iter(self._kept))) <= self.durable_seq:
-            gone.append(self._kept.pop(first))
+            entry = self._kept.pop(first)
+            entry.request = None
+            gone.append(entry)
         while self.queue and self.queue[0].seq <= self.durable_seq:
             self.queue.popleft()
         if self._finished and min(self._finished) <= self.durable_seq:

@@ -169,13 +169,13 @@ class Session:
         """
         entry = _entry(operation)
         with self._lock:
-            under_way = entry is self._sending
+            under_way, call = entry is self._sending, entry.call
             entry.skip = not under_way and not entry.epoch and entry in self._journal.queue
-        if entry.skip or (under_way and entry.call is not None and entry.call.withdraw()):
+        if entry.skip or (call is not None and call.withdraw()):
             entry.cancelled()
             self._pump()  # tells the server to pass over the number when its turn comes
             return True
-        if entry.call is not None and entry.call.exception() is not None:  # waits for the server's answer
+        if call is not None and call.exception() is not None:  # waits for the server's answer
             return False
         reply = self._transport.call(cancel_future_request(entry.position))
         if reply.cancelled:
@@ -203,13 +203,15 @@ class Session:
         if resuming or head is None:
             call.add_done_callback(self._resumed)
         else:
-            head.call = call
+            with self._lock:
+                if self._sending is head:
+                    head.call = call
             call.add_done_callback(lambda done: self._sent(head, done))
 
     def _sent(self, entry: Entry, call: Future[Any]) -> None:
         error = call.exception()
         with self._lock:
-            self._sending = None
+            self._sending = entry.call = None
             if error is None:
                 answer = submission_from_proto(call.result())
                 self._journal.accepted(entry, answer.server_epoch)
@@ -242,10 +244,11 @@ class Session:
                 if any(e.train_pass for e in later):
                     self._incomplete = f"a forward_backward was refused: {error.message}"
             self._moved.notify_all()
-        entry.end(FAILED, error)
+        broken = _broken(self.run_id, error)
+        entry.end(FAILED, broken if collided else error)
         _fail(later, _not_sent(entry, error))
         if dead:
-            self._break(_broken(self.run_id, error))
+            self._break(broken)
 
     def _resumed(self, call: Future[Any]) -> None:
         error = call.exception()
