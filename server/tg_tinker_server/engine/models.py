@@ -1,0 +1,137 @@
+"""Base models by name: where they come from, and what is known of each before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types.info import ModelInfo
+from tg_tinker_server.engine.tokenizers import Tokenizer
+
+ModelLoader = Callable[[], tuple[nn.Module, Tokenizer]]
+ModelSource = str | Path | ModelLoader
+"""A folder, a hub id, or a function that builds a new causal language model and its tokenizer."""
+
+BUNDLED_MODELS: Mapping[str, ModelSource] = {
+    "tiny-llama-2m": Path(__file__).parent.parent / "assets" / "tiny-llama-2m"
+}
+
+
+class HubTokenizer:
+    """A transformers tokenizer behind the engine's interface."""
+
+    def __init__(self, tokenizer: Any, eos_token_ids: tuple[int, ...]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
+        start = tokenizer.bos_token_id
+        self.start_token_id: int | None = start if start is not None else next(iter(eos_token_ids), None)
+
+    def encode(self, text: str) -> list[int]:
+        """As the tokenizer does by default, with its special tokens."""
+        return list(self._tokenizer.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Special tokens left out, spaces as they are."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A base model in memory, frozen and in evaluation mode."""
+
+    name: str
+    module: nn.Module
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_positions: int
+    dtype: torch.dtype
+
+
+class BaseModels:
+    """The models a server offers.
+
+    Args:
+        sources: by public name. Nothing else can be loaded: a name from a request is only ever looked up here.
+        device: where models live.
+    """
+
+    def __init__(self, sources: Mapping[str, ModelSource], device: torch.device) -> None:
+        self._sources = dict(sources)
+        self._device = device
+        self._infos: dict[str, ModelInfo] = {}
+
+    def infos(self) -> list[ModelInfo]:
+        """What is offered, by name."""
+        return [self._info(name) for name in sorted(self._sources)]
+
+    def _info(self, name: str) -> ModelInfo:
+        if name not in self._infos:
+            source = self._sources[name]
+            if isinstance(source, str | Path):
+                config = AutoConfig.from_pretrained(source)
+                with torch.device("meta"):
+                    module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            else:
+                module, _ = source()
+                config = module.config
+            self._infos[name] = ModelInfo(
+                name=name,
+                family=str(config.model_type),
+                parameters=sum(p.numel() for p in module.parameters()),
+                max_sequence_length=_max_positions(config),
+            )
+        return self._infos[name]
+
+    def load(self, name: str, dtype: torch.dtype) -> LoadedModel:
+        """A new copy of a base model in memory.
+
+        Raises:
+            InvalidRequestError: no model of that name is offered; names those that are.
+        """
+        if name not in self._sources:
+            raise InvalidRequestError(
+                f"model {name!r} is not offered here; offered: {', '.join(sorted(self._sources))}",
+                field="model_ref",
+                constraint="one of: " + ", ".join(sorted(self._sources)),
+            )
+        source = self._sources[name]
+        if isinstance(source, str | Path):
+            module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            tokenizer: Tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(source), _eos_token_ids(module))
+        else:
+            module, tokenizer = source()
+        module = module.to(device=self._device, dtype=dtype).requires_grad_(False).eval()
+        return LoadedModel(
+            name=name,
+            module=module,
+            tokenizer=tokenizer,
+            vocab_size=int(module.get_input_embeddings().num_embeddings),
+            max_positions=_max_positions(module.config),
+            dtype=dtype,
+        )
+
+
+def _max_positions(config: Any) -> int:
+    for field in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = getattr(config, field, None)
+        if isinstance(value, int):
+            return value
+    return 2048
+
+
+def _eos_token_ids(module: Any) -> tuple[int, ...]:
+    """End tokens from the generation settings, else from the model's configuration."""
+    for settings in (getattr(module, "generation_config", None), module.config):
+        value = getattr(settings, "eos_token_id", None)
+        if isinstance(value, int):
+            return (value,)
+        if value:
+            return tuple(int(i) for i in value)
+    return ()

@@ -1,0 +1,61 @@
+"""torch optimizers by name, and their state as plain tensors.
+
+Under differential privacy all of this acts on the noised gradient: post-processing, free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import OptimizerConfig
+
+OptimizerState = dict[str, dict[str, torch.Tensor]]
+
+
+def make_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the configured optimizer; its learning rate is set anew at every step.
+
+    Raises:
+        InvalidRequestError: an unknown name, listing those that exist.
+    """
+    lr, decay = config.learning_rate, config.weight_decay
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay)
+    if config.name == "adam":
+        return torch.optim.Adam(parameters, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay)
+    if config.name == "sgd":
+        nesterov = config.nesterov and config.momentum > 0
+        return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, nesterov=nesterov, weight_decay=decay)
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=lr, weight_decay=decay)
+    raise InvalidRequestError(
+        f"unknown optimizer {config.name!r}; known: adamw, adam, sgd, adafactor",
+        field="optimizer.name",
+        constraint="one of: adamw, adam, sgd, adafactor",
+    )
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> OptimizerState:
+    """Copies of every tensor the optimizer keeps, by parameter name; empty before the first step."""
+    return {
+        name: {
+            key: value.detach().clone()
+            for key, value in sorted(optimizer.state[p].items())
+            if isinstance(value, torch.Tensor)
+        }
+        for name, p in parameters.items()
+        if p in optimizer.state
+    }
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: OptimizerState
+) -> None:
+    """Put back what ``state_of`` returned."""
+    optimizer.state.clear()
+    for name, values in state.items():
+        optimizer.state[parameters[name]] = {key: value.clone() for key, value in values.items()}

@@ -1,0 +1,145 @@
+"""One logical batch: every contribution since the last step, and how it becomes one gradient.
+
+Shape suffixes: U units, P parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tg_tinker.errors import InvalidRequestError, ServerError
+from tg_tinker.types import TrainingConfig
+from tg_tinker_server.dp.clipping import clip_and_sum, norm_stats
+from tg_tinker_server.engine.backend import Contribution, StepRequest, StepResult
+from tg_tinker_server.engine.gradients import Floats, GradientContribution, ParamLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Release:
+    """What leaves the engine's private half: the (noised, globally clipped) mean gradient and its figures."""
+
+    grad_P: npt.NDArray[np.float32]  # noqa: N815 - shape suffix
+    result: StepResult
+
+
+class PendingBatch:
+    """The contributions of one session since its last step.
+
+    Under differential privacy a unit enters once per logical batch: a second contribution of it is refused, or,
+    with ``merge_units``, added to the first before the one clip.
+    """
+
+    def __init__(self, layout: ParamLayout, config: TrainingConfig) -> None:
+        self._layout = layout
+        self._dp = config.dp_config if config.private else None
+        self._expected_batch_size = config.expected_batch_size
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.calls = 0
+        self._records = 0
+        self._sum_P: Floats = np.zeros(self._layout.size)
+        self._norms: list[Floats] = []
+        self._units: dict[str, None] = {}
+        self._merged: dict[str, Floats] = {}
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Privacy units in the batch, in order of arrival."""
+        return tuple(self._units)
+
+    @property
+    def merges(self) -> bool:
+        """Whether a unit may come in several calls."""
+        return self._dp is not None and self._dp.merge_units
+
+    def add(self, contribution: Contribution) -> None:
+        """Add one call's gradient.
+
+        Raises:
+            InvalidRequestError: a unit is in the batch already and units are not merged; nothing is added.
+        """
+        if not isinstance(contribution, GradientContribution) or contribution.layout is not self._layout:
+            raise ServerError("a contribution was handed to a session that did not compute it")
+        if self._dp is not None and not self.merges:
+            twice = [unit for unit in contribution.units if unit in self._units]
+            if twice:
+                raise InvalidRequestError(
+                    f"{len(twice)} privacy unit(s) of this batch are already in the logical batch since the last "
+                    "optim_step; clipping each call alone would let them count twice. Put all records of a unit "
+                    "in one call, step in between, or set DPConfig(merge_units=True)",
+                    field="privacy_unit_ids",
+                    constraint="each unit in one forward_backward per optim_step",
+                )
+        self.calls += 1
+        self._records += contribution.num_records
+        self._units.update(dict.fromkeys(contribution.units))
+        if contribution.grads_UP is not None:
+            for unit, grad_P in zip(contribution.units, contribution.grads_UP, strict=True):
+                held = self._merged.get(unit)
+                with np.errstate(invalid="ignore", over="ignore"):
+                    self._merged[unit] = grad_P.astype(np.float64) if held is None else held + grad_P
+            return
+        self._sum_P += contribution.sum_P
+        self._norms.append(contribution.norms_U)
+
+    def release(self, request: StepRequest) -> Release:
+        """Turn the batch into the gradient of one step. Does not clear it.
+
+        Guarantees, with privacy and a mechanism: adding or removing one unit changes the sum before noise by at
+        most ``max_grad_norm`` in L2; the divisor is the public ``expected_batch_size`` whatever was drawn.
+
+        Raises:
+            InvalidRequestError: nothing was accumulated.
+            ServerError: the mechanism does not belong to this run's settings.
+        """
+        if self.calls == 0:
+            raise InvalidRequestError(
+                "optim_step has nothing to apply: no forward_backward in training mode since the last step",
+                field="forward_backward",
+                constraint="at least one before optim_step",
+            )
+        if self._dp is None:
+            return self._finish(self._sum_P / self._records, request, norms_U=None)
+        bound = self._dp.max_grad_norm
+        if self.merges:
+            stacked = np.stack(list(self._merged.values())) if self._merged else np.zeros((0, self._layout.size))
+            clipped = clip_and_sum(stacked, max_grad_norm=bound)
+            total_P, norms_U = clipped.sum_P, clipped.norms_U
+        else:
+            total_P, norms_U = self._sum_P.copy(), np.concatenate(self._norms)
+        if request.mechanism is not None:
+            if request.mechanism.max_grad_norm != bound:
+                raise ServerError(
+                    f"the noise was paid for at max_grad_norm {request.mechanism.max_grad_norm}, "
+                    f"but this run clips at {bound}"
+                )
+            request.mechanism.add_noise_([total_P])
+        return self._finish(total_P / self._expected_batch_size, request, norms_U=norms_U)
+
+    def _finish(self, mean_P: Floats, request: StepRequest, norms_U: Floats | None) -> Release:
+        if self._dp is None and request.mechanism is not None:
+            raise ServerError("noise was handed to a run without differential privacy")
+        digest = self._layout.digest(mean_P)
+        grad_norm = float(np.linalg.norm(mean_P))
+        if request.global_clip is not None and grad_norm > request.global_clip:
+            mean_P = mean_P * (request.global_clip / grad_norm)
+        nan = float("nan")
+        stats = (
+            norm_stats(norms_U, max_grad_norm=self._dp.max_grad_norm) if self._dp and norms_U is not None else None
+        )
+        return Release(
+            grad_P=mean_P.astype(np.float32),
+            result=StepResult(
+                grad_norm=grad_norm,
+                norm_before_clip=stats.mean_before if stats else nan,
+                norm_after_clip=stats.mean_after if stats else nan,
+                num_clipped=stats.num_clipped if stats else 0,
+                nonfinite_units=stats.nonfinite if stats else 0,
+                update_hash="sha256:" + digest.hex(),
+            ),
+        )

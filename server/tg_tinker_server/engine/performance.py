@@ -1,0 +1,31 @@
+"""Settings that change speed and memory, and no result beyond rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerformanceConfig:
+    """How the torch backend uses its machine.
+
+    Attributes:
+        device: "cpu", "cuda" or "cuda:0".
+        base_dtype: precision of frozen base models. "auto" takes bfloat16 where a run asks for it and the device
+            computes it natively fast (CUDA), else float32.
+        micro_batch_tokens: most tokens, padding included, in one pass through the model.
+        per_sample_bytes: most memory for the per-sample gradients of one micro-batch.
+        generation_rows: most sequences generated at once.
+    """
+
+    device: str = "cpu"
+    base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    micro_batch_tokens: int = 2048
+    per_sample_bytes: int = 512 * 2**20
+    generation_rows: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_tokens", "per_sample_bytes", "generation_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

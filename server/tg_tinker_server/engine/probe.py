@@ -1,0 +1,144 @@
+"""Tries a model before a private run starts: does any record see another, is every gradient one record's own?
+
+Types alone do not tell: Opacus's validator misses subclasses of BatchNorm and frozen ones, and a model that
+flattens batch and time gives per-token gradients under the name of per-sample ones.
+
+Shape suffixes: B records, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from tg_tinker.errors import DPUnsupportedError
+from tg_tinker_server.engine.losses import record_losses
+from tg_tinker_server.engine.per_sample import PerSampleGradients
+
+_RECORDS, _TOKENS = 3, 5  # different numbers, so that a dimension of one is never taken for the other
+
+
+def refuse_batch_norm(model: nn.Module) -> None:
+    """Raise unless the model is free of BatchNorm, its subclasses and its frozen forms included."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in type(module).__name__:
+            raise DPUnsupportedError(
+                f"the model holds {type(module).__name__} at {name!r}, whose output for one record depends on the "
+                "others; frozen or not, it is refused under differential privacy. Use GroupNorm instead",
+                feature="model",
+                reason="BatchNorm mixes the records of a batch",
+                alternative="GroupNorm",
+            )
+
+
+def probe(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    gradients: PerSampleGradients,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    vocab_size: int,
+) -> None:
+    """Raise DPUnsupportedError unless records are independent and per-sample gradients exact.
+
+    Parameters are moved a little for the trial (a fresh adapter's second half is zero and would hide a wrong rule in
+    the first) and put back; buffers and the global generator too.
+
+    Args:
+        model: on which the run's adapter is active.
+        parameters: the run's trainable parameters.
+        gradients: hooks on them.
+        forward: token ids [B, T] to logits.
+        vocab_size: ids to try.
+    """
+    refuse_batch_norm(model)
+    saved = {name: p.detach().clone() for name, p in parameters.items()}
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            device = next(iter(parameters.values())).device
+            ids_BT = torch.randint(vocab_size, (_RECORDS + 1, _TOKENS)).to(device)
+            with torch.no_grad():
+                for p in parameters.values():
+                    p.add_(torch.randn(p.shape).to(p), alpha=0.02)
+            half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+            _check_no_mixing(model, forward, ids_BT, tolerance=2e-2 if half else 1e-4)
+            _check_gradients(model, parameters, gradients, forward, ids_BT, tolerance=0.1 if half else 1e-3)
+        finally:
+            gradients.reset()
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p.copy_(saved[name])
+                for name, b in model.named_buffers():
+                    b.copy_(buffers[name])
+            model.eval()
+
+
+def _check_no_mixing(
+    model: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], ids_BT: torch.Tensor, *, tolerance: float
+) -> None:
+    """Change one record; every other record's loss must stay."""
+    model.train()  # as in training; the same generator state gives the same dropout
+
+    def losses(ids: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return record_losses(forward(ids), ids).mean_B
+
+    others = losses(ids_BT[:_RECORDS])[1:]
+    changed = torch.cat([ids_BT[_RECORDS:], ids_BT[1:_RECORDS]])
+    moved = (losses(changed)[1:] - others).abs()
+    if not bool((moved <= tolerance * (1 + others.abs())).all()):
+        raise DPUnsupportedError(
+            "changing one record of a batch changed the losses of the others: some module of the model mixes "
+            "records (batch statistics, shared routing). Clipping cannot bound that; use per-record "
+            "normalisation such as GroupNorm",
+            feature="model",
+            reason="a record's loss depends on other records",
+            alternative="GroupNorm",
+        )
+
+
+def _check_gradients(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    gradients: PerSampleGradients,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    ids_BT: torch.Tensor,
+    *,
+    tolerance: float,
+) -> None:
+    """Compare every record's gradient with that of a batch of one, without dropout."""
+    ids_BT = ids_BT[:_RECORDS]
+    model.eval()
+    for module in gradients.modules:
+        module.training = True  # Opacus listens only there; the modules themselves hold no dropout
+    gradients.reset()
+    record_losses(forward(ids_BT), ids_BT).mean_B.sum().backward()  # type: ignore[no-untyped-call]
+    together = gradients.take(_RECORDS)
+    model.eval()
+    wrong: set[str] = set()
+    for i in range(_RECORDS):
+        loss = record_losses(forward(ids_BT[i : i + 1]), ids_BT[i : i + 1]).mean_B.sum()
+        with gradients.paused():
+            alone = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        total = torch.stack([g.float().norm() for g in alone if g is not None]).norm()
+        for name, g in zip(parameters, alone, strict=True):
+            expected = torch.zeros_like(parameters[name]) if g is None else g
+            error = (together[name][i].float() - expected.float()).norm()
+            if not bool(error <= tolerance * (expected.float().norm() + 0.01 * total)):
+                wrong.add(name)
+    if wrong:
+        names = sorted(wrong)
+        raise DPUnsupportedError(
+            f"the per-sample gradients of these parameters are wrong: {', '.join(names[:4])}"
+            f"{' and more' if len(names) > 4 else ''}; under differential privacy they cannot be trained. Choose "
+            "other target_modules (the attention projections work)",
+            feature="lora_config.target_modules",
+            reason="every trained parameter needs one exact gradient per record",
+            alternative="target_modules=['q_proj', 'v_proj']",
+            details={"parameters": names},
+        )

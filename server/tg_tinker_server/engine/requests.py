@@ -1,0 +1,92 @@
+"""Does a batch fit this run? Checked with NumPy alone, before any model work.
+
+Shape suffixes: B records, T tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import IGNORE_INDEX, TrainingConfig
+from tg_tinker_server.engine.backend import Ints, PassRequest
+
+
+def _refuse(message: str, field: str, constraint: str) -> InvalidRequestError:
+    return InvalidRequestError(message, field=field, constraint=constraint)
+
+
+def _check_shapes(request: PassRequest) -> None:
+    ids = request.input_ids_BT
+    for name, array in (
+        ("input_ids", ids),
+        ("attention_mask", request.attention_mask_BT),
+        ("labels", request.labels_BT),
+    ):
+        field = f"batch.{name}"
+        if array.ndim != 2:
+            raise _refuse(f"{name} must be [records, tokens]", field, "two dimensions [records, tokens]")
+        if not np.issubdtype(array.dtype, np.integer):
+            raise _refuse(f"{name} has dtype {array.dtype}; it must be integer", field, "integer dtype")
+        if array.shape != ids.shape:
+            raise _refuse(
+                f"{name} has shape {list(array.shape)} but input_ids has {list(ids.shape)}",
+                field,
+                "same shape as input_ids",
+            )
+
+
+def _check_range(name: str, values: Ints, vocab_size: int) -> None:
+    outside = (values < 0) | (values >= vocab_size)
+    if outside.any():
+        # Positions and counts only: the id itself is content.
+        raise _refuse(
+            f"{name} holds {int(outside.sum())} id(s) outside the model's vocabulary of {vocab_size}",
+            f"batch.{name}",
+            f"0 <= id < {vocab_size}",
+        )
+
+
+def check_request(request: PassRequest, config: TrainingConfig, *, vocab_size: int, max_positions: int) -> None:
+    """Raise InvalidRequestError with field and constraint unless the batch fits.
+
+    An empty batch fits only where Poisson sampling may draw one.
+    """
+    _check_shapes(request)
+    records, tokens = request.input_ids_BT.shape
+    if records == 0:
+        dp = config.dp_config
+        if not (config.private and dp is not None and dp.sampling == "poisson"):
+            raise _refuse("the batch holds no record", "batch.input_ids", "at least one record")
+    elif tokens == 0:
+        raise _refuse("the records of the batch hold no token", "batch.input_ids", "at least one token")
+    if tokens > max_positions:
+        raise _refuse(
+            f"records of {tokens} tokens are longer than this run's {max_positions}; shorten or split them "
+            "(nothing is cut silently)",
+            "batch.input_ids",
+            f"at most {max_positions} tokens",
+        )
+    _check_range("input_ids", request.input_ids_BT, vocab_size)
+    mask = request.attention_mask_BT
+    if ((mask != 0) & (mask != 1)).any():
+        raise _refuse("attention_mask holds values other than 0 and 1", "batch.attention_mask", "0 or 1")
+    labels = request.labels_BT
+    _check_range("labels", labels[labels != IGNORE_INDEX], vocab_size)
+    if request.units is not None and len(request.units) != records:
+        raise _refuse(
+            f"{len(request.units)} privacy unit ids for {records} records",
+            "privacy_unit_ids",
+            "one id per record",
+        )
+
+
+def units_of(request: PassRequest, call: int) -> tuple[tuple[str, ...], Ints]:
+    """The distinct units of a batch in order of appearance, and each record's position among them [B].
+
+    Without ids every record is a unit of its own, named by ``call`` so that no other call repeats it.
+    """
+    records = request.input_ids_BT.shape[0]
+    names = request.units if request.units is not None else [f"call {call} record {i}" for i in range(records)]
+    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return tuple(order), np.array([order[name] for name in names], dtype=np.int64)

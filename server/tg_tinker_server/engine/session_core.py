@@ -1,0 +1,171 @@
+"""What a session is before it has a model: request checks, the pending batch, the shape of a step."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tg_tinker.errors import DPUnsupportedError, InvalidRequestError, ServerError
+from tg_tinker.types import TrainingConfig
+from tg_tinker_server.engine.backend import (
+    Contribution,
+    PassRequest,
+    SamplingParams,
+    StepRequest,
+    StepResult,
+    TokenEvent,
+)
+from tg_tinker_server.engine.generation import Decoder, generate
+from tg_tinker_server.engine.gradients import ParamLayout
+from tg_tinker_server.engine.pending import PendingBatch
+from tg_tinker_server.engine.requests import check_request
+from tg_tinker_server.engine.tokenizers import Tokenizer
+
+
+class SessionCore(ABC):
+    """The half of ``backend.Session`` that all backends share."""
+
+    def __init__(
+        self,
+        *,
+        config: TrainingConfig,
+        layout: ParamLayout,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        model_positions: int,
+        base_dtype: str,
+        group_size: int,
+    ) -> None:
+        if config.private and config.loss_scale == "dynamic":
+            raise DPUnsupportedError(
+                "loss_scale='dynamic' skips steps depending on the data, which differential privacy cannot account "
+                "for; use a static loss_scale, or bf16, which needs none",
+                feature="loss_scale",
+                reason="whether a step is taken would depend on raw gradients",
+                alternative="loss_scale=128.0",
+            )
+        self._config = config
+        self._layout = layout
+        self._tokenizer = tokenizer
+        self._pending = PendingBatch(layout, config)
+        self._group_size = group_size
+        self._calls = 0
+        self._closed = False
+        self.trainable_parameters = layout.size
+        self.base_dtype = base_dtype
+        self.vocab_size = vocab_size
+        self.model_positions = model_positions
+        self.max_positions = min(model_positions, config.max_sequence_length)
+        self.eos_token_ids = tokenizer.eos_token_ids
+
+    @property
+    def pending_calls(self) -> int:
+        """See ``backend.Session``."""
+        return self._pending.calls
+
+    @property
+    def pending_units(self) -> tuple[str, ...]:
+        """See ``backend.Session``."""
+        return self._pending.units
+
+    def check(self, request: PassRequest) -> None:
+        """See ``backend.Session``."""
+        check_request(request, self._config, vocab_size=self.vocab_size, max_positions=self.max_positions)
+
+    def accumulate(self, contribution: Contribution) -> None:
+        """See ``backend.Session``."""
+        self._ensure_open()
+        self._pending.add(contribution)
+
+    def discard_pending(self) -> None:
+        """See ``backend.Session``."""
+        self._pending.clear()
+
+    def step(self, request: StepRequest) -> StepResult:
+        """See ``backend.Session``."""
+        self._ensure_open()
+        release = self._pending.release(request)
+        if not np.isfinite(release.grad_P).all():
+            raise _diverged("the mean gradient is not finite")
+        self._apply(release.grad_P, request.learning_rate)
+        self._pending.clear()
+        return release.result
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, slice_tokens: int
+    ) -> Iterator[list[TokenEvent]]:
+        """See ``backend.Session``. Prompts are checked at once, before the first slice is asked for."""
+        self._ensure_open()
+        return generate(
+            self._decoder,
+            prompts,
+            params,
+            tokenizer=self._tokenizer,
+            vocab_size=self.vocab_size,
+            max_positions=self.model_positions,
+            slice_tokens=slice_tokens,
+            group_size=self._group_size,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """See ``backend.Session``."""
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``backend.Session``."""
+        return self._tokenizer.decode(ids)
+
+    @abstractmethod
+    def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float) -> None:
+        """Step the optimizer with this gradient [P], all or nothing.
+
+        Raises:
+            InvalidRequestError: the new weights would not be finite.
+        """
+
+    @abstractmethod
+    def _decoder(self) -> Decoder:
+        """A decoder with an empty cache."""
+
+    def _next_call(self) -> int:
+        self._calls += 1
+        return self._calls
+
+    def _ensure_open(self) -> None:
+        if self._closed:
+            raise ServerError("the session is closed; open the run again")
+
+
+def _diverged(what: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{what}; nothing was changed. Lower the learning rate, or load an earlier checkpoint",
+        field="weights",
+        constraint="finite",
+    )
+
+
+def ensure_finite(weights: Sequence[npt.NDArray[np.float32]]) -> None:
+    """Raise InvalidRequestError unless all weights are finite."""
+    if not all(np.isfinite(w).all() for w in weights):
+        raise _diverged("the step would make weights infinite or NaN")
+
+
+def ensure_finite_pass(loss: float, gradient: npt.NDArray[np.float64] | None) -> None:
+    """Raise InvalidRequestError unless loss and gradient of a pass are finite."""
+    if not np.isfinite(loss) or (gradient is not None and not np.isfinite(gradient).all()):
+        raise InvalidRequestError(
+            "loss or gradient of this batch is not finite; nothing was accumulated. The weights have probably "
+            "diverged: load an earlier checkpoint and lower the learning rate",
+            field="batch",
+            constraint="finite loss and gradient",
+        )
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed from a domain tag and the parts, by SHA-256."""
+    text = "\x00".join(["tg-tinker/seed/v1", *map(str, parts)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,69 @@
+"""The Backend on torch: base models shared in memory, one adapter per run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tg_tinker.types import TrainingConfig
+from tg_tinker.types.info import ModelInfo
+from tg_tinker_server.engine.lora import AdaptedBase
+from tg_tinker_server.engine.models import BUNDLED_MODELS, BaseModels, ModelSource
+from tg_tinker_server.engine.performance import PerformanceConfig
+from tg_tinker_server.engine.torch_session import TorchSession
+
+
+class TorchBackend:
+    """Transformers causal language models with PEFT adapters and Opacus per-sample gradients.
+
+    Args:
+        models: what is offered, by name: a folder, a hub id, or a function that builds the model.
+        performance: device, precision, memory bounds.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelSource] = BUNDLED_MODELS,
+        performance: PerformanceConfig | None = None,
+    ) -> None:
+        self._performance = performance or PerformanceConfig()
+        self._models = BaseModels(models, torch.device(self._performance.device))
+        self._shared: dict[tuple[str, torch.dtype], AdaptedBase] = {}
+
+    def models(self) -> list[ModelInfo]:
+        """See ``backend.Backend``."""
+        return self._models.infos()
+
+    def open(self, *, run_id: str, config: TrainingConfig) -> TorchSession:  # noqa: ARG002 - part of the seam
+        """See ``backend.Backend``. A base model stays in memory once a run has used it."""
+        dtype = self._dtype(config)
+        lora = config.lora_config
+        if lora is None:
+            # Weights that are trained are float32 whatever the run asks for its frozen base.
+            own = AdaptedBase(self._models.load(config.model_ref, torch.float32))
+            own.module.requires_grad_(True)
+            return TorchSession(own, None, config, self._performance, on_close=lambda: None)
+        base = self._base(config.model_ref, dtype, shared=lora.bias == "none" and not lora.modules_to_save)
+        adapter = base.add(lora, seed=config.seed or 0)
+        try:
+            return TorchSession(base, adapter, config, self._performance, on_close=lambda: base.remove(adapter))
+        except BaseException:
+            base.remove(adapter)
+            raise
+
+    def _dtype(self, config: TrainingConfig) -> torch.dtype:
+        wanted = self._performance.base_dtype
+        if config.mixed_precision != "bf16" or wanted == "float32":
+            return torch.float32
+        native = self._performance.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if wanted == "bfloat16" or native else torch.float32
+
+    def _base(self, name: str, dtype: torch.dtype, *, shared: bool) -> AdaptedBase:
+        if not shared:
+            # Saved modules and biases are trained too, so this copy is float32.
+            return AdaptedBase(self._models.load(name, torch.float32))
+        key = (name, dtype)
+        if key not in self._shared:
+            self._shared[key] = AdaptedBase(self._models.load(name, dtype))
+        return self._shared[key]
