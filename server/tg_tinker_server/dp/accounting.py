@@ -7,6 +7,7 @@ by Balle et al. 2020, Theorem 21. Neighbours differ by adding or removing one un
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -20,7 +21,7 @@ from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, S
 Costs = npt.NDArray[np.int64]
 ORDERS = np.array(RDPAccountant.DEFAULT_ALPHAS, dtype=np.float64)
 UNITS = 2.0**40  # integer cost per unit of Renyi divergence
-INFINITE = np.int64(2**62)  # costs saturate here; two of them still fit an int64
+INFINITE = np.int64(2**61)  # costs saturate here; the sum of two must not wrap around an int64
 _MARGIN = 1.0 + 1e-11  # float64 rounding inside the Renyi formula
 
 
@@ -120,7 +121,8 @@ def prv_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: 
         return 0.0
     accountant = PRVAccountant()
     accountant.history = [(noise_multiplier, sample_rate, steps)]
-    return float(accountant.get_epsilon(delta, eps_error=0.01))
+    with np.errstate(divide="ignore"):  # log of zero at rate 1 is the -inf it means
+        return float(accountant.get_epsilon(delta, eps_error=0.01))
 
 
 def pld_epsilon(events: Sequence[Event], delta: float) -> float:
@@ -147,6 +149,8 @@ def gdp_estimate(events: Sequence[Event], delta: float) -> float | None:
     if counts is None or len(counts) != 1:
         return None
     ((sigma, rate), times), *_ = counts.items()
-    accountant = GaussianAccountant()
+    with warnings.catch_warnings():  # Opacus warns of what this function's name and docstring say
+        warnings.simplefilter("ignore", UserWarning)
+        accountant = GaussianAccountant()
     accountant.history = [(sigma, rate, times)]
     return float(accountant.get_epsilon(delta))

@@ -1,0 +1,121 @@
+"""Epsilon, each time with a second answer from somebody else's accountant."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus.accountants import RDPAccountant
+
+from tg_tinker_server.dp.accounting import (
+    INFINITE,
+    add,
+    cost,
+    epsilon,
+    gdp_estimate,
+    histogram,
+    pld_epsilon,
+    prv_epsilon,
+    repeated,
+    zero,
+)
+from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, SampledGaussian, Unnoised
+
+
+def sampled(sigma: float, rate: float) -> SampledGaussian:
+    return SampledGaussian(noise_multiplier=sigma, sample_rate=rate, vouched_by="client")
+
+
+def opacus_rdp(sigma: float, rate: float, steps: int, delta: float) -> float:
+    accountant = RDPAccountant()
+    accountant.history = [(sigma, rate, steps)]
+    return float(accountant.get_epsilon(delta))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rate", [1e-9, 1e-4, 0.01, 0.3, 1.0])
+@pytest.mark.parametrize("sigma", [0.3, 0.5, 1.0, 4.0, 20.0])
+@pytest.mark.parametrize("steps", [1, 100, 100_000])
+def test_epsilon_equals_opacus_rdp_and_is_never_below_it(rate: float, sigma: float, steps: int) -> None:
+    ours = epsilon(repeated(cost(sampled(sigma, rate)), steps), 1e-5)
+    theirs = opacus_rdp(sigma, rate, steps, 1e-5)
+    assert theirs - 1e-12 * abs(theirs) <= ours <= theirs * (1 + 1e-6) + 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps"), [(1.0, 0.01, 1000), (0.6, 0.02, 60), (2.0, 1.0, 10), (1.1, 256 / 60000, 5000)]
+)
+def test_epsilon_is_never_below_the_privacy_loss_distribution(sigma: float, rate: float, steps: int) -> None:
+    accountant = PLDAccountant()
+    gaussian = dp_event.GaussianDpEvent(sigma)
+    event = gaussian if rate == 1 else dp_event.PoissonSampledDpEvent(rate, gaussian)
+    accountant.compose(dp_event.SelfComposedDpEvent(event, steps))
+    reference = accountant.get_epsilon(1e-5)
+    assert epsilon(repeated(cost(sampled(sigma, rate)), steps), 1e-5) >= reference
+    assert prv_epsilon(sigma, rate, steps, 1e-5) >= reference - 1e-3
+    assert pld_epsilon([sampled(sigma, rate)] * steps, 1e-5) == pytest.approx(reference, rel=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_figures_of_the_design_hold() -> None:
+    event = sampled(1.0, 0.01)
+    assert epsilon(repeated(cost(event), 1000), 1e-5) == pytest.approx(2.10, abs=0.005)
+    assert prv_epsilon(1.0, 0.01, 1000, 1e-5) == pytest.approx(1.84, abs=0.01)
+    assert pld_epsilon([event] * 1000, 1e-5) == pytest.approx(1.83, abs=0.005)
+    estimate = gdp_estimate([event] * 1000, 1e-5)
+    assert estimate == pytest.approx(1.62, abs=0.005)  # below the truth: an estimate, never a bound
+
+
+def test_one_gaussian_costs_what_its_formula_says() -> None:
+    sigma, delta = 2.0, 1e-5
+    orders = np.array([1 + x / 10 for x in range(1, 100)] + list(range(12, 64)))
+    by_hand = orders / (2 * sigma**2) + np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
+    assert epsilon(cost(Gaussian(noise_multiplier=sigma)), delta) == pytest.approx(by_hand.min(), rel=1e-9)
+
+
+events = st.one_of(
+    st.builds(Gaussian, noise_multiplier=st.sampled_from([0.5, 1.0, 3.0])),
+    st.builds(sampled, st.sampled_from([0.6, 1.0, 2.0]), st.sampled_from([1e-6, 0.01, 0.5])),
+    st.builds(ParticipationGaussian, noise_multiplier=st.just(1.0), releases=st.integers(0, 3)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(events, max_size=12), events)
+def test_a_history_never_gets_cheaper_and_order_does_not_matter(history: list[Event], more: Event) -> None:
+    def total(items: list[Event]) -> np.ndarray:
+        result = zero()
+        for item in items:
+            result = add(result, cost(item))
+        return result
+
+    assert (total(history) == total(history[::-1])).all()
+    assert epsilon(total([*history, more]), 1e-5) >= epsilon(total(history), 1e-5)
+
+
+def test_repeating_is_the_same_as_adding_one_by_one() -> None:
+    one, total = cost(sampled(0.7, 0.02)), zero()
+    for _ in range(500):
+        total = add(total, one)
+    assert (total == repeated(one, 500)).all()
+
+
+def test_an_unnoised_release_is_infinite_for_ever() -> None:
+    total = add(cost(Unnoised()), cost(sampled(100.0, 1e-6)))
+    assert epsilon(total, 1e-5) == math.inf
+    assert epsilon(add(total, total), 1e-5) == math.inf
+    assert (repeated(cost(Unnoised()), 10**9) == INFINITE).all()
+    assert histogram([Gaussian(noise_multiplier=1.0), Unnoised()]) is None
+    assert pld_epsilon([Unnoised()], 1e-5) == math.inf
+
+
+def test_no_release_costs_nothing_and_the_smallest_rate_costs_something() -> None:
+    assert epsilon(zero(), 1e-5) == 0.0
+    assert (cost(sampled(20.0, 1e-12)) > 0).all()
+    assert not cost(ParticipationGaussian(noise_multiplier=1.0, releases=0)).any()
