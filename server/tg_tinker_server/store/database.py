@@ -1,192 +1,290 @@
-"""Transactions: one writer thread, durable when a write returns; readers beside it."""
+"""One durable database: a single writer thread, and transactions that are on disk before anyone is told.
+
+SQLite in WAL mode with ``synchronous=FULL``: when a write returns, a power cut cannot take it back. Both
+settings are read back when a connection is opened, and the database refuses to work without them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import alembic.command
 import alembic.config
-from sqlalchemy import Connection, Engine, create_engine, event
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from tg_tinker.errors import ServerError
+from tg_tinker.errors import ServerError, TGTinkerError
 
 T = TypeVar("T")
 Transaction = Connection
-Work = tuple[Callable[[Connection], Any], "Future[Any]"]
-_GROUP = 64  # writes that share one commit at most
-_BUSY_S = 30.0
+
+BUSY_TIMEOUT_S: Final = 30.0
+MAX_GROUP: Final = 64  # writes that may share one commit, and so one flush to disk
+_FULL: Final = 2
+_MIGRATING: Final = threading.Lock()  # Alembic's context is one per process
+_MIGRATIONS: Final = Path(__file__).parent / "migrations"
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    fn: Callable[[Connection], Any]
+    awaited: bool
+    future: Future[Any] = field(default_factory=Future)
+
+
+class _GroupAborted(Exception):
+    """SQLite gave up the whole transaction because of one statement; the jobs are run again one by one."""
 
 
 class Database:
-    """A database with exactly one writing thread.
+    """All tables behind two verbs: ``write`` (one durable transaction) and ``read`` (a consistent snapshot).
 
-    Guarantees: when ``write`` returns, the change is on disk (SQLite: WAL with ``synchronous=FULL``, asserted at
-    start); when it raises, nothing of it is. Other processes may use the same file.
+    Functions handed to ``write`` and ``submit`` run on the writer thread, must not block on anything else,
+    and may be run again from the start when a transaction had to be rolled back: they touch nothing but the
+    connection they are given.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
-        self._failure: str | None = None
-        self._writer = threading.Thread(target=self._write_forever, name="db-writer", daemon=True)
-        self._writer.start()
+    def __init__(self, url: str) -> None:
+        """Use :meth:`open`."""
+        self._writer_engine = _engine(url, begin="BEGIN IMMEDIATE", read_only=False)
+        self._reader_engine = _engine(url, begin="BEGIN", read_only=True)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._closed = False
+        self._failure: Exception | None = None
+        self._connection: Connection | None = None  # the writer thread's
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._write_forever, name="tg-tinker-writer", daemon=True)
 
     @classmethod
     def open(cls, url: str) -> Database:
-        """Connect, migrate, and refuse a configuration that could forget a charge.
+        """Open, or create, the database at ``url`` (``sqlite:///path``), bring it up to date, check it.
 
         Raises:
-            ServerError: it cannot be opened or migrated, or is not durable.
+            ServerError: not a SQLite file, or SQLite would not keep it in WAL mode with synchronous=FULL.
         """
-        try:
-            engine = create_engine(url, poolclass=NullPool) if _is_sqlite(url) else create_engine(url)
-            if _is_sqlite(url):
-                event.listen(engine, "connect", _make_durable)
-                event.listen(engine, "begin", _begin)
-            with engine.connect() as connection:
-                if _is_sqlite(url):
-                    _assert_durable(connection)
-                _migrate(connection)
-                connection.commit()
-        except SQLAlchemyError as e:
-            raise ServerError(f"cannot open the database at {_shown(url)}: {type(e).__name__}") from e
-        return cls(engine)
+        parsed = make_url(url)
+        if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
+            raise ServerError(
+                f"the database must be a SQLite file (sqlite:////path/to/server.db), got "
+                f"{parsed.render_as_string(hide_password=True)}: only there is durability checked",
+                details={"setting": "database"},
+            )
+        database = cls(url)
+        with _server_errors(), database._writer_engine.connect() as connection, connection.begin():
+            _migrate(connection)
+        database._thread.start()
+        return database
 
     def write(self, fn: Callable[[Connection], T]) -> T:
-        """Run ``fn`` in one transaction on the writer thread; returns once it is durable. Never on an event loop.
+        """Run ``fn`` in one transaction and return its result once the commit is durable.
 
-        Raises:
-            ServerError: the commit failed; nothing was changed.
+        Blocks; never call it on an event loop. An exception from ``fn`` rolls its work back and is raised
+        here; when the commit itself fails a ServerError is raised and nothing that ``fn`` returned counts.
         """
-        return self.submit(fn).result()
+        return cast(T, self._enqueue(_Job(fn, awaited=True)).result())
 
     def submit(self, fn: Callable[[Connection], T]) -> Future[T]:
-        """The same without waiting. Writes that wait together may share one commit; each stands or falls alone."""
-        done: Future[T] = Future()
-        self._queue.put((fn, done))
-        return done
+        """As :meth:`write`, without waiting. Writes that wait together may share a commit; each keeps its own
+        savepoint, so one that raises rolls back only itself. A write that is lost is also remembered:
+        :meth:`check_healthy` raises from then on.
+        """
+        return self._enqueue(_Job(fn, awaited=False))
 
     def read(self, fn: Callable[[Connection], T]) -> T:
-        """Run ``fn`` on a connection of its own; it sees what is committed.
-
-        Raises:
-            ServerError: the database cannot be read.
-        """
-        try:
-            with self._engine.connect().execution_options(tg_read=True) as connection:
-                return fn(connection)
-        except SQLAlchemyError as e:
-            raise ServerError(f"the database cannot be read: {type(e).__name__}") from e
+        """Run ``fn`` on a read-only connection that sees one consistent state of the database."""
+        with _server_errors(), self._reader_engine.connect() as connection, connection.begin():
+            return fn(connection)
 
     def check_healthy(self) -> None:
-        """Refuse to go on after a write nobody waited for failed.
-
-        Raises:
-            ServerError: naming what failed.
-        """
+        """Raise ServerError if a write that nobody waited for was lost; a restart is then needed."""
         if self._failure is not None:
-            raise ServerError(f"the audit store cannot be written ({self._failure}); restart the server")
+            raise ServerError(
+                f"the database lost a write ({type(self._failure).__name__}); nothing more is accepted. "
+                "Check disk space and health, then restart the server",
+                details={"component": "database"},
+            ) from self._failure
 
     def close(self) -> None:
-        """Finish what was submitted, then stop."""
-        self._queue.put(None)
-        self._writer.join()
-        self._engine.dispose()
+        """Finish what was submitted, then close every connection."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._jobs.put(None)
+        self._thread.join()
+        self._reader_engine.dispose()
+        self._writer_engine.dispose()
+
+    def _enqueue(self, job: _Job) -> Future[Any]:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a write inside a write would wait for itself: use the connection at hand")
+        with self._lock:
+            if self._closed:
+                raise ServerError("the database is closed", details={"component": "database"})
+            self._jobs.put(job)
+        return job.future
 
     def _write_forever(self) -> None:
-        connection: Connection | None = None
-        while (work := self._queue.get()) is not None:
-            group = [work]
-            stop = False
-            while len(group) < _GROUP and not self._queue.empty():
-                more = self._queue.get()
-                if more is None:
-                    stop = True
-                    break
-                group.append(more)
+        last = False
+        while not last:
+            group, last = self._gather()
             try:
-                if connection is None:
-                    connection = self._engine.connect()
-                self._commit(connection, group)
-            except Exception as e:  # noqa: BLE001 - the writer must outlive every failure; each is reported
-                if connection is not None:
-                    connection.invalidate()
-                    connection.close()
-                    connection = None
-                self._fail(group, e)
-            if stop:
+                self._commit(group)
+            except _GroupAborted:
+                for job in group:
+                    self._commit([job])
+        if self._connection is not None:
+            self._connection.close()
+
+    def _gather(self) -> tuple[list[_Job], bool]:
+        """Wait for work; the jobs that share the next commit, and whether they are the last."""
+        group: list[_Job] = []
+        while len(group) < MAX_GROUP:
+            try:
+                job = self._jobs.get(block=not group)
+            except queue.Empty:
                 break
-        if connection is not None:
-            connection.close()
+            if job is None:
+                return group, True
+            group.append(job)
+        return group, False
 
-    def _commit(self, connection: Connection, group: list[Work]) -> None:
-        outcomes: list[tuple[Future[Any], Any]] = []
-        with connection.begin():
-            for fn, done in group:
-                try:
-                    with connection.begin_nested():
-                        outcomes.append((done, fn(connection)))
-                except SQLAlchemyError as e:
-                    done.set_exception(_refusal(e))
-                except Exception as e:  # noqa: BLE001 - it rolled back its own savepoint and is handed over
-                    done.set_exception(e)
-        for done, value in outcomes:
-            done.set_result(value)
+    def _commit(self, group: list[_Job]) -> None:
+        """Run the jobs in one transaction; only after its commit is anybody told."""
+        outcomes: list[tuple[_Job, Any, Exception | None]] = []
+        try:
+            if self._connection is None:
+                self._connection = self._writer_engine.connect()
+            with self._connection.begin():
+                for job in group:
+                    outcomes.append(self._run(self._connection, job, alone=len(group) == 1))
+        except _GroupAborted:
+            self._drop_connection()
+            raise
+        except Exception as e:  # noqa: BLE001 - handed to every waiting caller; the thread must outlive it
+            if not isinstance(e, TGTinkerError):
+                self._drop_connection()
+            outcomes = [(job, None, e) for job in group]
+        for job, result, error in outcomes:
+            if error is None:
+                job.future.set_result(result)
+                continue
+            if not job.awaited and not isinstance(error, TGTinkerError):
+                self._failure = self._failure or error
+            job.future.set_exception(_as_server_error(error))
 
-    def _fail(self, group: list[Work], error: Exception) -> None:
-        self._failure = type(error).__name__
-        for _, done in group:
-            if not done.done():
-                done.set_exception(_refusal(error))
+    def _drop_connection(self) -> None:
+        """After a failure nothing is known about the connection's transaction: start with a fresh one."""
+        if self._connection is not None:
+            self._connection.invalidate()
+            self._connection.close()
+            self._connection = None
+
+    @staticmethod
+    def _run(connection: Connection, job: _Job, *, alone: bool) -> tuple[_Job, Any, Exception | None]:
+        if alone:  # its exception rolls back the transaction, which holds nothing else
+            return job, job.fn(connection), None
+        try:
+            with connection.begin_nested():
+                return job, job.fn(connection), None
+        except Exception as e:
+            # A full disk or an I/O error makes SQLite drop the whole transaction, the neighbours included.
+            if not _in_transaction(connection):
+                raise _GroupAborted from e
+            return job, None, e
 
 
-def _refusal(error: Exception) -> ServerError:
-    failure = ServerError(f"the database refused a write ({type(error).__name__}); nothing was changed")
-    failure.__cause__ = error
-    return failure
+def _in_transaction(connection: Connection) -> bool:
+    return bool(getattr(connection.connection.dbapi_connection, "in_transaction", False))
 
 
-def _is_sqlite(url: str) -> bool:
-    return url.startswith("sqlite")
+def _as_server_error(error: Exception) -> Exception:
+    """SQL text and parameters stay inside; a person gets what happened and what to do."""
+    if not isinstance(error, SQLAlchemyError):
+        return error
+    cause = getattr(error, "orig", None) or error
+    wrapped = ServerError(
+        f"the database could not do that ({type(cause).__name__}: {cause}); nothing was changed",
+        details={"component": "database"},
+    )
+    wrapped.__cause__ = error
+    return wrapped
 
 
-def _shown(url: str) -> str:
-    return url if _is_sqlite(url) else url.split("://", maxsplit=1)[0] + "://..."
+@contextlib.contextmanager
+def _server_errors() -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as e:
+        raise _as_server_error(e) from e
 
 
-def _make_durable(dbapi_connection: Any, _record: Any) -> None:
-    dbapi_connection.isolation_level = None  # we say BEGIN ourselves
+def _engine(url: str, *, begin: str, read_only: bool) -> Engine:
+    engine = sa.create_engine(
+        url,
+        **({"pool_size": 4, "max_overflow": -1} if read_only else {"poolclass": NullPool}),
+        connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
+    )
+
+    def on_connect(dbapi_connection: Any, _record: Any) -> None:
+        dbapi_connection.isolation_level = None  # we say BEGIN ourselves: the driver's is too late
+        make_durable(dbapi_connection, read_only=read_only)
+
+    def on_begin(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    event.listen(engine, "connect", on_connect)
+    event.listen(engine, "begin", on_begin)
+    return engine
+
+
+def make_durable(dbapi_connection: Any, *, read_only: bool) -> None:
+    """Ask SQLite for WAL and synchronous=FULL, then read both back.
+
+    Raises:
+        ServerError: SQLite answers with anything else (measured: with NORMAL, three power cuts in five lost
+            a charge that had been reported as paid).
+    """
     cursor = dbapi_connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout={int(_BUSY_S * 1000)}")
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.close()
-
-
-def _begin(connection: Connection) -> None:
-    reading = connection.get_execution_options().get("tg_read", False)
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
-
-
-def _assert_durable(connection: Connection) -> None:
-    journal = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
-    synchronous = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
-    if journal != "wal" or synchronous != 2:
+    try:
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        while True:
+            try:
+                mode = str(cursor.execute("PRAGMA journal_mode=WAL").fetchone()[0]).lower()
+                break
+            except Exception as e:
+                # Switching a new file to WAL does not honour the busy timeout.
+                if "locked" not in str(e) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        cursor.execute("PRAGMA synchronous=FULL")
+        if read_only:
+            cursor.execute("PRAGMA query_only=ON")
+        synchronous = int(cursor.execute("PRAGMA synchronous").fetchone()[0])
+    finally:
+        cursor.close()
+    if mode != "wal" or synchronous != _FULL:
         raise ServerError(
-            f"the database runs with journal_mode={journal}, synchronous={synchronous}; charges could be lost at a "
-            "power cut. It must be WAL and FULL (2): use a local file on a local disk"
+            f"SQLite offers journal_mode={mode} and synchronous={synchronous}; the ledger needs WAL and "
+            "FULL (2), or a power cut could take back a charge. Put the database on a local disk",
+            details={"journal_mode": mode, "synchronous": synchronous},
         )
 
 
 def _migrate(connection: Connection) -> None:
     config = alembic.config.Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(_MIGRATIONS))
     config.attributes["connection"] = connection
-    alembic.command.upgrade(config, "head")
+    with _MIGRATING:
+        alembic.command.upgrade(config, "head")

@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
-    DDL,
     BigInteger,
     Column,
     DateTime,
@@ -20,7 +19,6 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
-    event,
 )
 
 metadata = MetaData()
@@ -33,7 +31,9 @@ class UtcTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
-        """To the database."""
+        """To the database. A naive time is refused: it means another moment on every machine."""
+        if value is not None and value.tzinfo is None:
+            raise ValueError("a datetime without a timezone cannot be stored")
         return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ARG002
@@ -82,7 +82,7 @@ runs = Table(
     Column("updated", UtcTime, nullable=False),
     Column("dataset_id", String(200)),
     Column("noise_multiplier", Float(53)),
-    UniqueConstraint("tenant", "request_id"),
+    UniqueConstraint("tenant", "request_id", name="uq_runs_request"),
 )
 
 results = Table(
@@ -127,6 +127,7 @@ datasets = Table(
     Column("created", UtcTime, nullable=False),
 )
 
+# Append-only: triggers refuse UPDATE, DELETE, and INSERT anywhere but at the end of a chain.
 ledger = Table(
     "ledger",
     metadata,
@@ -140,6 +141,7 @@ ledger = Table(
     Column("body_json", Text, nullable=False),
     Column("prev_hash", LargeBinary, nullable=False),
     Column("entry_hash", LargeBinary, nullable=False),
+    UniqueConstraint("tenant", "dataset_id", "run_id", "seq", "attempt", "kind", name="uq_ledger_once"),
 )
 
 participations = Table(
@@ -152,6 +154,7 @@ participations = Table(
     Column("count", Integer, nullable=False),
 )
 
+# Append-only, like the ledger.
 audit = Table(
     "audit",
     metadata,
@@ -161,19 +164,3 @@ audit = Table(
     Column("prev_hash", LargeBinary, nullable=False),
     Column("record_hash", LargeBinary, nullable=False),
 )
-
-APPEND_ONLY = (ledger, audit)
-
-
-def append_only_triggers(table: str) -> list[str]:
-    """SQLite statements that make a table refuse UPDATE and DELETE."""
-    return [
-        f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
-        f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-        for verb in ("UPDATE", "DELETE")
-    ]
-
-
-for _table in APPEND_ONLY:
-    for _statement in append_only_triggers(_table.name):
-        event.listen(_table, "after_create", DDL(_statement).execute_if(dialect="sqlite"))  # type: ignore[no-untyped-call]
