@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def demo(fresh: bool, out: Path, folder: Path) -> None:
 
 def _run(console: Console, out: Path, folder: Path) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model and the texts are on this machine
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=UserWarning)  # torch's advice to programmers, not to readers
     started = time.monotonic()
     with console.status("starting the server …"):
         from tg_tinker_server.app import EmbeddedServer

@@ -32,12 +32,14 @@ class Narrator:
                 f"epsilon {settings.target_epsilon:g} at delta {small(settings.target_delta)} for each record",
             ),
             ("model", f"{settings.model_ref}, with a LoRA adapter of rank {settings.rank}"),
+            ("", "so small that it learns the form of a diagnosis, and no medicine"),
             ("server", f"gRPC on {address}; its data is in {folder}"),
         )
 
     def say(self, text: str) -> None:
         """One paragraph."""
-        self.console.print(Text(text))
+        self.console.print()
+        self.console.print(Text(text), soft_wrap=not self.console.is_terminal)
 
     def measured(self, when: str, measured: Measured, settings: DemoSettings) -> None:
         """Perplexity and samples before or after training."""
@@ -95,22 +97,28 @@ class Narrator:
             ("page", f"{out}, for the owner of the data: it shows un-noised losses"),
             (
                 "report",
-                f"{out.with_suffix('.json')}, which may be handed out: what was promised and how it was computed",
+                f"{out.with_suffix('.json')}, which may be handed out",
             ),
-            ("ledger", f"{found.ledger.file}; check it anywhere: tg-tinker ledger verify {found.ledger.file}"),
+            ("ledger", f"{found.ledger.file}; anybody can check it:"),
+            ("", f"tg-tinker ledger verify {found.ledger.file}"),
         )
 
     def _heading(self, text: str) -> None:
         self.console.print()
-        self.console.print(Text(text, style="bold"))
+        self.console.print(Text(text, style="bold"), soft_wrap=not self.console.is_terminal)
 
     def _facts(self, *rows: tuple[str, str]) -> None:
+        """Names and values in two columns; unwrapped where a log or a pipe reads them."""
         width = max(len(name) for name, _ in rows)
+        if not self.console.is_terminal:
+            for name, value in rows:
+                self.console.print(Text(f"  {name:<{width}}  {value}"), soft_wrap=True)
+            return
         table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim", no_wrap=True, min_width=width + 2)
+        table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows:
-            table.add_row(Text(f"  {name}"), Text(value))
+            table.add_row(Text(f"  {name:<{width}}"), Text(value))
         self.console.print(table)
 
 

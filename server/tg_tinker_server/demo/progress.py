@@ -9,6 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tg_tinker_server.demo.report import up
 from tg_tinker_server.demo.settings import DemoSettings
 from tg_tinker_server.demo.state import StepPoint
 
@@ -68,13 +69,13 @@ class TrainingProgress:
                 self._task,
                 completed=point.step,
                 loss=f"{point.loss:.3f}",
-                epsilon=f"{point.epsilon:.3f}",
+                epsilon=up(point.epsilon),
                 rate=rate,
             )
         elif point.step % PLAIN_EVERY == 0 or point.step in (1, self._settings.steps):
             self._console.print(
                 f"  step {point.step:3d} of {self._settings.steps}  loss {point.loss:.3f}  "
-                f"epsilon {point.epsilon:.3f} of {self._settings.target_epsilon:g}  {rate}",
+                f"epsilon {up(point.epsilon)} of {self._settings.target_epsilon:g}  {rate}",
                 highlight=False,
             )
 

@@ -90,7 +90,7 @@ class Demo:
         record = load_record(self.folder, self.settings)
         if record is not None and record.finished:
             self.narrator.say(
-                "\nAn earlier call spent this dataset's budget, and the budget belongs to the data, not to a run: "
+                "An earlier call spent this dataset's budget, and the budget belongs to the data, not to a run: "
                 "nothing is trained again. Here is what that call found, and its checkpoint opened once more. "
                 "To train anew beside it: make demo ARGS=--fresh"
             )
@@ -107,7 +107,7 @@ class Demo:
             save_record(self.folder, record)
         else:
             tc = self.service.get_training_client(record.run_id)
-            self.narrator.say(f"\nGoing on with the interrupted run after step {tc.step}; what it spent stays spent.")
+            self.narrator.say(f"Going on with the interrupted run after step {tc.step}; what it spent stays spent.")
         if record.before is None:
             record.before = measure(tc, self.texts.held_out, self.settings)
             save_record(self.folder, record)

@@ -37,9 +37,9 @@ class DemoSettings:
     dataset_id: str = "icd-10-cm-diagnoses"
     target_epsilon: float = 8.0
     target_delta: float = 2e-5
-    prompts: tuple[str, ...] = ("Fracture of", "Malignant neoplasm of", "Poisoning by", "Unspecified")
+    prompts: tuple[str, ...] = ("Fracture of", "Malignant neoplasm of", "Disorder of", "Chronic")
     max_sample_tokens: int = 24
-    temperature: float = 0.7
+    temperature: float = 0.4
 
     def training_config(self, *, dataset_size: int) -> TrainingConfig:
         """The configuration of the private run over ``dataset_size`` records."""
