@@ -1,0 +1,234 @@
+"""A Backend in NumPy: a bigram over bytes, small enough for every test and under all the same rules.
+
+The next token's logits are a fixed table's row plus a trained table's row, both chosen by the current token.
+
+Shape suffixes: B records, T tokens, V vocabulary, U units, P parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import IGNORE_INDEX, TrainingConfig
+from tg_tinker.types.info import ModelInfo
+from tg_tinker_server.dp.clipping import clip_and_sum
+from tg_tinker_server.engine import numpy_optimizers
+from tg_tinker_server.engine.backend import EngineState, PassRequest, PassResult
+from tg_tinker_server.engine.gradients import Floats, GradientContribution, ParamLayout
+from tg_tinker_server.engine.requests import units_of
+from tg_tinker_server.engine.session_core import SessionCore, derived_seed, ensure_finite, ensure_finite_pass
+from tg_tinker_server.engine.state import OPTIMIZER, WEIGHTS, checked_optimizer, checked_weights
+from tg_tinker_server.engine.tokenizers import ByteTokenizer
+
+MODEL_NAME = "bigram"
+_TABLE = "table"
+# Its one table answers to the usual names of a transformer's layers, so that default configurations run on it.
+TARGET_MODULES = (_TABLE, "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_V = ByteTokenizer.vocab_size
+_POSITIONS = 4096
+_UNITS_AT_ONCE = 16
+
+
+class BigramBackend:
+    """Offers the model "bigram"; its fixed table is the same in every process."""
+
+    def __init__(self) -> None:
+        # Mild preferences, so that samples differ from noise and a fresh model has something to unlearn.
+        self._base_VV = np.random.default_rng(20).normal(0.0, 0.5, (_V, _V))
+        self._base_VV.setflags(write=False)
+
+    def models(self) -> list[ModelInfo]:
+        """See ``backend.Backend``."""
+        return [ModelInfo(name=MODEL_NAME, family="bigram", parameters=_V * _V, max_sequence_length=_POSITIONS)]
+
+    def open(self, *, run_id: str, config: TrainingConfig) -> BigramSession:  # noqa: ARG002 - part of the seam
+        """See ``backend.Backend``."""
+        if config.model_ref != MODEL_NAME:
+            raise InvalidRequestError(
+                f"model {config.model_ref!r} is not offered here; offered: {MODEL_NAME}",
+                field="model_ref",
+                constraint=f"one of: {MODEL_NAME}",
+            )
+        targets = config.lora_config.target_modules if config.lora_config else []
+        unknown = [t for t in targets if t not in TARGET_MODULES] if targets != "all-linear" else []
+        if unknown:
+            raise InvalidRequestError(
+                f"target module {unknown[0]!r} does not exist in {MODEL_NAME}; it has {', '.join(TARGET_MODULES)}",
+                field="lora_config.target_modules",
+                constraint="one of: " + ", ".join(TARGET_MODULES),
+            )
+        return BigramSession(self._base_VV, config)
+
+
+class BigramSession(SessionCore):
+    """See ``backend.Session``."""
+
+    def __init__(self, base_VV: Floats, config: TrainingConfig) -> None:
+        super().__init__(
+            config=config,
+            layout=ParamLayout({_TABLE: (_V, _V)}),
+            tokenizer=ByteTokenizer(),
+            vocab_size=_V,
+            model_positions=_POSITIONS,
+            base_dtype="float32",
+            group_size=64,
+        )
+        self._base_VV = base_VV
+        self._weights_VV: npt.NDArray[np.float32] = np.zeros((_V, _V), dtype=np.float32)
+        self._optimizer_state: dict[str, npt.NDArray[np.float32]] = {}
+        # Under privacy the masks of a record must not be computable by others: one more secret part of the seed.
+        self._dropout_key = os.urandom(16).hex() if config.private else ""
+
+    def forward_backward(self, request: PassRequest) -> PassResult:
+        """See ``backend.Session``."""
+        self._ensure_open()
+        self.check(request)
+        units, unit_of_B = units_of(request, self._next_call())
+        drops_BT = self._dropout(request)
+        labels_BT = request.labels_BT[:, 1:]
+        records = len(unit_of_B)
+        means_B, sums_B = np.zeros(records), np.zeros(records)
+        errors: list[tuple[Any, Any]] = []
+        for i in range(records):
+            at = np.flatnonzero(labels_BT[i] != IGNORE_INDEX)
+            if not at.size:
+                errors.append((np.zeros(0, dtype=np.int64), np.zeros((0, _V))))
+                continue
+            tokens, drop = request.input_ids_BT[i, at], drops_BT[i, at, None]
+            logits = self._base_VV[tokens] + drop * self._weights_VV[tokens]
+            log_probs = logits - _log_sum_exp(logits)
+            targets = labels_BT[i, at]
+            losses = -log_probs[np.arange(at.size), targets]
+            sums_B[i], means_B[i] = losses.sum(), losses.mean()
+            error = np.exp(log_probs)
+            error[np.arange(at.size), targets] -= 1.0
+            errors.append((tokens, drop * error / at.size))
+        contribution = self._contribution(units, unit_of_B, errors) if request.train else None
+        loss = math.fsum(means_B) / max(1, records)
+        if not self._config.private:
+            ensure_finite_pass(loss, contribution.sum_P if contribution else None)
+        return PassResult(
+            loss=loss,
+            loss_sum=math.fsum(sums_B),
+            num_targets=int((labels_BT != IGNORE_INDEX).sum()),
+            num_tokens=int(request.attention_mask_BT.sum()),
+            num_records=records,
+            contribution=contribution,
+        )
+
+    def export_state(self, *, optimizer: bool) -> EngineState:
+        """See ``backend.Session``."""
+        self._ensure_open()
+        tensors = {WEIGHTS + _TABLE: self._weights_VV.copy()}
+        if optimizer:
+            tensors |= {f"{OPTIMIZER}{_TABLE}/{k}": v.copy() for k, v in self._optimizer_state.items()}
+        name = self._config.optimizer.name if optimizer else None
+        return EngineState(tensors=tensors, scalars={"model": MODEL_NAME, "optimizer": name})
+
+    def import_state(self, state: EngineState, *, optimizer: bool) -> None:
+        """See ``backend.Session``."""
+        self._ensure_open()
+        weights = checked_weights(state, self._layout)
+        name = self._config.optimizer.name
+        saved = checked_optimizer(state, self._layout, optimizer=name) if optimizer else {}
+        self._weights_VV = weights[_TABLE].copy()
+        self._optimizer_state = {k: v.copy() for k, v in saved.get(_TABLE, {}).items()}
+        self.discard_pending()
+
+    def close(self) -> None:
+        """See ``backend.Session``."""
+        self._closed = True
+        self.discard_pending()
+
+    def _dropout(self, request: PassRequest) -> Floats:
+        """Factor of the trained row at each position [B, T]: all ones outside training."""
+        shape = request.input_ids_BT.shape
+        rate = self._config.lora_config.dropout if self._config.lora_config else 0.0
+        if not request.train or rate == 0:
+            return np.ones(shape)
+        seed = derived_seed(self._config.seed or 0, request.seed, self._dropout_key)
+        return (np.random.default_rng(seed).random(shape) >= rate) / (1.0 - rate)
+
+    def _contribution(
+        self, units: tuple[str, ...], unit_of_B: npt.NDArray[np.int64], errors: list[tuple[Any, Any]]
+    ) -> GradientContribution:
+        dp = self._config.dp_config if self._config.private else None
+        sum_P, records = np.zeros(_V * _V), len(unit_of_B)
+        if dp is None:
+            _add_gradient(sum_P, errors)
+            return GradientContribution(layout=self._layout, num_records=records, sum_P=sum_P, private=False)
+        norms, kept = [np.zeros(0)], [np.zeros((0, _V * _V), dtype=np.float32)]
+        for start in range(0, len(units), _UNITS_AT_ONCE):
+            chunk = range(start, min(start + _UNITS_AT_ONCE, len(units)))
+            grads_UP = np.zeros((len(chunk), _V * _V))
+            for row, unit in enumerate(chunk):
+                _add_gradient(grads_UP[row], [errors[i] for i in np.flatnonzero(unit_of_B == unit)])
+            clipped = clip_and_sum(grads_UP, max_grad_norm=dp.max_grad_norm)
+            sum_P += clipped.sum_P
+            norms.append(clipped.norms_U)
+            if dp.merge_units:
+                kept.append(grads_UP.astype(np.float32))
+        return GradientContribution(
+            layout=self._layout,
+            units=units,
+            num_records=records,
+            sum_P=sum_P,
+            norms_U=np.concatenate(norms),
+            grads_UP=np.concatenate(kept) if dp.merge_units else None,
+            private=True,
+        )
+
+    def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float) -> None:
+        weights, state = numpy_optimizers.update(
+            self._config.optimizer,
+            self._weights_VV,
+            grad_P.reshape(_V, _V),
+            self._optimizer_state,
+            learning_rate=learning_rate,
+        )
+        ensure_finite([weights])
+        self._weights_VV, self._optimizer_state = weights, state
+
+    def _decoder(self) -> BigramDecoder:
+        return BigramDecoder(self)
+
+    def next_logits(self, tokens: Sequence[int]) -> npt.NDArray[Any]:
+        """Logits after each token [B, V], with the weights of now."""
+        self._ensure_open()
+        index = np.asarray(tokens, dtype=np.int64)
+        logits: npt.NDArray[Any] = self._base_VV[index] + self._weights_VV[index]
+        return logits
+
+
+class BigramDecoder:
+    """The last token is all the cache there is."""
+
+    def __init__(self, session: BigramSession) -> None:
+        self._session = session
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[Any]:
+        """Logits after each prompt's last token."""
+        return self._session.next_logits([p[-1] for p in prompts])
+
+    def advance(self, tokens: Sequence[int], keep: Sequence[int]) -> npt.NDArray[Any]:  # noqa: ARG002
+        """Logits after each token."""
+        return self._session.next_logits(tokens)
+
+
+def _log_sum_exp(logits: Floats) -> Floats:
+    top = logits.max(axis=-1, keepdims=True)
+    return np.asarray(top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True)))
+
+
+def _add_gradient(flat_P: Floats, errors: Sequence[tuple[Any, Any]]) -> None:
+    """Add the gradient of some records to a flat table: each error row belongs to its token's row."""
+    table_VV = flat_P.reshape(_V, _V)
+    for tokens, rows in errors:
+        np.add.at(table_VV, tokens, rows)
