@@ -70,9 +70,7 @@ class RateLimitedError(TGTinkerError):
         details: Mapping[str, Any] | None = None,
         request_id: str | None = None,
     ) -> None:
-        super().__init__(
-            message, details={**(details or {}), "retry_after": retry_after}, request_id=request_id
-        )
+        super().__init__(message, details={**(details or {}), "retry_after": retry_after}, request_id=request_id)
         self.retry_after = retry_after
 
 

@@ -116,9 +116,7 @@ class BatchData:
                 constraint="known keys only",
             )
         if "input_ids" not in batch:
-            raise InvalidRequestError(
-                "batch has no input_ids", field="batch.input_ids", constraint="required"
-            )
+            raise InvalidRequestError("batch has no input_ids", field="batch.input_ids", constraint="required")
         return cls(**{k: batch[k] for k in _FIELDS if k in batch})
 
     @property

@@ -121,17 +121,13 @@ class DPConfig(_Config):
         if self.target_epsilon is not None and not self.target_epsilon > 0:
             raise ValueError(f"target_epsilon must be positive, got {self.target_epsilon}")
         if self.sampling == "poisson" and self.dataset_size is None:
-            raise ValueError(
-                "sampling='poisson' needs dataset_size: the rate is expected batch / dataset_size"
-            )
+            raise ValueError("sampling='poisson' needs dataset_size: the rate is expected batch / dataset_size")
         if self.sampling == "max_participation" and self.max_participation is None:
             raise ValueError("sampling='max_participation' needs max_participation")
         if self.noise_multiplier == "auto" and not self.finite_target:
             raise ValueError("noise_multiplier='auto' needs a finite target_epsilon to solve for")
         if self.allow_unnoised_steps and self.finite_target:
-            raise ValueError(
-                "allow_unnoised_steps needs target_epsilon=None: an un-noised step costs infinity"
-            )
+            raise ValueError("allow_unnoised_steps needs target_epsilon=None: an un-noised step costs infinity")
         return self
 
     @property
@@ -150,9 +146,7 @@ class DPConfig(_Config):
         if name not in presets:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(presets)}")
         sigma, clip, epsilon = presets[name]
-        return cls(
-            **{"noise_multiplier": sigma, "max_grad_norm": clip, "target_epsilon": epsilon, **overrides}
-        )
+        return cls(**{"noise_multiplier": sigma, "max_grad_norm": clip, "target_epsilon": epsilon, **overrides})
 
 
 class TrainingConfig(_Config):
@@ -198,13 +192,10 @@ class TrainingConfig(_Config):
         dp = self.dp_config
         if dp is not None and dp.enabled:
             if dp.noise_multiplier == "auto" and self.max_steps is None:
-                raise ValueError(
-                    "noise_multiplier='auto' needs max_steps: how many steps the budget must last"
-                )
+                raise ValueError("noise_multiplier='auto' needs max_steps: how many steps the budget must last")
             if dp.dataset_size is not None and self.expected_batch_size > dp.dataset_size:
                 raise ValueError(
-                    f"the expected batch ({self.expected_batch_size}) is larger than "
-                    f"dataset_size ({dp.dataset_size})"
+                    f"the expected batch ({self.expected_batch_size}) is larger than dataset_size ({dp.dataset_size})"
                 )
         return self
 
