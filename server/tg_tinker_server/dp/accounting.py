@@ -13,6 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
 from opacus.accountants import GaussianAccountant, PRVAccountant, RDPAccountant
 from opacus.accountants.analysis.rdp import _compute_rdp
 
@@ -83,6 +85,8 @@ def epsilon(total: Costs, delta: float) -> float:
     """Epsilon at ``delta`` for a total cost; inf when nothing finite can be promised, 0 for nothing released."""
     if not total.any():
         return 0.0
+    if delta <= 0.0:
+        return math.inf  # Gaussian noise promises nothing without a delta
     values = total / UNITS - (math.log(delta) + np.log(ORDERS)) / (ORDERS - 1.0) + _CONVERSION
     best = float(np.min(np.where(total >= INFINITE, np.inf, values)))
     return max(0.0, best)
@@ -116,13 +120,28 @@ def histogram(events: Iterable[Event]) -> dict[tuple[float, float], int] | None:
 
 @lru_cache(maxsize=4096)
 def prv_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
-    """Upper bound on epsilon by PRV (Gopi et al. 2021, Opacus), error 0.01, for parameters fixed in advance."""
+    """Upper bound on epsilon by PRV (Gopi et al. 2021, Opacus), error 0.01, for parameters fixed in advance.
+
+    inf where its numerics give up: that is no bound, and the Renyi bound has to do. Takes up to a second.
+    """
     if steps == 0:
         return 0.0
     accountant = PRVAccountant()
     accountant.history = [(noise_multiplier, sample_rate, steps)]
-    with np.errstate(divide="ignore"):  # log of zero at rate 1 is the -inf it means
-        return float(accountant.get_epsilon(delta, eps_error=0.01))
+    try:
+        with np.errstate(divide="ignore"):  # log of zero at rate 1 is the -inf it means
+            bound = float(accountant.get_epsilon(delta, eps_error=0.01))
+    except (ArithmeticError, ValueError, RuntimeError, MemoryError):
+        return math.inf
+    return bound if bound >= 0.0 else math.inf
+
+
+@lru_cache(maxsize=256)
+def pld_delta(noise_multiplier: float, sample_rate: float, steps: int, at_epsilon: float) -> float:
+    """Upper bound on delta at ``at_epsilon`` after ``steps`` equal releases (dp_accounting, pessimistic)."""
+    accountant = _pld_accountant()
+    accountant.compose(_dp_event(noise_multiplier, sample_rate, steps))
+    return float(accountant.get_delta(at_epsilon))
 
 
 def pld_epsilon(events: Sequence[Event], delta: float) -> float:
@@ -132,15 +151,20 @@ def pld_epsilon(events: Sequence[Event], delta: float) -> float:
         return math.inf
     if not counts:
         return 0.0
-    from dp_accounting import dp_event
-    from dp_accounting.pld import PLDAccountant
-
-    accountant = PLDAccountant(value_discretization_interval=1e-3)
+    accountant = _pld_accountant()
     for (sigma, rate), times in counts.items():
-        gaussian = dp_event.GaussianDpEvent(sigma)
-        released = gaussian if rate == 1.0 else dp_event.PoissonSampledDpEvent(rate, gaussian)
-        accountant.compose(dp_event.SelfComposedDpEvent(released, times))
+        accountant.compose(_dp_event(sigma, rate, times))
     return float(accountant.get_epsilon(delta))
+
+
+def _pld_accountant() -> PLDAccountant:
+    return PLDAccountant(value_discretization_interval=1e-3)
+
+
+def _dp_event(noise_multiplier: float, sample_rate: float, times: int) -> dp_event.DpEvent:
+    gaussian = dp_event.GaussianDpEvent(noise_multiplier)
+    released = gaussian if sample_rate == 1.0 else dp_event.PoissonSampledDpEvent(sample_rate, gaussian)
+    return dp_event.SelfComposedDpEvent(released, times)
 
 
 def gdp_estimate(events: Sequence[Event], delta: float) -> float | None:

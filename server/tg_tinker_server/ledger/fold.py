@@ -1,118 +1,175 @@
-"""A dataset's budget as a fold over its entries; kept in memory only as far as the entries prove it."""
+"""What a dataset's ledger adds up to: a value folded from its entries, each checked before it counts."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tg_tinker.errors import ServerError
-from tg_tinker.ledger import LEDGER_DOMAIN, START, ChainEntry, entry_hash
-from tg_tinker_server.dp.accounting import Costs, add, cost, epsilon, prv_epsilon, repeated, zero
-from tg_tinker_server.dp.events import Event, Gaussian, SampledGaussian, event_from_json
+from tg_tinker.ledger import LEDGER_DOMAIN, START, ChainEntry
+from tg_tinker_server.dp.accounting import Costs, add, cost, zero
+from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, SampledGaussian, event_from_json
 from tg_tinker_server.store.ledger_rows import LedgerRow
 
-UNSETTLED, RELEASED, FAILED = "unsettled", "released", "failed"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """The budget, as the dataset's first entry set it. ``target_epsilon`` is ``None`` where there is no limit."""
+
+    unit: str
+    target_epsilon: float | None
+    target_delta: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A schedule that a run fixed before anything was released: ``steps`` times the same event."""
+
+    run_id: str
+    event: Gaussian | SampledGaussian
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunUse:
+    """What one run did on the dataset.
+
+    Attributes:
+        charges: its releases, settled or not.
+        retries: charges that repeat a step whose earlier charge never got settled as released.
+        releases: the largest number of releases one unit took part in, where units are counted.
+        noise_multiplier: of those releases; one run counts at one noise multiplier only.
+    """
+
+    charges: int = 0
+    retries: int = 0
+    releases: int = 0
+    noise_multiplier: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fold:
-    """What a ledger adds up to.
+    """Everything that pricing a release needs to know. Immutable: older and newer folds can be used side by side.
 
     Attributes:
+        position, head: of the last entry folded in.
         total: integer cost of every charge, settled or not.
-        attempts: (run, seq) -> how often it was charged, and what became of the last time.
-        schedule: the one (run, event) behind every charge, while there is only one; PRV needs that.
-        charges: how many there are.
-        accountant: named by the newest charge.
+        plan: the fixed schedule of the run that opened the dataset, if it asked for "prv".
+        planned: charges made under that plan; all charges, as long as nothing else was released.
     """
 
     position: int = -1
     head: bytes = START
+    terms: Terms | None = None
     total: Costs = field(default_factory=zero)
-    attempts: dict[tuple[str, int], tuple[int, str]] = field(default_factory=dict)
-    positions: dict[int, tuple[str, int]] = field(default_factory=dict)
-    schedule: tuple[str, Event] | None = None
+    plan: Plan | None = None
+    planned: int = 0
+    runs: Mapping[str, RunUse] = field(default_factory=dict)
     charges: int = 0
-    accountant: str = "rdp"
 
     def extended(self, rows: Iterable[LedgerRow]) -> Fold:
-        """The fold with more entries. The dictionaries are shared and grow: drop the old fold.
+        """The fold with more entries.
 
         Raises:
-            ServerError: an entry cannot be read or the chain is broken. An unknown never costs zero.
+            ServerError: an entry cannot be read or the chain is broken, with the position. An unknown never
+                costs zero: nothing can be released on this dataset any more.
         """
         fold = self
         for row in rows:
-            fold = fold._one(row)
+            body = _checked(row, fold.position + 1, fold.head)
+            try:
+                fold = fold._with(body, row)
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise _unreadable(row, "it records something that this server does not know") from e
         return fold
 
-    def _one(self, row: LedgerRow) -> Fold:
-        body = _checked(row, self.position + 1, self.head)
+    def run(self, run_id: str) -> RunUse:
+        """What a run did so far."""
+        return self.runs.get(run_id, RunUse())
+
+    @property
+    def by_plan_alone(self) -> bool:
+        """Whether every release so far was of the plan."""
+        return self.plan is not None and self.planned == self.charges
+
+    def _with(self, body: Mapping[str, Any], row: LedgerRow) -> Fold:
         moved = replace(self, position=row.position, head=row.entry_hash)
-        if row.kind == "charge":
-            event = _event(row, body)
-            key = (row.run_id, row.seq)
-            self.attempts[key] = (row.attempt, UNSETTLED)
-            self.positions[row.position] = key
-            same = self.charges == 0 or self.schedule == (row.run_id, event)
-            return replace(
-                moved,
-                total=add(self.total, cost(event)),
-                schedule=(row.run_id, event) if same else None,
-                charges=self.charges + 1,
-                accountant=str(body["accountant"]),
-            )
-        if row.kind == "settle":
-            key = self.positions.pop(int(body["charge_position"]))
-            attempt, _ = self.attempts[key]
-            self.attempts[key] = (attempt, str(body["outcome"]))
-        elif row.kind != "open":
-            raise _unreadable(row, f"kind {row.kind!r} is unknown")
-        return moved
+        match body["kind"]:
+            case "open":
+                return moved.opened(body)
+            case "charge" if self.terms is not None:
+                return self._charged(moved, body)
+            case "settle" if body["outcome"] in ("released", "failed"):
+                return moved
+        raise ValueError(f"kind {body['kind']!r} cannot stand here")
 
-    def epsilon_now(self, *, accountant: str, delta: float) -> float:
-        """Epsilon of everything charged so far."""
-        schedule = self.schedule
-        if schedule is None:
-            return epsilon(self.total, delta)
-        return self.epsilon_with(schedule[1], 0, run_id=schedule[0], accountant=accountant, delta=delta)[0]
+    def opened(self, body: Mapping[str, Any]) -> Fold:
+        """The fold after a run registered with this body.
 
-    def epsilon_with(
-        self, event: Event, times: int, *, run_id: str, accountant: str, delta: float
-    ) -> tuple[float, str]:
-        """Epsilon after ``times`` more of an event, and the accountant that says so.
-
-        "prv" holds while every charge is the same event of the same run, fixed in advance; otherwise "rdp".
+        Raises:
+            ValueError, KeyError, TypeError: the body is not one of an "open" entry.
         """
-        by_rdp = epsilon(add(self.total, repeated(cost(event), times)), delta)
-        alone = self.charges == 0 or self.schedule == (run_id, event)
-        if accountant != "prv" or not alone or not isinstance(event, Gaussian | SampledGaussian):
-            return by_rdp, "rdp"
-        rate = event.sample_rate if isinstance(event, SampledGaussian) else 1.0
-        by_prv = prv_epsilon(event.noise_multiplier, rate, self.charges + times, delta)
-        return min(by_rdp, by_prv), "prv"
+        target, delta = float(body["target_epsilon"]), float(body["target_delta"])
+        terms = Terms(
+            unit=str(body["unit"]),
+            target_epsilon=target if math.isfinite(target) else None,
+            target_delta=delta,
+        )
+        if self.terms not in (None, terms) or not (0 < delta < 1 and target > 0):
+            raise ValueError("an entry changes the budget")
+        run_id = str(body["run_id"])
+        mechanism, steps = event_from_json(body["mechanism"]), body.get("planned_steps")
+        plan = self.plan
+        if self.terms is None and isinstance(steps, int) and isinstance(mechanism, Gaussian | SampledGaussian):
+            plan = Plan(run_id=run_id, event=mechanism, steps=steps)
+        return replace(self, terms=terms, plan=plan, runs={**self.runs, run_id: self.run(run_id)})
+
+    def _charged(self, moved: Fold, body: Mapping[str, Any]) -> Fold:
+        event, accountant, run_id = event_from_json(body["event"]), body["accountant"], str(body["run_id"])
+        if accountant not in ("rdp", "prv"):
+            raise ValueError(f"accountant {accountant!r} is unknown")
+        if accountant == "prv" and not self.follows_plan(run_id, event):
+            raise ValueError("a charge claims a plan that it does not follow")
+        use = self.run(run_id)
+        use = replace(use, charges=use.charges + 1, retries=use.retries + (body["attempt"] > 1))
+        if isinstance(event, ParticipationGaussian):
+            use = replace(use, releases=use.releases + event.releases, noise_multiplier=event.noise_multiplier)
+        return replace(
+            moved,
+            total=add(self.total, cost(event)),
+            planned=self.planned + (accountant == "prv"),
+            charges=self.charges + 1,
+            runs={**self.runs, run_id: use},
+        )
+
+    def follows_plan(self, run_id: str, event: Event) -> bool:
+        """Whether a release would be the next one of the plan, with nothing else released before it."""
+        plan = self.plan
+        return (
+            plan is not None
+            and self.by_plan_alone
+            and plan.run_id == run_id
+            and plan.event == event
+            and self.planned < plan.steps
+        )
 
 
 def _checked(row: LedgerRow, position: int, head: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(row.body_json)
-        intact = entry_hash(LEDGER_DOMAIN, body) == row.entry_hash
-    except (ValueError, TypeError) as e:
-        raise _unreadable(row, "it is not canonical JSON") from e
+    """The row's body, if its hash, its place in the chain and its columns agree."""
+    if hashlib.sha256(LEDGER_DOMAIN + row.body_json.encode()).digest() != row.entry_hash:
+        raise _unreadable(row, "its content was changed")
+    body = json.loads(row.body_json)
     follows = body.get("position") == position == row.position and body.get("prev_hash") == head.hex()
-    columns = (body.get("kind"), body.get("run_id"), body.get("seq", 0), body.get("attempt", 0))
-    if not (intact and follows and columns == (row.kind, row.run_id, row.seq, row.attempt)):
-        raise _unreadable(row, "the chain is broken there")
+    columns = tuple(
+        body.get(k, d) for k, d in (("dataset_id", ""), ("kind", ""), ("run_id", ""), ("seq", 0), ("attempt", 0))
+    )
+    if not follows or columns != (row.dataset_id, row.kind, row.run_id, row.seq, row.attempt):
+        raise _unreadable(row, "it does not follow the entry before it")
     return dict(body)
-
-
-def _event(row: LedgerRow, body: dict[str, Any]) -> Event:
-    try:
-        return event_from_json(body["event"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise _unreadable(row, "it records a release this server does not know") from e
 
 
 def _unreadable(row: LedgerRow, why: str) -> ServerError:

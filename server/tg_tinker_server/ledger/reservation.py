@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 from tg_tinker_server.dp.events import Event
 
@@ -39,10 +39,10 @@ class Reservation:
     epsilon_before: float
     epsilon_after: float
     delta: float
-    mint: object
+    mint: InitVar[object]  # not kept: a copy with another event cannot be made from a reservation
 
-    def __post_init__(self) -> None:
-        if self.mint is not MINT:
+    def __post_init__(self, mint: object) -> None:
+        if mint is not MINT:
             raise TypeError("only the ledger makes reservations")
 
 

@@ -183,6 +183,7 @@ class RunRegistry:
             unit=dp.privacy_unit,
             accountant=private.accountant,
             mechanism=private.event,
+            planned_steps=config.max_steps,
         )
         return private
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, insert, select
+from sqlalchemy.dialects.sqlite import insert as upsert
 
 from tg_tinker_server.store import tables as t
 
@@ -15,7 +16,7 @@ _BATCH = 500  # parameters of one IN list
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetRow:
-    """The budget of one dataset."""
+    """The budget of one dataset, for listing; the ledger's first entry is what binds."""
 
     tenant: str
     dataset_id: str
@@ -41,13 +42,6 @@ class LedgerRow:
     entry_hash: bytes
 
 
-def get_dataset(tx: Connection, tenant: str, dataset_id: str) -> DatasetRow | None:
-    """A tenant's dataset."""
-    c = t.datasets.c
-    found = tx.execute(select(t.datasets).where(c.tenant == tenant, c.dataset_id == dataset_id)).first()
-    return DatasetRow(**found._mapping) if found else None
-
-
 def insert_dataset(tx: Connection, row: DatasetRow) -> None:
     """Add a dataset."""
     tx.execute(insert(t.datasets).values(**{c.name: getattr(row, c.name) for c in t.datasets.columns}))
@@ -66,18 +60,18 @@ def last_entry(tx: Connection, tenant: str, dataset_id: str) -> tuple[int, bytes
     return (int(found[0]), bytes(found[1])) if found else None
 
 
-def entries_after(tx: Connection, tenant: str, dataset_id: str, position: int) -> list[LedgerRow]:
-    """Entries beyond a position, in order."""
+def entries_from(tx: Connection, tenant: str, dataset_id: str, position: int) -> list[LedgerRow]:
+    """Entries at a position and beyond, in order."""
     c = t.ledger.c
-    query = select(t.ledger).where(c.tenant == tenant, c.dataset_id == dataset_id, c.position > position)
+    query = select(t.ledger).where(c.tenant == tenant, c.dataset_id == dataset_id, c.position >= position)
     return [LedgerRow(**r._mapping) for r in tx.execute(query.order_by(c.position))]
 
 
-def largest_participation(tx: Connection, tenant: str, dataset_id: str, run_id: str) -> int:
-    """The largest count of any unit in a run."""
-    c = t.participations.c
-    where = (c.tenant == tenant) & (c.dataset_id == dataset_id) & (c.run_id == run_id)
-    return int(tx.execute(select(func.max(c.count)).where(where)).scalar() or 0)
+def entries_of_step(tx: Connection, tenant: str, dataset_id: str, run_id: str, seq: int) -> list[LedgerRow]:
+    """Every entry about one step of one run, in order."""
+    c = t.ledger.c
+    query = select(t.ledger).where(c.tenant == tenant, c.dataset_id == dataset_id, c.run_id == run_id, c.seq == seq)
+    return [LedgerRow(**r._mapping) for r in tx.execute(query.order_by(c.position))]
 
 
 def participations(
@@ -95,19 +89,14 @@ def participations(
     return found
 
 
-def set_participations(
-    tx: Connection, tenant: str, dataset_id: str, run_id: str, old: Mapping[bytes, int], new: Mapping[bytes, int]
+def count_participations(
+    tx: Connection, tenant: str, dataset_id: str, run_id: str, unit_macs: Sequence[bytes]
 ) -> None:
-    """Write new counts; ``old`` says which units have a row."""
-    c = t.participations.c
-    for mac, count in new.items():
-        if mac in old:
-            where = (c.tenant == tenant) & (c.dataset_id == dataset_id) & (c.run_id == run_id) & (c.unit_mac == mac)
-            tx.execute(update(t.participations).where(where).values(count=count))
-    fresh = [
-        {"tenant": tenant, "dataset_id": dataset_id, "run_id": run_id, "unit_mac": mac, "count": count}
-        for mac, count in new.items()
-        if mac not in old
-    ]
-    if fresh:
-        tx.execute(insert(t.participations), fresh)
+    """Count one more release for each of these units."""
+    if not unit_macs:
+        return
+    statement = upsert(t.participations).on_conflict_do_update(
+        index_elements=list(t.participations.primary_key.columns), set_={"count": t.participations.c.count + 1}
+    )
+    key = {"tenant": tenant, "dataset_id": dataset_id, "run_id": run_id}
+    tx.execute(statement, [{**key, "unit_mac": mac, "count": 1} for mac in unit_macs])

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError, ServerError
 from tg_tinker.ledger import PrivacyLedger as ClientLedger
 from tg_tinker.ledger import verify_chain
-from tg_tinker_server.dp.accounting import cost, epsilon, prv_epsilon, repeated
+from tg_tinker_server.dp.accounting import cost, epsilon, repeated
 from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, SampledGaussian, Unnoised
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.report import privacy_report
@@ -260,16 +260,6 @@ def test_an_unnoised_release_voids_the_dataset_for_every_run(db: Database) -> No
     ledger = opened(db, target=None)
     assert reserve(ledger, 1, event=Unnoised()).epsilon_after == float("inf")
     assert reserve(ledger, 1, run="run_b").epsilon_after == float("inf")
-
-
-def test_prv_counts_while_one_run_is_alone_and_rdp_from_then_on(db: Database) -> None:
-    ledger = opened(db)
-    first = ledger.reserve(SCOPE, run_id="run_a", seq=1, event=EVENT, accountant="prv")
-    assert first.accountant == "prv"
-    assert first.epsilon_after == pytest.approx(prv_epsilon(1.0, 0.1, 1, DELTA))
-    other = ledger.reserve(SCOPE, run_id="run_b", seq=1, event=EVENT, accountant="prv")
-    assert other.accountant == "rdp"
-    assert other.epsilon_after == epsilon(repeated(cost(EVENT), 2), DELTA)
 
 
 def test_the_client_verifies_the_ledger_that_the_server_hands_out(db: Database) -> None:
