@@ -94,6 +94,7 @@ class Call(Future[Any]):
         self._request_id = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._withdrawn = False
+        self._given_up = False
         self._under_way = False
         self._lost_an_answer = False
         self._unreachable_since: float | None = None
@@ -104,7 +105,7 @@ class Call(Future[Any]):
     def attempt(self) -> None:
         """Send the request once; the answer decides what follows."""
         with self._lock:
-            if self._withdrawn:
+            if self._given_up:
                 return
             self._under_way = True
         try:
@@ -112,16 +113,22 @@ class Call(Future[Any]):
         except TGTinkerError as e:
             self.set_exception(e)
             return
+        except Exception as e:  # noqa: BLE001 - grpc refused to start the call; whoever waits must learn of it
+            self.set_exception(ServerError(f"the call could not be started: {e}"))
+            return
         rpc.add_done_callback(self._answered)
 
-    def withdraw(self) -> bool:
-        """Give the call up if the server certainly has nothing of it; it then ends with a ServerError."""
+    def withdraw(self) -> None:
+        """Give the call up as soon as the server certainly has nothing of it; it then ends as withdrawn.
+
+        An attempt under way is awaited first. If the server took the call, it goes on as if nothing was said.
+        """
         with self._lock:
-            if self._under_way or self._lost_an_answer or self._withdrawn or self.done():
-                return False
             self._withdrawn = True
-        self.set_exception(ServerError("withdrawn before the server took it", details={"withdrawn": True}))
-        return True
+            give_up = not (self._under_way or self._lost_an_answer or self._given_up)
+            self._given_up = self._given_up or give_up
+        if give_up:
+            self.set_exception(withdrawn())
 
     def _answered(self, rpc: Any) -> None:
         try:
@@ -144,9 +151,15 @@ class Call(Future[Any]):
         with self._lock:
             self._under_way = False
             self._lost_an_answer = self._lost_an_answer or is_unreachable(code, ours)
+            limited = isinstance(error, RateLimitedError)
+            give_up = self._withdrawn and limited and not self._lost_an_answer
+            self._given_up = self._given_up or give_up
         if isinstance(error, RateLimitedError):
             self._unreachable, self._unreachable_since = 0, None
             self._refusals += 1
+            if give_up:
+                self.set_exception(withdrawn())
+                return
             if self._back_pressure or self._refusals <= policy.retry_count:
                 self._transport.alarm.after(max(error.retry_after, policy.first_s), self.attempt)
                 return
@@ -299,6 +312,11 @@ class Transport:
 def encode(request: Message) -> tuple[Method, bytes]:
     """A request's method and bytes; sending the same bytes again is what makes a retry recognisable."""
     return method_of(type(request)), request.SerializeToString()
+
+
+def withdrawn() -> ServerError:
+    """How a call ends that was given up before the server had it."""
+    return ServerError("withdrawn before the server took it", details={"withdrawn": True})
 
 
 def closed_error() -> InvalidRequestError:

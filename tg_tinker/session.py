@@ -10,13 +10,18 @@ round trip for each call, and none of it is waiting for execution.
 
 from __future__ import annotations
 
+import atexit
+import logging
 import secrets
 import threading
+import time
+import weakref
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+from tg_tinker._refusals import cannot_go_on, closed, not_sent, overtaken, too_large, went_back
 from tg_tinker._transport import MAX_MESSAGE_BYTES, Transport, encode
 from tg_tinker.errors import InvalidRequestError, ServerError, TGTinkerError
 from tg_tinker.journal import Entry, Journal
@@ -34,7 +39,17 @@ from tg_tinker.wire.operations import (
     submission_from_proto,
 )
 
-_FRESH = "get a fresh handle with service.get_training_client"
+_EXIT_S = 10.0  # how long a process that ends may take to hand over its calls
+_log = logging.getLogger("tg_tinker")
+_open: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@atexit.register
+def _hand_over() -> None:
+    """A script may end without waiting for its last calls; the server still gets them."""
+    deadline = time.monotonic() + _EXIT_S
+    for session in list(_open):
+        session.flush(wait_s=max(0.0, deadline - time.monotonic()))
 
 
 class Session:
@@ -68,6 +83,7 @@ class Session:
         self._broken: TGTinkerError | None = None
         self._incomplete = ""
         self._unheard: set[Entry] = set()  # may have changed the step
+        _open.add(self)
 
     @property
     def usable(self) -> bool:
@@ -99,12 +115,7 @@ class Session:
             position = Position(run_id=self.run_id, seq=self.next_seq, handle=self._handle)
             method, payload = encode(calls.call_to_proto(call, position))
             if len(payload) > MAX_MESSAGE_BYTES:
-                raise InvalidRequestError(
-                    f"the request has {len(payload)} bytes, over the {MAX_MESSAGE_BYTES} of one message; split the "
-                    "batch into several forward_backward calls, they add up",
-                    field="batch",
-                    constraint=f"at most {MAX_MESSAGE_BYTES} bytes",
-                )
+                raise too_large(len(payload), MAX_MESSAGE_BYTES)
             entry = Entry(self._transport, self, position, calls.OPERATION[type(call)], known=False)
             entry.request = (method, payload)
             entry.effect = calls.has_effect(call)
@@ -122,12 +133,18 @@ class Session:
             self._note(info.server_epoch, 0)
             self._pump()
 
-    def close(self, *, wait_s: float) -> None:
-        """Take no more calls. Those taken are sent first, for up to ``wait_s`` seconds."""
+    def flush(self, *, wait_s: float) -> None:
+        """Wait until the server has every call made so far, for up to ``wait_s`` seconds."""
         with self._lock:
             self._moved.wait_for(lambda: not self.usable or not self._journal.queue, timeout=wait_s)
-        text = f"this handle on {self.run_id} is closed; {_FRESH}"
-        self._break(InvalidRequestError(text, field="training_client", constraint="open"))
+            unsent = len(self._journal.queue)
+        if unsent:
+            _log.warning("%d calls of %s did not reach the server", unsent, self.run_id)
+
+    def close(self, *, wait_s: float) -> None:
+        """Take no more calls. Those taken are sent first, for up to ``wait_s`` seconds."""
+        self.flush(wait_s=wait_s)
+        self._break(closed(self.run_id))
 
     # What operations report.
 
@@ -170,13 +187,19 @@ class Session:
         entry = _entry(operation)
         with self._lock:
             under_way, call = entry is self._sending, entry.call
-            entry.skip = not under_way and not entry.epoch and entry in self._journal.queue
-        if entry.skip or (call is not None and call.withdraw()):
+            unsent = not under_way and not entry.epoch and entry in self._journal.queue
+            entry.skip = entry.skip or unsent
+        if unsent:
             entry.cancelled()
             self._pump()  # tells the server to pass over the number when its turn comes
             return True
-        if call is not None and call.exception() is not None:  # waits for the server's answer
-            return False
+        if call is not None:
+            call.withdraw()
+            error = call.exception()  # waits for the server's answer to what is under way
+            if error is not None:
+                if _withdrawn(error):
+                    entry.cancelled()
+                return _withdrawn(error)
         reply = self._transport.call(cancel_future_request(entry.position))
         if reply.cancelled:
             entry.cancelled()
@@ -217,11 +240,12 @@ class Session:
                 self._journal.accepted(entry, answer.server_epoch)
                 if entry.finished:
                     self._journal.finish(entry)
-            elif isinstance(error, TGTinkerError) and error.details.get("withdrawn") is True:
+            elif _withdrawn(error):
                 entry.skip = True
-                return  # cancel() goes on
             self._moved.notify_all()
-        if error is None:
+        if entry.skip:
+            entry.cancelled()
+        elif error is None:
             entry.accepted()
             self._note(answer.server_epoch, answer.durable_seq)
         else:
@@ -244,9 +268,9 @@ class Session:
                 if any(e.train_pass for e in later):
                     self._incomplete = f"a forward_backward was refused: {error.message}"
             self._moved.notify_all()
-        broken = _broken(self.run_id, error)
+        broken = cannot_go_on(self.run_id, error)
         entry.end(FAILED, broken if collided else error)
-        _fail(later, _not_sent(entry, error))
+        _fail(later, not_sent(entry.name, error))
         if dead:
             self._break(broken)
 
@@ -257,7 +281,7 @@ class Session:
         with self._lock:
             self._resuming = False
         if isinstance(error, TGTinkerError):
-            self._break(_broken(self.run_id, error), everything=True)
+            self._break(cannot_go_on(self.run_id, error), everything=True)
         self._pump()
 
     def _restart(self, answer: Submission) -> TGTinkerError | None:
@@ -265,16 +289,9 @@ class Session:
         with self._lock:
             expected, durable = answer.expected_seq, self._journal.durable_seq
             if expected <= durable:
-                return ServerError(
-                    f"the server went back behind what it had declared durable (it expects call {expected} and had "
-                    f"confirmed {durable}): was an old database restored?"
-                )
+                return went_back(expected, durable)
             if expected > self.next_seq:
-                return InvalidRequestError(
-                    f"the server expects call {expected}, this handle stands at {self.next_seq}",
-                    field="seq",
-                    constraint="one handle per run",
-                )
+                return overtaken(expected, self.next_seq)
             self._epoch = answer.server_epoch
             if self._journal.pass_over(range(expected, self._first_seq)):
                 self._resume_wanted = True
@@ -297,6 +314,7 @@ class Session:
         """Take no more calls; end those the server does not have, or whose fate cannot be known."""
         with self._lock:
             self._broken = self._broken or error
+            _open.discard(self)
             kept = self._journal.clear()
             self._moved.notify_all()
         _fail((e for e in kept if everything or e.epoch != self._epoch), self._broken)
@@ -307,30 +325,10 @@ def _entry(operation: Operation) -> Entry:
     return operation
 
 
+def _withdrawn(error: BaseException) -> bool:
+    return isinstance(error, TGTinkerError) and error.details.get("withdrawn") is True
+
+
 def _fail(entries: Iterable[Entry], error: TGTinkerError) -> None:
     for entry in entries:
         entry.end(FAILED, error)
-
-
-def _not_sent(entry: Entry, error: TGTinkerError) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"not sent, because the {entry.name} before it was refused: {error.message}",
-        field=entry.name,
-        constraint="every call before it was taken",
-    )
-
-
-def _broken(run_id: str, error: TGTinkerError) -> TGTinkerError:
-    """What later calls get: the cause, and what to do."""
-    if isinstance(error, InvalidRequestError) and error.field == "seq":
-        return InvalidRequestError(
-            f"another handle drives {run_id}, so this one cannot go on ({error.message}); {_FRESH}",
-            field=error.field,
-            constraint=error.constraint,
-            request_id=error.request_id,
-        )
-    return ServerError(
-        f"this handle on {run_id} cannot go on: {error.message}; {_FRESH} when the cause is mended",
-        details=error.details,
-        request_id=error.request_id,
-    )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from tg_tinker._arguments import generation, keyed_units, sampling_params, saving, texts
 from tg_tinker._transport import Transport
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.futures import FutureHandle
@@ -23,15 +22,12 @@ from tg_tinker.types import (
     TrainingConfig,
 )
 from tg_tinker.types.run import RunInfo
-from tg_tinker.types.sampling import SamplingParams
 from tg_tinker.wire import requests
-from tg_tinker.wire.calls import Call, Generate, Load, Pass, Save, Step
+from tg_tinker.wire.calls import Call, Load, Pass, Step
 from tg_tinker.wire.results import chunk_from_proto
 from tg_tinker.wire.runs import run_info_from_proto
 
 Batch = BatchData | Mapping[str, Any]
-_UNIT_DOMAIN = b"tg-tinker/unit/v1\x00"
-ACTIVE, DONE = "active", "completed"
 
 
 class TrainingClient:
@@ -108,7 +104,7 @@ class TrainingClient:
             InvalidRequestError: shapes, keys or units that cannot be, before anything is sent.
         """
         data = BatchData.of(batch)
-        units = None if privacy_unit_ids is None else self._keyed(privacy_unit_ids, data.num_records)
+        units = None if privacy_unit_ids is None else keyed_units(self._unit_key, privacy_unit_ids, data.num_records)
         return self._submit(Pass(batch=data, train=self._training, units=units, batch_hash=batch_hash))
 
     def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle:
@@ -164,14 +160,14 @@ class TrainingClient:
         Raises:
             InvalidRequestError: naming the option that is out of range.
         """
-        call = self._generate(
+        call = generation(
             prompts,
             num_completions,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
-            stop_sequences=_texts(stop_sequences),
+            stop_sequences=texts(stop_sequences),
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
@@ -205,8 +201,8 @@ class TrainingClient:
                 constraint="1",
             )
         options = {"max_tokens": max_tokens, "temperature": temperature, **kwargs}
-        options["stop_sequences"] = _texts(kwargs.get("stop_sequences"))
-        request = requests.sample_stream(self.id, prompts, _params(options))
+        options["stop_sequences"] = texts(kwargs.get("stop_sequences"))
+        request = requests.sample_stream(self.id, prompts, sampling_params(options))
         return map(chunk_from_proto, self._transport.stream(request))
 
     def encode(self, text: str) -> list[int]:
@@ -243,7 +239,7 @@ class TrainingClient:
             metadata: JSON-compatible; comes back with ``load_state``.
             name: for people; any text.
         """
-        result: SaveStateResult = self._submit(_save(include_optimizer, metadata, name)).result()
+        result: SaveStateResult = self._submit(saving(include_optimizer, metadata, name)).result()
         return result
 
     def load_state(self, artifact_id: str, *, optimizer: bool | None = None) -> LoadStateResult:
@@ -306,8 +302,8 @@ class TrainingClient:
     ) -> SampleResult:
         """Like ``sample``, with its other options as keywords."""
         options = {"max_tokens": max_tokens, "temperature": temperature, **kwargs}
-        options["stop_sequences"] = _texts(kwargs.get("stop_sequences"))
-        result: SampleResult = await self._submit(self._generate(prompts, num_completions, **options))
+        options["stop_sequences"] = texts(kwargs.get("stop_sequences"))
+        result: SampleResult = await self._submit(generation(prompts, num_completions, **options))
         return result
 
     async def save_state_async(
@@ -318,7 +314,7 @@ class TrainingClient:
         name: str | None = None,
     ) -> SaveStateResult:
         """Like ``save_state``."""
-        result: SaveStateResult = await self._submit(_save(include_optimizer, metadata, name))
+        result: SaveStateResult = await self._submit(saving(include_optimizer, metadata, name))
         return result
 
     async def load_state_async(self, artifact_id: str, *, optimizer: bool | None = None) -> LoadStateResult:
@@ -337,55 +333,3 @@ class TrainingClient:
         info = run_info_from_proto(reply)
         self._session.saw_run(info)
         return info
-
-    def _generate(self, prompts: str | Sequence[str], num_completions: int, **options: Any) -> Generate:
-        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        if not texts or not all(isinstance(t, str) for t in texts):
-            raise InvalidRequestError(
-                "prompts must be a string or a list of at least one string",
-                field="prompts",
-                constraint="at least one string",
-            )
-        if num_completions < 1:
-            raise InvalidRequestError(
-                "num_completions must be at least 1", field="num_completions", constraint="at least 1"
-            )
-        return Generate(prompts=texts, params=_params(options), num_completions=num_completions)
-
-    def _keyed(self, unit_ids: Sequence[str], num_records: int) -> tuple[str, ...]:
-        if isinstance(unit_ids, str) or not all(isinstance(u, str) and u for u in unit_ids):
-            raise InvalidRequestError(
-                "privacy_unit_ids is a list of non-empty strings, one per record",
-                field="privacy_unit_ids",
-                constraint="one per record",
-            )
-        if len(unit_ids) != num_records:
-            raise InvalidRequestError(
-                f"{len(unit_ids)} privacy_unit_ids for {num_records} records",
-                field="privacy_unit_ids",
-                constraint="one per record",
-            )
-        return tuple(
-            hmac.new(self._unit_key, _UNIT_DOMAIN + u.encode(), hashlib.sha256).hexdigest() for u in unit_ids
-        )
-
-
-def _params(options: dict[str, Any]) -> SamplingParams:
-    try:
-        return SamplingParams(**options)
-    except TypeError as e:  # an unknown name, or a value that cannot be compared with a number
-        raise InvalidRequestError(
-            f"sampling options: {e}", field="sampling options", constraint="the options of sample()"
-        ) from e
-
-
-def _save(include_optimizer: bool | str, metadata: Mapping[str, Any] | None, name: str | None) -> Save:
-    if isinstance(include_optimizer, str):
-        return Save(metadata=metadata or {}, name=name or include_optimizer)
-    return Save(include_optimizer=bool(include_optimizer), metadata=metadata or {}, name=name or "")
-
-
-def _texts(stop_sequences: Sequence[str] | None) -> tuple[str, ...]:
-    if isinstance(stop_sequences, str):
-        return (stop_sequences,)
-    return tuple(stop_sequences or ())

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 
@@ -243,7 +245,7 @@ def test_a_call_waiting_for_a_full_queue_can_be_cancelled(tc, server):
     server.faults["ForwardBackward"] = [RateLimitedError("full", retry_after=30.0)]
     waiting = tc.forward_backward(batch(100))
     until(lambda: server.seen("ForwardBackward"))
-    until(waiting.cancel, timeout=5)
+    assert waiting.cancel()
     tc.forward_backward(batch(2))
     assert tc.optim_step().result(20).grad_norm == 2.0
 
@@ -315,6 +317,24 @@ def test_closing_hands_over_what_was_queued(tc, server):
     assert len({r.key.seq for r in server.seen("ForwardBackward")}) == 5
     with pytest.raises(InvalidRequestError, match="closed"):
         tc.forward_backward(batch(1))
+
+
+def test_a_script_that_ends_without_waiting_still_hands_over_its_calls(server):
+    script = """
+import threading
+from tg_tinker import ServiceClient, TrainingConfig
+tc = ServiceClient().create_training_client(TrainingConfig(model_ref="sum"))
+for i in range(50):
+    future = tc.forward_backward({"input_ids": [[1]]})
+    tc.optim_step()
+threading.Thread(target=future.result, daemon=True).start()
+"""
+    server.faults["ForwardBackward"] = [0.3]
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    assert time.monotonic() - started < 10
+    until(lambda: len(server.executed) == 100)
+    assert server.runs["run_1"].step == 50
 
 
 def test_a_context_left_by_an_error_does_not_wait(service, server):

@@ -191,7 +191,7 @@ def test_checkpoints_come_back_with_their_metadata_and_step(tc):
     assert saved.encryption.algorithm == "AES-256-GCM"
     assert saved.timestamp.tzinfo is not None
     tc.forward_backward(BATCH)
-    tc.optim_step()
+    tc.optim_step().result()
     assert tc.step == 2
     loaded = tc.load_state(saved.artifact_id)
     assert (loaded.step, loaded.metadata) == (1, saved.metadata)
