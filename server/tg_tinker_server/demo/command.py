@@ -65,6 +65,8 @@ def demo(fresh: bool, out: Path, folder: Path) -> None:
 
 
 def _run(console: Console, out: Path, folder: Path) -> None:
+    # One thread: for a model this small two are a quarter faster on idle cores, and ten times slower on busy ones.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model and the texts are on this machine
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=UserWarning)  # torch's advice to programmers, not to readers
