@@ -186,13 +186,14 @@ class BigramSession(SessionCore):
         )
 
     def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float) -> None:
-        weights, state = numpy_optimizers.update(
-            self._config.optimizer,
-            self._weights_VV,
-            grad_P.reshape(_V, _V),
-            self._optimizer_state,
-            learning_rate=learning_rate,
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
+            weights, state = numpy_optimizers.update(
+                self._config.optimizer,
+                self._weights_VV,
+                grad_P.reshape(_V, _V),
+                self._optimizer_state,
+                learning_rate=learning_rate,
+            )
         ensure_finite([weights])
         self._weights_VV, self._optimizer_state = weights, state
 

@@ -88,6 +88,12 @@ class SessionCore(ABC):
     def step(self, request: StepRequest) -> StepResult:
         """See ``backend.Session``."""
         self._ensure_open()
+        if not 0 <= request.learning_rate <= float(np.finfo(np.float32).max):
+            raise InvalidRequestError(
+                f"learning_rate {request.learning_rate} is not possible",
+                field="learning_rate",
+                constraint="0 or more, and within float32",
+            )
         release = self._pending.release(request)
         if not np.isfinite(release.grad_P).all():
             raise _diverged("the mean gradient is not finite")

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from tg_tinker_server.dp.mechanism import GaussianMechanism
+from tg_tinker_server.dp.rng import SecureNormal
+
+FALSE_ALARM = 1e-6
+
+
+def scale_is(values, stddev):
+    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], df=values.size)
+    return bool(low < float(((values / stddev) ** 2).sum()) < high)
+
+
+@pytest.mark.parametrize(("multiplier", "bound"), [(1.0, 1.0), (0.7, 0.1), (2.5, 30.0)])
+def test_noise_has_the_paid_for_scale_and_no_other(multiplier, bound):
+    value = np.zeros(200_000)
+    mechanism = GaussianMechanism(multiplier, bound, SecureNormal())
+    mechanism.add_noise_([value])
+    assert mechanism.stddev == multiplier * bound
+    assert scale_is(value, multiplier * bound)
+    for wrong in (0.5, 0.97, 1.03, 2.0):
+        assert not scale_is(value, multiplier * bound * wrong)
+
+
+def test_noise_is_added_to_the_value_in_every_shape():
+    parts = [np.full((3, 4), 1e6), np.full(5, -1e6)]
+    GaussianMechanism(1.0, 1.0, SecureNormal()).add_noise_(parts)
+    assert (np.abs(parts[0] - 1e6) < 20).all()
+    assert (np.abs(parts[1] + 1e6) < 20).all()
+    assert len(np.unique(np.concatenate([p.ravel() for p in parts]))) == 17
+
+
+def test_a_mechanism_releases_once():
+    mechanism = GaussianMechanism(1.0, 1.0, SecureNormal())
+    value = np.zeros(3)
+    mechanism.add_noise_([value])
+    after = value.copy()
+    with pytest.raises(RuntimeError, match="released already"):
+        mechanism.add_noise_([value])
+    np.testing.assert_array_equal(value, after)
+
+
+def test_a_failed_draw_uses_the_mechanism_up():
+    class Broken:
+        def normals(self, count):
+            raise OSError("no randomness")
+
+    mechanism = GaussianMechanism(1.0, 1.0, Broken())
+    with pytest.raises(OSError, match="no randomness"):
+        mechanism.add_noise_([np.zeros(3)])
+    assert mechanism.used
+
+
+def test_float32_is_refused_before_anything_is_drawn():
+    mechanism = GaussianMechanism(1.0, 1.0, SecureNormal())
+    with pytest.raises(TypeError, match="float64"):
+        mechanism.add_noise_([np.zeros(3, dtype=np.float32)])
+    assert not mechanism.used
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_no_scale_is_refused(bad):
+    with pytest.raises(ValueError, match="noise_multiplier"):
+        GaussianMechanism(bad, 1.0, SecureNormal())
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        GaussianMechanism(1.0, bad, SecureNormal())

@@ -1,0 +1,293 @@
+"""The clipped sum of the torch engine against a float64 loop that treats every record alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import nn
+
+from tg_tinker.types import BatchData, DPConfig, LoRAConfig, TrainingConfig
+from tg_tinker_server.engine.backend import StepRequest
+from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
+from tg_tinker_server.engine.gradients import ParamLayout
+from tg_tinker_server.engine.performance import PerformanceConfig
+from tg_tinker_server.engine.torch_backend import TorchBackend
+
+BOUND = 0.3
+SMALL_BOUND = 0.05
+SMALL_CONFIG = TrainingConfig(
+    model_ref="tiny",
+    lora_config=LoRAConfig(rank=4),
+    dp_config=DPConfig(max_grad_norm=SMALL_BOUND, target_epsilon=None),
+    max_sequence_length=64,
+)
+
+
+def float64_gradients(tools, config, weights, batch, model_ref="tiny"):
+    """Each record's gradient [B, P], alone in its batch, without padding, in float64; no hooks anywhere."""
+    plain = TorchBackend({model_ref: tools.loaders[model_ref]})
+    session = plain.open(run_id="loop", config=config.model_copy(update={"dp_config": None}))
+    session.import_state(weights, optimizer=False)
+    model = session._base.module.double()
+    grads = []
+    for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
+        length = int(mask.sum())
+        tokens = torch.from_numpy(ids[:length])[None]
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        target = torch.from_numpy(labels[1:length].copy())
+        keep = target != -100
+        log_probs = torch.log_softmax(logits[keep], dim=-1)
+        loss = -log_probs[torch.arange(int(keep.sum())), target[keep]].sum() / max(1, int(keep.sum()))
+        parts = torch.autograd.grad(loss, list(session._parameters.values()))
+        grads.append(torch.cat([g.reshape(-1) for g in parts]).numpy())
+    session.close()
+    return np.stack(grads)
+
+
+def loop_clipped_sum(grads_BP, units, bound):
+    total = np.zeros(grads_BP.shape[1])
+    for unit in dict.fromkeys(units):
+        grad = sum(g for g, u in zip(grads_BP, units, strict=True) if u == unit)
+        total += grad * min(1.0, bound / np.linalg.norm(grad))
+    return total
+
+
+def relative_error(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+SHAPES = {
+    "equal lengths": {},
+    "padding": {"padded": True},
+    "masked prompts": {"masked_prompt": True},
+    "padding and masked prompts": {"padded": True, "masked_prompt": True},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("units", [list("abcdefg"), list("aabcbba")])
+@pytest.mark.parametrize("bound", [BOUND, 9.0])
+def test_the_clipped_sum_agrees_with_a_float64_loop(torch_bench, tools, shape, units, bound):
+    session = torch_bench.open(dp={"max_grad_norm": bound}, lora={"target_modules": "all-linear"})
+    batch = tools.batch(7, tokens=11, **SHAPES[shape])
+    result = tools.run_pass(session, batch, units=units)
+    grads_BP = float64_gradients(tools, session._config, session.export_state(optimizer=False), batch)
+    assert relative_error(result.contribution.sum_P, loop_clipped_sum(grads_BP, units, bound)) < 1e-5
+    np.testing.assert_allclose(
+        np.sort(result.contribution.norms_U),
+        np.sort([np.linalg.norm(sum(g for g, v in zip(grads_BP, units, strict=True) if v == u)) for u in set(units)]),
+        rtol=1e-5,
+    )
+    if bound == 9.0:
+        assert min(result.contribution.norms_U) < bound < max(result.contribution.norms_U), "bites some, spares some"
+
+
+def test_accumulation_over_calls_agrees_with_the_float64_loop(torch_bench, tools):
+    session = torch_bench.open(dp={"max_grad_norm": BOUND}, batch_size=6)
+    batch = tools.batch(6, padded=True)
+    before = session.export_state(optimizer=False)
+    for part in ([0, 1], [2], [3, 4, 5]):
+        tools.accumulate(session, tools.rows(batch, part))
+    grads_BP = float64_gradients(tools, session._config, before, batch)
+    expected = loop_clipped_sum(grads_BP, range(6), BOUND) / 6
+    released = session._pending.release(StepRequest(learning_rate=0.0))
+    assert relative_error(released.grad_P, expected) < 1e-5
+
+
+def test_merged_units_over_calls_agree_with_the_float64_loop(torch_bench, tools):
+    session = torch_bench.open(dp={"max_grad_norm": BOUND, "merge_units": True}, batch_size=6)
+    batch, units = tools.batch(6, padded=True), list("abcabd")
+    before = session.export_state(optimizer=False)
+    for part in ([0, 1, 2], [3, 4, 5]):
+        tools.accumulate(session, tools.rows(batch, part), units=[units[i] for i in part])
+    expected = loop_clipped_sum(float64_gradients(tools, session._config, before, batch), units, BOUND) / 6
+    released = session._pending.release(StepRequest(learning_rate=0.0))
+    assert relative_error(released.grad_P, expected) < 1e-5
+
+
+def test_without_privacy_the_gradient_agrees_with_the_float64_loop(torch_bench, tools):
+    session = torch_bench.open()
+    batch = tools.batch(6, padded=True, masked_prompt=True)
+    grads_BP = float64_gradients(tools, session._config, session.export_state(optimizer=False), batch)
+    contribution = tools.run_pass(session, batch).contribution
+    assert relative_error(contribution.sum_P, grads_BP.sum(axis=0)) < 1e-5
+
+
+@pytest.mark.parametrize("model", ["qwen", "gpt2"])
+def test_other_model_families_agree_with_the_float64_loop(torch_models, tools, torch_bench, model):
+    target = "all-linear" if model == "qwen" else ["c_attn", "c_fc"]
+    session = torch_bench.open(model_ref=model, dp={"max_grad_norm": BOUND}, lora={"target_modules": target})
+    batch = tools.batch(5, padded=True)
+    result = tools.run_pass(session, batch)
+    grads_BP = float64_gradients(tools, session._config, session.export_state(optimizer=False), batch, model)
+    assert relative_error(result.contribution.sum_P, loop_clipped_sum(grads_BP, range(5), BOUND)) < 1e-5
+
+
+def test_training_every_parameter_agrees_with_the_float64_loop(torch_bench, tools):
+    session = torch_bench.open(dp={"max_grad_norm": BOUND}, lora_config=None, randomise=False)
+    batch = tools.batch(4, padded=True)
+    result = tools.run_pass(session, batch)
+    grads_BP = float64_gradients(tools, session._config, session.export_state(optimizer=False), batch)
+    assert relative_error(result.contribution.sum_P, loop_clipped_sum(grads_BP, range(4), BOUND)) < 1e-5
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 25, 10_000])
+def test_the_size_of_micro_batches_changes_nothing_beyond_rounding(tools, micro_batch_tokens):
+    sums = []
+    for tokens in (micro_batch_tokens, 40):
+        backend = TorchBackend(
+            {"tiny": tools.loaders["tiny"]}, PerformanceConfig(micro_batch_tokens=tokens, per_sample_bytes=20_000)
+        )
+        session = backend.open(run_id="r", config=SMALL_CONFIG)
+        sums.append(tools.run_pass(session, tools.batch(6, padded=True), units=list("aabbcd")).contribution.sum_P)
+    assert relative_error(*sums) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing_beyond_rounding(torch_bench, tools):
+    sums = [
+        tools.run_pass(
+            torch_bench.open(dp={"max_grad_norm": BOUND}, gradient_checkpointing=on), tools.batch(6)
+        ).contribution.sum_P
+        for on in (False, True)
+    ]
+    assert relative_error(*sums) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_a_static_loss_scale_changes_neither_norms_nor_sums_of_a_bfloat16_base(tools, scale):
+    backend = TorchBackend({"tiny": tools.loaders["tiny"]}, PerformanceConfig(base_dtype="bfloat16"))
+    outcomes = []
+    for one in (scale, 128.0):
+        session = backend.open(run_id="r", config=SMALL_CONFIG.model_copy(update={"loss_scale": one}))
+        assert session.base_dtype == "bfloat16"
+        outcomes.append(tools.run_pass(session, tools.batch(4)).contribution)
+    assert relative_error(outcomes[0].sum_P, outcomes[1].sum_P) < 1e-2
+    np.testing.assert_allclose(outcomes[0].norms_U, outcomes[1].norms_U, rtol=1e-2)
+
+
+def test_adapters_on_a_bfloat16_base_are_float32_and_clipped_strictly(tools):
+    backend = TorchBackend({"tiny": tools.loaders["tiny"]}, PerformanceConfig(base_dtype="bfloat16"))
+    session = backend.open(run_id="r", config=SMALL_CONFIG)
+    assert {p.dtype for p in session._parameters.values()} == {torch.float32}
+    batch = tools.batch(8)
+    for i in range(8):
+        contribution = tools.run_pass(session, tools.rows(batch, [i])).contribution
+        assert contribution.norms_U[0] > SMALL_BOUND
+        assert np.linalg.norm(contribution.sum_P) <= SMALL_BOUND
+    everything = tools.run_pass(session, batch).contribution.sum_P
+    for i in range(8):
+        without = tools.run_pass(session, tools.rows(batch, [j for j in range(8) if j != i])).contribution.sum_P
+        assert np.linalg.norm(everything - without) <= SMALL_BOUND * 1.01  # other batch shapes round otherwise
+
+
+GRADS = st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(1, 4)).flatmap(
+    lambda s: st.tuples(
+        arrays(np.float32, (s[0], s[1], 2), elements=st.floats(width=32)),
+        arrays(np.float32, (s[0], s[2]), elements=st.floats(-100, 100, width=32)),
+        arrays(np.int64, s[0], elements=st.integers(0, 3)),
+    )
+)
+
+
+def clipper_for(first, second, bound):
+    shapes = {"a": first.shape[1:], "b": second.shape[1:]}
+    parameters = [nn.Parameter(torch.zeros(s)) for s in shapes.values()]
+    return UnitClippingOptimizer(
+        torch.optim.SGD(parameters, lr=0.1),
+        layout=ParamLayout(shapes),
+        max_grad_norm=bound,
+        expected_batch_size=1,
+        keep_units=False,
+    )
+
+
+def clipped(first, second, units, bound):
+    clipper = clipper_for(first, second, bound)
+    if len(units):
+        grads = {"a": torch.from_numpy(first), "b": torch.from_numpy(second)}
+        clipper.clip_and_accumulate(grads, units)
+    return clipper.take([str(i) for i in range(4)])
+
+
+@given(grads=GRADS, bound=st.floats(1e-3, 1e3), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=200, deadline=None)
+def test_for_any_gradients_removing_one_unit_moves_the_sum_by_at_most_the_bound(grads, bound, dtype):
+    first, second, units = grads
+    first = torch.from_numpy(first).to(dtype).float().numpy()
+    whole = clipped(first, second, units, bound)
+    assert np.isfinite(whole.sum_P).all()
+    for unit in np.unique(units):
+        keep = units != unit
+        without = clipped(first[keep], second[keep], units[keep], bound).sum_P
+        assert np.linalg.norm(whole.sum_P - without) <= bound
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_unit_that_is_not_finite_leaves_the_others_exactly_as_without_it(poison):
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(4, 3, 2)).astype(np.float32), rng.normal(size=(4, 5)).astype(np.float32)
+    units, bad = np.arange(4), first.copy()
+    bad[1, 0, 0] = poison
+    keep = units != 1
+    contribution = clipped(bad, second, units, 1.0)
+    np.testing.assert_array_equal(contribution.sum_P, clipped(first[keep], second[keep], units[keep], 1.0).sum_P)
+    assert np.isfinite(contribution.norms_U).sum() == 3
+    assert len(contribution.units) == 4
+
+
+def test_a_record_that_overflows_is_counted_and_the_step_is_as_without_it(torch_bench, tools, monkeypatch):
+    session = torch_bench.open(dp={"max_grad_norm": BOUND})
+    batch = tools.batch(4)
+    take = session._per_sample.take
+
+    def poisoned(records):
+        grads = take(records)
+        if records > 1:
+            next(iter(grads.values()))[2] = float("inf")
+        return grads
+
+    expected = sum(tools.run_pass(session, tools.rows(batch, [i])).contribution.sum_P for i in (0, 1, 3))
+    monkeypatch.setattr(session._per_sample, "take", poisoned)
+    result = tools.accumulate(session, batch)
+    assert relative_error(result.contribution.sum_P, expected) < 1e-5
+    outcome = tools.step(session, mechanism=tools.mechanism(1.0, BOUND))
+    assert outcome.nonfinite_units == 1
+    assert np.isfinite(outcome.grad_norm)
+
+
+def test_opacus_own_noise_and_divisor_are_closed(torch_bench):
+    session = torch_bench.open(dp={})
+    with pytest.raises(RuntimeError, match="ledger"):
+        session._clipper.add_noise()
+    with pytest.raises(RuntimeError, match="release"):
+        session._clipper.scale_grad()
+
+
+def test_no_global_seed_reaches_the_noise_of_a_step(torch_bench, tools):
+    moved = []
+    for _ in range(2):
+        session = torch_bench.open(dp={}, optimizer={"name": "sgd"})
+        tools.accumulate(session, tools.batch(2))
+        torch.manual_seed(42)
+        np.random.seed(42)
+        tools.step(session, 1.0, mechanism=tools.mechanism())
+        moved.append(tools.flat_weights(session))
+    assert (moved[0] != moved[1]).mean() > 0.99
+
+
+def test_passes_and_steps_leave_the_global_generator_as_it_was(torch_bench, tools):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    session = torch_bench.open(dp={}, lora={"dropout": 0.3})
+    tools.accumulate(session, tools.batch(2))
+    tools.step(session, mechanism=tools.mechanism())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_empty_batch_folds_to_nothing(torch_bench, tools):
+    session = torch_bench.open(dp={"sampling": "poisson", "dataset_size": 50, "merge_units": True})
+    contribution = tools.accumulate(session, BatchData(input_ids=[])).contribution
+    assert not contribution.sum_P.any()
+    assert tools.step(session).grad_norm == 0.0
