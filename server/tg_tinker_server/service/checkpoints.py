@@ -102,7 +102,9 @@ class CheckpointService:
             name=name,
             created=when,
         )
-        await self.durability.keep_result(run, operation, result, lambda tx: artifact_rows.insert_artifact(tx, row))
+        await self.durability.keep_result(
+            run, operation, result, also=lambda tx: artifact_rows.insert_artifact(tx, row)
+        )
         return result
 
     async def load(

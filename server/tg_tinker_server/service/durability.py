@@ -13,7 +13,7 @@ from tg_tinker_server.artifacts.vault import Vault
 from tg_tinker_server.crypto.envelope import TenantKeyring
 from tg_tinker_server.engine.backend import EngineState
 from tg_tinker_server.service.executors import Executors
-from tg_tinker_server.service.lanes import COMPLETED, Operation
+from tg_tinker_server.service.lanes import COMPLETED, FAILED, Operation
 from tg_tinker_server.service.results import result_from_bytes, result_to_bytes
 from tg_tinker_server.service.run import Run
 from tg_tinker_server.store import run_rows
@@ -71,14 +71,16 @@ class Durability:
         step: int,
         status: str,
         settle: Callable[[Transaction], None] | None = None,
+        error: TGTinkerError | None = None,
     ) -> None:
-        """Make one weight-changing operation durable, in one transaction.
+        """Make one operation that ended a logical batch durable, in one transaction.
 
-        The row of the run moves to the new snapshot, the charge is settled, and the results of every
-        operation up to this one are kept. Either all of it happens or none.
+        The row of the run moves to the new snapshot, the charge is settled, and the outcomes of every
+        operation up to this one are kept. Either all of it happens or none. With an ``error`` the batch was
+        dropped and the snapshot is the old one.
         """
         kept = [(o, o.status, o.result, o.error) for o in run.lane.unstored(operation.seq)]
-        kept.append((operation, COMPLETED, result, None))
+        kept.append((operation, FAILED if error else COMPLETED, result, error))
         rows = await self.executors.io(lambda: [self._row(run, *k) for k in kept])
 
         def write(tx: Transaction) -> None:
@@ -103,17 +105,25 @@ class Durability:
         for ended, *_ in kept:
             ended.stored = True
         run.lane.forget(operation.seq)
-        if old:
+        if old and old != state_id:
             await self.executors.io(self.vault.delete, tenant=run.tenant, artifact_id=old)
 
     async def keep_result(
-        self, run: Run, operation: Operation, result: Any, also: Callable[[Transaction], None]
+        self,
+        run: Run,
+        operation: Operation,
+        result: Any,
+        *,
+        also: Callable[[Transaction], None] | None = None,
+        error: TGTinkerError | None = None,
     ) -> None:
-        """Make the result of an operation durable together with rows it wrote."""
-        row = await self.executors.io(self._row, run, operation, COMPLETED, result, None)
+        """Make the outcome of an operation durable, together with rows it wrote; it is not executed again."""
+        status = FAILED if error else COMPLETED
+        row = await self.executors.io(self._row, run, operation, status, result, error)
 
         def write(tx: Transaction) -> None:
-            also(tx)
+            if also is not None:
+                also(tx)
             run_rows.put_results(tx, [row])
 
         await self.executors.io(self.db.write, write)

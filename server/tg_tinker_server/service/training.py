@@ -176,7 +176,24 @@ class TrainingService:
         )
 
     async def optim_step(self, run: Run, operation: Operation, request: Step) -> OptimStepOutput:
-        """Charge, release, settle (docs/privacy.md). Refused steps change nothing and cost nothing."""
+        """Charge, release, settle (docs/privacy.md). Refused steps change nothing and cost nothing.
+
+        A refusal is as final as a result: it is kept, so that a restart does not turn it into a step.
+        """
+        try:
+            return await self._optim_step(run, operation, request)
+        except FutureCancelledError:
+            raise  # left no effect
+        except TGTinkerError as e:
+            if run.session.pending_calls == 0:
+                await self.durability.advance(
+                    run, operation, None, state_id=run.state_id, step=run.step, status=run.status, error=e
+                )
+            else:
+                await self.durability.keep_result(run, operation, None, error=e)
+            raise
+
+    async def _optim_step(self, run: Run, operation: Operation, request: Step) -> OptimStepOutput:
         run.require_active()
         why = run.poison or request.incomplete
         if why:
