@@ -25,9 +25,9 @@ def test_ten_thousand_random_bodies_never_look_like_a_fault_of_the_server(bigram
     client = RawClient(bigram_server.address, bigram_server.mint_key("tenant-a", ("trainer", "exporter", "auditor")))
     rng = random.Random(5)
     seen: dict[grpc.StatusCode, int] = {}
-    calls = [(m, client.channel.unary_unary(m.path)) for m in methods() if not m.server_streaming]
+    calls = [client.channel.unary_unary(m.path) for m in methods() if not m.server_streaming]
     for _ in range(10_000):
-        method, call = calls[rng.randrange(len(calls))]
+        call = calls[rng.randrange(len(calls))]
         body = rng.randbytes(rng.randrange(40))
         if rng.random() < 0.5:  # a valid message with fields of the wrong meaning
             body = b"\x0a" + bytes([len(body)]) + body
@@ -36,7 +36,7 @@ def test_ten_thousand_random_bodies_never_look_like_a_fault_of_the_server(bigram
             code = grpc.StatusCode.OK
         except grpc.RpcError as e:
             code = e.code()
-            assert as_error(e).message
+            as_error(e)  # raises unless the refusal carries our details
         seen[code] = seen.get(code, 0) + 1
     assert grpc.StatusCode.INTERNAL not in seen
     assert grpc.StatusCode.UNKNOWN not in seen
