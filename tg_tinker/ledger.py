@@ -10,11 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from typing import Any
 
 import rfc8785
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types.info import AuditLogEntry
 
 LEDGER_DOMAIN = b"tg-tinker/ledger/v1\x00"
 AUDIT_DOMAIN = b"tg-tinker/audit/v1\x00"
@@ -81,39 +83,99 @@ def entry_hash(domain: bytes, body: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(domain + rfc8785.dumps(dict(body))).digest()
 
 
-def verify_chain(entries: Sequence[ChainEntry], *, domain: bytes = LEDGER_DOMAIN) -> bytes:
+def verify_chain(entries: Sequence[ChainEntry], *, domain: bytes = LEDGER_DOMAIN, head: bytes | None = None) -> bytes:
     """Check every link from the first entry on; returns the hash of the last one.
+
+    A chain that was cut at its end is a valid shorter chain: only a ``head`` that was noted earlier tells. With
+    ``head`` given, an entry of that hash must be there.
 
     Raises:
         InvalidRequestError: naming the first position that does not fit.
     """
     before = START
+    seen = head is None or head == START
     for position, entry in enumerate(entries):
         reason = _fault(entry, position, before, domain)
         if reason:
-            raise InvalidRequestError(
-                f"the chain is broken at position {position}: {reason}",
-                field="entries",
-                constraint="every entry names the one before it",
-                details={"position": position},
-            )
+            raise _broken(position, reason)
         before = entry.entry_hash
+        seen = seen or before == head
+    if not seen:
+        raise _broken(
+            len(entries), "the entry that was noted as its head is missing; the end was cut off or rewritten"
+        )
     return before
 
 
-def verify_audit_chain(entries: Sequence[ChainEntry]) -> bytes:
-    """The same for a tenant's audit log, which must be whole from its first entry."""
-    return verify_chain(entries, domain=AUDIT_DOMAIN)
+def verify_audit_chain(records: Sequence[ChainEntry | AuditLogEntry], *, gapless: bool = False) -> bytes:
+    """Check records of one tenant's audit log, oldest first; returns the hash of the last one.
+
+    A query need not return the whole log. Every record must be intact, and wherever it stands right after the
+    record before it, or first in the log, it must name that one's hash. Set ``gapless`` for a query without filters:
+    then no record may be missing between two others.
+
+    Raises:
+        InvalidRequestError: naming the first position that does not fit.
+    """
+    before: ChainEntry | None = None
+    for index, record in enumerate(records):
+        entry = record if isinstance(record, ChainEntry) else _record(record)
+        position = entry.body.get("position")
+        if not isinstance(position, int) or position < 0 or (before is not None and position <= before.position):
+            raise _broken(index, f"a record says it stands at {position!r}, out of order")
+        linked = START if position == 0 else None
+        if before is not None and position == before.position + 1:
+            linked = before.entry_hash
+        elif before is not None and gapless:
+            raise _broken(before.position + 1, "this record is missing")
+        reason = _fault(entry, position, linked, AUDIT_DOMAIN)
+        if reason:
+            raise _broken(position, reason)
+        before = entry
+    return before.entry_hash if before is not None else START
 
 
-def _fault(entry: ChainEntry, position: int, before: bytes, domain: bytes) -> str:
+def audit_body(record: AuditLogEntry) -> dict[str, Any]:
+    """What is hashed of an audit record, without its place in the chain. Times are UTC."""
+    return {
+        "operation": record.operation,
+        "training_client_id": record.training_client_id,
+        "request_hash": record.request_hash,
+        "request_bytes": record.request_bytes,
+        "artifact_ids": list(record.artifact_ids),
+        "started": record.started.astimezone(UTC).isoformat(),
+        "completed": record.completed.astimezone(UTC).isoformat(),
+        "success": record.success,
+        "error_code": record.error_code,
+        "dp_metrics": None if record.dp_metrics is None else dict(record.dp_metrics),
+    }
+
+
+def _record(record: AuditLogEntry) -> ChainEntry:
+    body = {**audit_body(record), "position": record.entry_id, "prev_hash": record.prev_hash}
+    return ChainEntry(body, bytes.fromhex(record.record_hash))
+
+
+def _fault(entry: ChainEntry, position: int, before: bytes | None, domain: bytes) -> str:
+    """What is wrong with an entry; ``before`` is ``None`` where the entry before it is not at hand."""
     if entry.body.get("position") != position:
         return f"an entry says it stands at {entry.body.get('position')}; one is missing, added or moved"
-    if entry.body.get("prev_hash") != before.hex():
+    if before is not None and entry.body.get("prev_hash") != before.hex():
         return "it does not follow the entry before it"
-    if entry_hash(domain, entry.body) != entry.entry_hash:
-        return "its content was changed"
-    return ""
+    try:
+        intact = entry_hash(domain, entry.body) == entry.entry_hash
+    except (ValueError, TypeError, RecursionError):  # NaN and the like: nothing that was ever hashed
+        return "it is not canonical JSON"
+    return "" if intact else "its content was changed"
+
+
+def _broken(position: int, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the chain is broken at position {position}: {reason}",
+        field="entries",
+        constraint="every entry names the one before it",
+        details={"position": position},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,32 +216,73 @@ class PrivacyLedger:
         """Every release that was paid for."""
         return tuple(e for e in self.entries if e.kind == "charge")
 
-    def verify(self) -> None:
-        """Check the chain, that every entry is of this dataset, and that every release was charged before it.
+    def verify(self, *, head: bytes | None = None) -> None:
+        """Check the chain, that it is of this dataset, that charges come first, and that they kept the budget.
+
+        Args:
+            head: a hash noted earlier, e.g. ``client.privacy.ledger_head``; shows a history that was cut or replaced.
 
         Raises:
             InvalidRequestError: naming the first position that does not fit.
         """
-        verify_chain(self.entries)
-        charged: set[int] = set()
+        verify_chain(self.entries, head=head)
+        budget = _Budget()
         for entry in self.entries:
-            reason = ""
-            if entry.body.get("dataset_id") != self.dataset_id:
-                reason = f"it belongs to dataset {entry.body.get('dataset_id')!r}"
-            elif entry.kind == "charge":
-                charged.add(entry.position)
-            elif entry.kind == "settle":
-                paid = entry.body.get("charge_position")
-                if paid not in charged:
-                    reason = "it settles what was not charged before it, or was settled already"
-                else:
-                    charged.discard(paid)
-            elif entry.kind != "open":
-                reason = f"it is of unknown kind {entry.kind!r}"
+            try:
+                reason = f"it belongs to dataset {entry.body['dataset_id']!r}"
+                if entry.body["dataset_id"] == self.dataset_id:
+                    reason = budget.follow(entry)
+            except (KeyError, TypeError, ValueError):
+                reason = "a field is missing or is not what it should be"
             if reason:
                 raise InvalidRequestError(
                     f"the ledger is wrong at position {entry.position}: {reason}",
                     field="entries",
-                    constraint="charge before settle",
+                    constraint="open, then charge before settle, within the budget",
                     details={"position": entry.position},
                 )
+
+
+class _Budget:
+    """Follows a ledger from its first entry and says what does not fit."""
+
+    def __init__(self) -> None:
+        self.terms: tuple[float, float, str] | None = None
+        self.unsettled: dict[int, tuple[str, int]] = {}
+        self.released: set[tuple[str, int]] = set()
+
+    def follow(self, entry: LedgerEntry) -> str:
+        """What is wrong with the entry; empty when nothing is."""
+        body = entry.body
+        if entry.kind == "open":
+            return self._opened(float(body["target_epsilon"]), float(body["target_delta"]), str(body["unit"]))
+        step = (str(body["run_id"]), int(body["seq"]))
+        if entry.kind == "charge":
+            return self._charged(entry.position, step, float(body["epsilon_after"]), float(body["delta"]))
+        if entry.kind == "settle":
+            return self._settled(int(body["charge_position"]), step, str(body["outcome"]))
+        return f"it is of unknown kind {entry.kind!r}"
+
+    def _opened(self, target_epsilon: float, delta: float, unit: str) -> str:
+        terms = (target_epsilon, delta, unit)
+        if self.terms is None:
+            self.terms = terms
+        return "" if self.terms == terms else "it changes the budget"
+
+    def _charged(self, position: int, step: tuple[str, int], epsilon_after: float, delta: float) -> str:
+        if self.terms is None:
+            return "it charges a dataset that was not opened"
+        if step in self.released:
+            return "it charges a step that was released before"
+        if delta != self.terms[1] or not epsilon_after <= self.terms[0]:
+            return f"it goes to epsilon {epsilon_after} at delta {delta}, over {self.terms[0]} at {self.terms[1]}"
+        self.unsettled[position] = step
+        return ""
+
+    def _settled(self, charge_position: int, step: tuple[str, int], outcome: str) -> str:
+        if self.unsettled.pop(charge_position, None) != step:
+            return "it settles what was not charged before it, or was settled already"
+        if outcome == "released":
+            self.released.add(step)
+            return ""
+        return "" if outcome == "failed" else f"outcome {outcome!r} is unknown"

@@ -503,7 +503,8 @@ class ScriptedServer:
         )
 
     def GetLedger(self, request):  # noqa: N802
-        body = {"kind": "open", "dataset_id": request.dataset_id}
+        terms = {"unit": "datum", "target_epsilon": "8.0", "target_delta": "1e-05"}
+        body = {"kind": "open", "dataset_id": request.dataset_id, **terms}
         entry = ChainEntry.make(LEDGER_DOMAIN, body, position=0, prev_hash=START)
         return privacy_pb2.GetLedgerReply(
             dataset_id=request.dataset_id,

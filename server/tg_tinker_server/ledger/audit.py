@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
+from tg_tinker.errors import ServerError
 from tg_tinker.ledger import AUDIT_DOMAIN, START, ChainEntry
 from tg_tinker_server.store import audit_rows
 from tg_tinker_server.store.database import Database, Transaction
 
+DP_METRICS = frozenset({"noise_applied", "epsilon_spent", "total_epsilon", "delta"})
 _PAGE = 1000
 
 
@@ -35,6 +37,13 @@ class AuditRecord:
     error_code: str
     dp_metrics: Mapping[str, str | bool] | None
 
+    def __post_init__(self) -> None:
+        if self.started.tzinfo is None or self.completed.tzinfo is None:
+            raise ValueError("an audit record needs times with a timezone")
+        private = set(self.dp_metrics or ()) - DP_METRICS
+        if private:
+            raise ValueError(f"the audit log takes no {', '.join(sorted(private))}: only what was paid may be kept")
+
 
 @dataclass(frozen=True, slots=True)
 class AuditLog:
@@ -50,8 +59,8 @@ class AuditLog:
             "request_hash": record.request_hash,
             "request_bytes": record.request_bytes,
             "artifact_ids": list(record.artifact_ids),
-            "started": record.started.isoformat(),
-            "completed": record.completed.isoformat(),
+            "started": record.started.astimezone(UTC).isoformat(),
+            "completed": record.completed.astimezone(UTC).isoformat(),
             "success": record.success,
             "error_code": record.error_code,
             "dp_metrics": None if record.dp_metrics is None else dict(record.dp_metrics),
@@ -102,8 +111,17 @@ class AuditLog:
                 if not page:
                     break
                 before = page[-1].position
-                entries = (ChainEntry(json.loads(r.body_json), r.record_hash) for r in page)
-                found += [e for e in entries if fits(e.body)]
+                found += [e for e in map(_entry, page) if fits(e.body)]
             return found[:limit][::-1]
 
         return self.db.read(read)
+
+
+def _entry(row: audit_rows.AuditRow) -> ChainEntry:
+    try:
+        return ChainEntry(dict(json.loads(row.body_json)), row.record_hash)
+    except (ValueError, TypeError) as e:
+        raise ServerError(
+            f"the audit log cannot be read at position {row.position}; restore the database",
+            details={"position": row.position},
+        ) from e
