@@ -96,7 +96,7 @@ class SessionCore(ABC):
             )
         release = self._pending.release(request)
         if not np.isfinite(release.grad_P).all():
-            raise _diverged("the mean gradient is not finite")
+            raise diverged("the mean gradient is not finite")
         self._apply(release.grad_P, request.learning_rate)
         self._pending.clear()
         return release.result
@@ -146,7 +146,8 @@ class SessionCore(ABC):
             raise ServerError("the session is closed; open the run again")
 
 
-def _diverged(what: str) -> InvalidRequestError:
+def diverged(what: str) -> InvalidRequestError:
+    """The error of a step that would leave the finite numbers."""
     return InvalidRequestError(
         f"{what}; nothing was changed. Lower the learning rate, or load an earlier checkpoint",
         field="weights",
@@ -157,7 +158,7 @@ def _diverged(what: str) -> InvalidRequestError:
 def ensure_finite(weights: Sequence[npt.NDArray[np.float32]]) -> None:
     """Raise InvalidRequestError unless all weights are finite."""
     if not all(np.isfinite(w).all() for w in weights):
-        raise _diverged("the step would make weights infinite or NaN")
+        raise diverged("the step would make weights infinite or NaN")
 
 
 def ensure_finite_pass(loss: float, gradient: npt.NDArray[np.float64] | None) -> None:

@@ -26,7 +26,13 @@ from tg_tinker_server.engine.per_sample import PerSampleGradients
 from tg_tinker_server.engine.performance import PerformanceConfig
 from tg_tinker_server.engine.probe import probe
 from tg_tinker_server.engine.requests import units_of
-from tg_tinker_server.engine.session_core import SessionCore, derived_seed, ensure_finite, ensure_finite_pass
+from tg_tinker_server.engine.session_core import (
+    SessionCore,
+    derived_seed,
+    diverged,
+    ensure_finite,
+    ensure_finite_pass,
+)
 from tg_tinker_server.engine.state import OPTIMIZER, WEIGHTS, checked_optimizer, checked_weights
 from tg_tinker_server.engine.torch_decoder import TorchDecoder
 
@@ -256,11 +262,13 @@ class TorchSession(SessionCore):
                 group["lr"] = learning_rate
             self._optimizer.step()
             ensure_finite([p.detach().cpu().numpy() for p in self._parameters.values()])
-        except BaseException:
+        except BaseException as e:
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
                     parameter.copy_(before[name])
             optimizers.restore_state(self._torch_optimizer, self._parameters, state)
+            if isinstance(e, RuntimeError) and "without overflow" in str(e):
+                raise diverged("the step leaves the range of float32") from e
             raise
         finally:
             for parameter in self._parameters.values():

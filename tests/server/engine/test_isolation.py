@@ -1,0 +1,201 @@
+"""Whatever one session does, the others' weights and losses are bit for bit the same."""
+
+import numpy as np
+import pytest
+import torch
+
+from tg_tinker.errors import TGTinkerError
+from tg_tinker.types import BatchData
+from tg_tinker_server.engine.backend import EngineState, PassRequest, SamplingParams
+
+
+class ModuleCrash(RuntimeError):
+    pass
+
+
+def crash_in(session, when):
+    """Make this session's own module fail once, in the forward or the backward pass."""
+    module = next(m for n, m in session._base.module.named_modules() if n.endswith(f"lora_B.{session._adapter}"))
+
+    def fail(*_):
+        raise ModuleCrash
+
+    if when == "forward":
+        return module.register_forward_hook(fail)
+    return module.register_full_backward_hook(fail)
+
+
+def poison_weights(session, tools):
+    with torch.no_grad():
+        for parameter in session._parameters.values():
+            parameter.fill_(float("nan"))
+
+
+def misbehave(session, tools, kind):
+    """One bad act of a tenant; it may raise, it may not."""
+    batch = tools.batch(3, seed=99)
+    try:
+        if kind == "nan weights":
+            saved = session.export_state(optimizer=True)
+            poison_weights(session, tools)
+            try:
+                tools.accumulate(session, batch)
+                tools.step(session)
+            finally:
+                session.import_state(saved, optimizer=True)
+        elif kind == "oversized":
+            tools.accumulate(session, BatchData(input_ids=np.ones((2, 5000), dtype=np.int64)))
+        elif kind == "unknown ids":
+            tools.accumulate(session, BatchData(input_ids=[[99999]]))
+        elif kind == "nan state":
+            state = session.export_state(optimizer=False)
+            wrong = {k: np.full_like(v, np.nan) for k, v in state.tensors.items()}
+            session.import_state(EngineState(tensors=wrong, scalars=state.scalars), optimizer=False)
+        elif kind == "diverging step":
+            tools.accumulate(session, batch)
+            tools.step(session, 3e38)
+        elif kind.startswith("crash"):
+            handle = crash_in(session, kind.split()[-1])
+            try:
+                tools.run_pass(session, batch)
+            finally:
+                handle.remove()
+        elif kind == "half a sample":
+            generation = session.generate([[1, 2, 3]], SamplingParams(max_tokens=9), slice_tokens=1)
+            next(generation)
+    except (TGTinkerError, ModuleCrash):
+        return True
+    return False
+
+
+KINDS = {
+    "nan weights": None,
+    "oversized": True,
+    "unknown ids": True,
+    "nan state": True,
+    "diverging step": None,
+    "crash in forward": True,
+    "crash in backward": True,
+    "half a sample": False,
+}
+
+
+def train(session, tools, *, between=lambda: None):
+    losses = []
+    for seed in range(4):
+        losses.append(tools.accumulate(session, tools.batch(3, seed=seed), seed=seed).loss)
+        between()
+        tools.step(session, 0.05)
+        between()
+    return losses, tools.weights_of(session)
+
+
+@pytest.fixture
+def undisturbed(fresh_bench, tools):
+    session = fresh_bench.open(lora={"dropout": 0.2})
+    result = train(session, tools)
+    session.close()
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dp", [None, {"max_grad_norm": 0.1}])
+def test_a_misbehaving_session_leaves_its_neighbour_bit_for_bit(fresh_bench, tools, undisturbed, kind, dp):
+    other = fresh_bench.open(dp=dp, lora={"target_modules": "all-linear"})
+    session = fresh_bench.open(lora={"dropout": 0.2})
+    outcomes = []
+    disturbed = train(session, tools, between=lambda: outcomes.append(misbehave(other, tools, kind)))
+    assert disturbed == undisturbed
+    if KINDS[kind] is not None:
+        assert outcomes == [KINDS[kind]] * 8
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.parametrize("dp", [None, {"max_grad_norm": 0.1}])
+def test_a_session_whose_pass_crashed_goes_on_as_if_it_had_never_been_sent(fresh_bench, tools, when, dp):
+    losses = []
+    for crashes in (False, True):
+        session = fresh_bench.open(dp=dp)
+        if crashes:
+            handle = crash_in(session, when)
+            with pytest.raises(ModuleCrash):
+                tools.run_pass(session, tools.batch(5))
+            handle.remove()
+        assert session.pending_calls == 0
+        result = tools.accumulate(session, tools.batch(4))
+        losses.append((result.loss, result.contribution.digest()))
+        session.close()
+    assert losses[0] == losses[1]
+
+
+def test_a_step_that_fails_inside_the_optimizer_changes_nothing(fresh_bench, tools, monkeypatch):
+    session = fresh_bench.open(dp={"max_grad_norm": 0.1})
+    tools.accumulate(session, tools.batch())
+    tools.step(session, mechanism=tools.mechanism(1.0, 0.1))
+    tools.accumulate(session, tools.batch())
+    before = tools.weights_of(session)
+    real = session._torch_optimizer.step
+
+    def half_way(*args):
+        real(*args)
+        raise ModuleCrash
+
+    monkeypatch.setattr(session._torch_optimizer, "step", half_way)
+    with pytest.raises(ModuleCrash):
+        tools.step(session, mechanism=tools.mechanism(1.0, 0.1))
+    monkeypatch.undo()
+    assert tools.weights_of(session) == before
+    assert session.pending_calls == 1
+    tools.step(session, mechanism=tools.mechanism(1.0, 0.1))
+
+
+def test_sessions_taking_turns_equal_sessions_one_after_the_other(fresh_bench, tools):
+    settings = [{"dp": {"max_grad_norm": 0.1}}, {"lora": {"dropout": 0.3}}, {"lora": {"target_modules": ["o_proj"]}}]
+    alone = []
+    for one in settings:
+        session = fresh_bench.open(**one)
+        alone.append([tools.run_pass(session, tools.batch(seed=s), seed=s).contribution.digest() for s in range(3)])
+        session.close()
+    together = [fresh_bench.open(**one) for one in settings]
+    digests = [[], [], []]
+    for s in range(3):
+        for i, session in enumerate(together):
+            digests[i].append(tools.run_pass(session, tools.batch(seed=s), seed=s).contribution.digest())
+    # A private session's dropout key is its own, but it has no dropout here.
+    assert digests == alone
+
+
+def test_weights_that_are_nan_give_clear_errors_and_the_session_recovers(fresh_bench, tools):
+    session = fresh_bench.open()
+    saved = session.export_state(optimizer=True)
+    poison_weights(session, tools)
+    with pytest.raises(TGTinkerError, match="not finite") as passed:
+        tools.run_pass(session, tools.batch())
+    assert passed.value.field == "batch"
+    with pytest.raises(TGTinkerError, match="diverged") as sampled:
+        list(session.generate([[1, 2]], SamplingParams(max_tokens=3), slice_tokens=1))
+    assert sampled.value.field == "weights"
+    session.import_state(saved, optimizer=True)
+    assert np.isfinite(tools.accumulate(session, tools.batch()).loss)
+    tools.step(session)
+
+
+def test_the_loss_equals_transformers_own_on_equal_lengths(fresh_bench, tools):
+    session = fresh_bench.open()
+    batch = tools.batch(4, masked_prompt=True)
+    before = tools.weights_of(session)
+    found = tools.run_pass(session, batch).loss
+    assert tools.weights_of(session) == before
+    with session._inference():
+        expected = session._base.module(
+            input_ids=torch.from_numpy(batch.input_ids),
+            attention_mask=torch.from_numpy(batch.attention_mask),
+            labels=torch.from_numpy(batch.labels),
+        ).loss
+    assert found == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_batch_of_none_in_eval_is_refused_too(fresh_bench):
+    session = fresh_bench.open()
+    with pytest.raises(TGTinkerError):
+        session.forward_backward(PassRequest.of_batch(BatchData(input_ids=[]), train=False))
