@@ -114,7 +114,12 @@ class AuditLog:
                 found += [e for e in map(_entry, page) if fits(e.body)]
             return found[:limit][::-1]
 
+        self.db.write(_wait)  # records of operations that have ended may still stand in the writer's queue
         return self.db.read(read)
+
+
+def _wait(tx: Transaction) -> None:
+    """Writes nothing: being run means that everything submitted before is on disk."""
 
 
 def _entry(row: audit_rows.AuditRow) -> ChainEntry:
