@@ -37,7 +37,7 @@ class DemoSettings:
     dataset_id: str = "icd-10-cm-diagnoses"
     target_epsilon: float = 8.0
     target_delta: float = 2e-5
-    prompts: tuple[str, ...] = ("Fracture of", "Malignant neoplasm of", "Disorder of", "Chronic")
+    prompts: tuple[str, ...] = ("Other", "Chronic", "Disorder of", "Poisoning by")
     max_sample_tokens: int = 24
     temperature: float = 0.4
 
