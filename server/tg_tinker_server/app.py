@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from tg_tinker.errors import InvalidRequestError, ServerError
-from tg_tinker_server.artifacts.blobs import LocalBlobs
-from tg_tinker_server.artifacts.vault import Vault
+from tg_tinker.errors import ServerError
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.crypto import api_keys
-from tg_tinker_server.crypto.envelope import TenantKeyring
-from tg_tinker_server.crypto.keys import create_key_file, key_provider
 from tg_tinker_server.engine.backend import Backend
+from tg_tinker_server.foundation import DEFAULT_ROLES, Foundation
 from tg_tinker_server.ledger.audit import AuditLog
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.logs import configure_logging
@@ -29,85 +24,16 @@ from tg_tinker_server.rpc.sampling import SamplingServicer
 from tg_tinker_server.rpc.server import GrpcServer
 from tg_tinker_server.rpc.submitting import Submitting
 from tg_tinker_server.rpc.training import TrainingServicer
-from tg_tinker_server.service.caller import Authenticator, check_roles
+from tg_tinker_server.service.caller import Authenticator
 from tg_tinker_server.service.checkpoints import CheckpointService
-from tg_tinker_server.service.durability import Durability
+from tg_tinker_server.service.durability import Durability, now
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.operations import OperationService
 from tg_tinker_server.service.privacy import PrivacyService
 from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.service.sampling import SamplingService
-from tg_tinker_server.service.tenant_keys import StoredKeyRows
 from tg_tinker_server.service.training import TrainingService
-from tg_tinker_server.store import artifact_rows, key_rows, run_rows
-from tg_tinker_server.store.database import Database
-
-SYSTEM_TENANT = "_server"
-DEFAULT_ROLES = ("trainer", "exporter", "auditor")
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-@dataclass(frozen=True, slots=True)
-class KeyDesk:
-    """Creates, lists and revokes API keys. Used on the server's machine only."""
-
-    db: Database
-    keyring: TenantKeyring
-    pepper: bytes
-
-    def mint(self, tenant: str, roles: tuple[str, ...] = DEFAULT_ROLES, label: str = "") -> str:
-        """Create a key and return its text, which is stored nowhere."""
-        check_roles(roles)
-        if not tenant or tenant == SYSTEM_TENANT:
-            raise InvalidRequestError("name a tenant", field="tenant", constraint="not empty")
-        self.keyring.ensure(tenant)
-        key = api_keys.mint()
-        row = key_rows.ApiKeyRow(
-            key_id=key.key_id,
-            tenant=tenant,
-            roles=roles,
-            mac=api_keys.mac(key, self.pepper),
-            created=_now(),
-            revoked=None,
-            label=label,
-        )
-        self.db.write(lambda tx: key_rows.insert_api_key(tx, row))
-        return key.text
-
-    def list(self) -> list[key_rows.ApiKeyRow]:
-        """All keys, oldest first."""
-        return self.db.read(key_rows.list_api_keys)
-
-    def revoke(self, key_id: str) -> bool:
-        """Revoke a key; running servers obey within a second."""
-        return self.db.write(lambda tx: key_rows.revoke_api_key(tx, key_id, _now()))
-
-
-@dataclass(frozen=True, slots=True)
-class Foundation:
-    """What the server and the key commands share: database, keys, ciphertexts."""
-
-    db: Database
-    keyring: TenantKeyring
-    vault: Vault
-    desk: KeyDesk
-
-    @classmethod
-    def open(cls, config: ServerConfig) -> Foundation:
-        """Open the data folder, making it on first use."""
-        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        db = Database.open(config.resolved_database_url)
-        key_file = config.data_dir / "root.key"
-        if not config.root_key and not key_file.exists() and not db.read(key_rows.list_api_keys):
-            create_key_file(key_file)  # first use of this folder; a lost key file is never replaced
-        keyring = TenantKeyring(key_provider(config.resolved_root_key), StoredKeyRows(db))
-        keyring.ensure(SYSTEM_TENANT)
-        vault = Vault(LocalBlobs(config.resolved_artifacts_dir), keyring)
-        desk = KeyDesk(db, keyring, keyring.mac_key(SYSTEM_TENANT, "api-key-pepper"))
-        return cls(db, keyring, vault, desk)
+from tg_tinker_server.store import artifact_rows, run_rows
 
 
 def build_backend(config: ServerConfig) -> Backend:
@@ -133,7 +59,7 @@ class Server:
         self._executors = Executors()
         db, vault, keyring = foundation.db, foundation.vault, foundation.keyring
         executors = self._executors
-        ledger = PrivacyLedger(db, clock=_now)
+        ledger = PrivacyLedger(db, clock=now)
         durability = Durability(db, vault, keyring, executors, config.kept_results)
         checkpoints = CheckpointService(db, vault, ledger, durability, executors)
         self._registry = RunRegistry(
@@ -256,4 +182,4 @@ class EmbeddedServer:
         self.stop(grace_s=5.0)
 
 
-__all__ = ["EmbeddedServer", "Foundation", "KeyDesk", "Server", "build_backend"]
+__all__ = ["EmbeddedServer", "Server", "build_backend"]

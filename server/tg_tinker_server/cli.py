@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from tg_tinker.errors import TGTinkerError
-from tg_tinker_server.app import DEFAULT_ROLES, Foundation, Server, build_backend
 from tg_tinker_server.config import ServerConfig
+from tg_tinker_server.foundation import DEFAULT_ROLES, Foundation
 from tg_tinker_server.logs import configure_logging
 
 config_option = click.option(
@@ -47,6 +47,8 @@ def serve(
 
 
 async def _serve(config: ServerConfig, foundation: Foundation) -> None:
+    from tg_tinker_server.app import Server, build_backend  # torch takes seconds to import; `keys` does without
+
     server = Server(config, foundation, build_backend(config))
     await server.start()
     stop = asyncio.Event()

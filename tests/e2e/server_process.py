@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from tg_tinker import ServiceClient
-from tg_tinker_server.app import Foundation
 from tg_tinker_server.config import ServerConfig
+from tg_tinker_server.foundation import Foundation
 
 
 def free_port() -> int:
