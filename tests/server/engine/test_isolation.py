@@ -13,12 +13,16 @@ class ModuleCrash(RuntimeError):
     pass
 
 
-def crash_in(session, when):
-    """Make this session's own module fail once, in the forward or the backward pass."""
+def crash_in(session, when, *, on_call=1):
+    """Make this session's own module fail in the forward or the backward pass of its nth micro-batch."""
     module = next(m for n, m in session._base.module.named_modules() if n.endswith(f"lora_B.{session._adapter}"))
 
+    calls = []
+
     def fail(*_):
-        raise ModuleCrash
+        calls.append(1)
+        if len(calls) >= on_call:
+            raise ModuleCrash
 
     if when == "forward":
         return module.register_forward_hook(fail)
@@ -111,13 +115,14 @@ def test_a_misbehaving_session_leaves_its_neighbour_bit_for_bit(fresh_bench, too
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
-@pytest.mark.parametrize("dp", [None, {"max_grad_norm": 0.1}])
-def test_a_session_whose_pass_crashed_goes_on_as_if_it_had_never_been_sent(fresh_bench, tools, when, dp):
+@pytest.mark.parametrize("on_call", [1, 2])
+@pytest.mark.parametrize("dp", [None, {"max_grad_norm": 0.1}, {"max_grad_norm": 0.1, "merge_units": True}])
+def test_a_session_whose_pass_crashed_goes_on_as_if_it_had_never_been_sent(fresh_bench, tools, when, on_call, dp):
     losses = []
     for crashes in (False, True):
         session = fresh_bench.open(dp=dp)
         if crashes:
-            handle = crash_in(session, when)
+            handle = crash_in(session, when, on_call=on_call)
             with pytest.raises(ModuleCrash):
                 tools.run_pass(session, tools.batch(5))
             handle.remove()

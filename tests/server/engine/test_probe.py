@@ -62,6 +62,13 @@ class RenamedNorm(nn.BatchNorm1d):
     """A subclass under another name."""
 
 
+class DeafNorm(nn.BatchNorm1d):
+    """Stays in evaluation mode whatever it is told, so that no trial can catch it mixing."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
 class GhostNorm(nn.Module):
     """Batch statistics without inheriting from BatchNorm; frozen parameters or none, it mixes in training."""
 
@@ -107,6 +114,7 @@ BATCH_NORMS = {
     "without statistics": lambda: OverFeatures(nn.BatchNorm1d(WIDTH, track_running_stats=False)),
     "synchronised": lambda: OverFeatures(nn.SyncBatchNorm(WIDTH)),
     "subclass": lambda: OverFeatures(RenamedNorm(WIDTH)),
+    "deaf to its mode": lambda: OverFeatures(DeafNorm(WIDTH)),
 }
 
 
