@@ -164,6 +164,7 @@ class TrainingConfig(_Config):
         loss_scale: static; "dynamic" is refused under DP, because skipping a step depends on data.
         max_steps: planned steps; the run is completed when they are done.
         seed: governs initialisation and dropout, never noise.
+        model_kwargs: reserved; no server offers any yet, so it must be empty.
     """
 
     model_ref: str = Field(min_length=1)
@@ -178,7 +179,7 @@ class TrainingConfig(_Config):
     gradient_checkpointing: bool = False
     max_steps: int | None = Field(None, ge=1)
     seed: int | None = None
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=0)
     metadata: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")

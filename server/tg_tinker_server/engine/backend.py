@@ -33,8 +33,8 @@ class PassRequest:
         input_ids_BT: token ids.
         attention_mask_BT: 1 for real tokens, 0 for padding.
         labels_BT: aligned with ``input_ids_BT``; shifted inside; ``IGNORE_INDEX`` is no target.
-        units: privacy unit of each record; ``None`` makes each record its own unit, different from those of
-            every other call.
+        units: privacy unit of each record; ``None`` makes each record its own unit, known by its content in
+            other calls of the logical batch.
         train: compute gradients, with dropout; otherwise loss only.
         seed: governs dropout, together with the run's seed, and nothing else.
     """

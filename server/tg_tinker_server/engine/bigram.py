@@ -90,7 +90,7 @@ class BigramSession(SessionCore):
         """See ``backend.Session``."""
         self._ensure_open()
         self.check(request)
-        units, unit_of_B = units_of(request, self._next_call())
+        units, unit_of_B = units_of(request)
         drops_BT = self._dropout(request)
         labels_BT = request.labels_BT[:, 1:]
         records = len(unit_of_B)

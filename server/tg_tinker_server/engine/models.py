@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types.info import ModelInfo
 from tg_tinker_server.engine.tokenizers import Tokenizer
+
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's output is its log
 
 ModelLoader = Callable[[], tuple[nn.Module, Tokenizer]]
 ModelSource = str | Path | ModelLoader

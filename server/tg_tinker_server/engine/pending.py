@@ -71,7 +71,8 @@ class PendingBatch:
                 raise InvalidRequestError(
                     f"{len(twice)} privacy unit(s) of this batch are already in the logical batch since the last "
                     "optim_step; clipping each call alone would let them count twice. Put all records of a unit "
-                    "in one call, step in between, or set DPConfig(merge_units=True)",
+                    "in one call, step in between, or set DPConfig(merge_units=True). Without privacy_unit_ids equal "
+                    "records are taken for the same one: give ids if they are different",
                     field="privacy_unit_ids",
                     constraint="each unit in one forward_backward per optim_step",
                 )

@@ -5,6 +5,9 @@ Shape suffixes: B records, T tokens.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+
 import numpy as np
 
 from tg_tinker.errors import InvalidRequestError
@@ -81,12 +84,26 @@ def check_request(request: PassRequest, config: TrainingConfig, *, vocab_size: i
         )
 
 
-def units_of(request: PassRequest, call: int) -> tuple[tuple[str, ...], Ints]:
+def units_of(request: PassRequest) -> tuple[tuple[str, ...], Ints]:
     """The distinct units of a batch in order of appearance, and each record's position among them [B].
 
-    Without ids every record is a unit of its own, named by ``call`` so that no other call repeats it.
+    Without ids a record is known by its content: equal records of one call are different units, and the same
+    record in another call of the logical batch is the same unit again, as after a repeated call.
     """
-    records = request.input_ids_BT.shape[0]
-    names = request.units if request.units is not None else [f"call {call} record {i}" for i in range(records)]
+    names = request.units if request.units is not None else _named_by_content(request)
     order = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return tuple(order), np.array([order[name] for name in names], dtype=np.int64)
+
+
+def _named_by_content(request: PassRequest) -> tuple[str, ...]:
+    seen: Counter[str] = Counter()
+    names = []
+    for ids_T, mask_T, labels_T in zip(
+        request.input_ids_BT, request.attention_mask_BT, request.labels_BT, strict=True
+    ):
+        used = int(np.flatnonzero((mask_T == 1) | (labels_T != IGNORE_INDEX)).max(initial=-1)) + 1
+        rows = np.stack([ids_T[:used] * mask_T[:used], mask_T[:used], labels_T[:used]]).astype("<i8")
+        content = hashlib.sha256(rows.tobytes()).hexdigest()
+        names.append(f"record {content} {seen[content]}")
+        seen[content] += 1
+    return tuple(names)

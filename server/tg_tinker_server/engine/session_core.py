@@ -53,7 +53,6 @@ class SessionCore(ABC):
         self._tokenizer = tokenizer
         self._pending = PendingBatch(layout, config)
         self._group_size = group_size
-        self._calls = 0
         self._closed = False
         self.trainable_parameters = layout.size
         self.base_dtype = base_dtype
@@ -136,10 +135,6 @@ class SessionCore(ABC):
     @abstractmethod
     def _decoder(self) -> Decoder:
         """A decoder with an empty cache."""
-
-    def _next_call(self) -> int:
-        self._calls += 1
-        return self._calls
 
     def _ensure_open(self) -> None:
         if self._closed:

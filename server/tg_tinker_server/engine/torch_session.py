@@ -97,7 +97,7 @@ class TorchSession(SessionCore):
         """See ``backend.Session``."""
         self._ensure_open()
         self.check(request)
-        units, unit_of_B = units_of(request, self._next_call())
+        units, unit_of_B = units_of(request)
         records = len(unit_of_B)
         means_B, sums_B, targets_B = (np.zeros(records) for _ in range(3))
         sum_P = torch.zeros(self._layout.size, dtype=torch.float32, device=self._device)

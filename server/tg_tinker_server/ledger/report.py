@@ -74,7 +74,7 @@ def _sentence(spent: float, delta: float, unit: str) -> str:
         return "An un-noised gradient was released: there is no finite guarantee."
     return (
         f"Adding or removing one {what} changes the probability of any outcome of the training by at most a "
-        f"factor of exp({spent:.3f}), except with probability {delta:g}."
+        f"factor of exp({math.ceil(spent * 1000) / 1000:.3f}), except with probability {delta:g}."
     )
 
 

@@ -171,11 +171,22 @@ def test_the_same_unit_in_two_calls_of_one_logical_batch_is_refused(bench, tools
     session.accumulate(tools.run_pass(session, batch, units=["c", "b"]).contribution)
 
 
-def test_records_without_unit_ids_are_units_of_their_own_in_every_call(bench, tools):
+def test_records_without_unit_ids_are_units_of_their_own(bench, tools):
     session = bench.open(dp=DP)
-    for _ in range(2):
-        tools.accumulate(session, tools.batch(3))
+    for seed in range(2):
+        tools.accumulate(session, tools.batch(3, seed=seed))
     assert len(session.pending_units) == 6
+
+
+def test_equal_records_are_two_units_in_one_call_and_the_same_unit_in_two(bench, tools):
+    session = bench.open(dp=DP)
+    tools.accumulate(session, BatchData(input_ids=[[5, 6, 7], [5, 6, 7], [8, 9, 3]]))
+    assert len(session.pending_units) == 3
+    longer = BatchData(input_ids=[[8, 9, 3, 0, 0]], attention_mask=[[1, 1, 1, 0, 0]])
+    with pytest.raises(InvalidRequestError) as caught:
+        tools.accumulate(session, longer)
+    assert caught.value.field == "privacy_unit_ids"
+    assert len(session.pending_units) == 3
 
 
 def test_several_records_of_one_unit_are_summed_and_clipped_once(bench, tools):
