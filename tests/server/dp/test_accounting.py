@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -11,14 +12,18 @@ from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import RDPAccountant
+from scipy.special import logsumexp
 
 from tg_tinker_server.dp.accounting import (
     INFINITE,
+    ORDERS,
+    UNITS,
     add,
     cost,
     epsilon,
     gdp_estimate,
     histogram,
+    pld_delta,
     pld_epsilon,
     prv_epsilon,
     repeated,
@@ -119,3 +124,73 @@ def test_no_release_costs_nothing_and_the_smallest_rate_costs_something() -> Non
     assert epsilon(zero(), 1e-5) == 0.0
     assert (cost(sampled(20.0, 1e-12)) > 0).all()
     assert not cost(ParticipationGaussian(noise_multiplier=1.0, releases=0)).any()
+
+
+def renyi_by_integration(sigma: float, rate: float, order: float) -> float:
+    """The divergence of the sampled Gaussian by quadrature, with the cancellation taken out by hand."""
+    z = np.linspace(-12 * sigma, 12 * sigma + order, 200_001)
+    shift = rate * np.expm1((2 * z - 1) / (2 * sigma**2))
+    log_ratio = order * np.log1p(shift)
+    log_density = -(z**2) / (2 * sigma**2) - math.log(sigma * math.sqrt(2 * math.pi))
+    if np.max(log_ratio + log_density) > 10:  # far above 1: no cancellation, but too large for a float
+        return float(logsumexp(log_ratio + log_density) + math.log(z[1] - z[0])) / (order - 1)
+    density = np.exp(log_density)
+    small = np.minimum(log_ratio, 30.0)
+    excess = np.where(
+        log_ratio > 30.0,
+        np.exp(np.minimum(log_ratio + log_density, 700.0)) - (1 + order * shift) * density,
+        (np.expm1(small) - order * shift) * density,  # E[shift] is 0
+    )
+    return math.log1p(float(np.trapezoid(excess, z))) / (order - 1)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0, 50.0])
+@pytest.mark.parametrize("rate", [1e-6, 1e-3, 0.05, 0.5, 0.999])
+def test_no_cost_is_below_the_divergence_itself(sigma: float, rate: float) -> None:
+    costs = cost(sampled(sigma, rate)) / UNITS
+    for i in (0, 4, 9, 15, 40, 98, 99, 120, 150):
+        truth = renyi_by_integration(sigma, rate, float(ORDERS[i]))
+        assert costs[i] >= truth * (1 - 1e-9) - 1e-13
+        assert costs[i] <= truth * (1 + 1e-5) + 2e-11
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps"),
+    [(1e-9, 1.0, 1), (0.01, 0.5, 10), (0.05, 1.0, 1000), (0.3, 0.999, 10**6), (200.0, 1e-6, 10), (1.0, 0.01, 10**7)],
+)
+def test_extreme_plans_are_answered_at_once_and_never_with_too_little(sigma: float, rate: float, steps: int) -> None:
+    event = sampled(sigma, rate)
+    start = time.process_time()
+    by_gate = epsilon(repeated(cost(event), steps), 1e-5)
+    assert prv_epsilon(sigma, rate, steps, 1e-5) > 0
+    assert 0 <= pld_delta(sigma, rate, steps, 4.0) <= 1
+    assert histogram([event]) is not None
+    assert gdp_estimate([event] * min(steps, 1000), 1e-5) is None or by_gate < math.inf
+    assert by_gate > 0
+    assert time.process_time() - start < 10
+
+
+def test_prv_gives_up_to_infinity_where_its_grid_would_not_fit() -> None:
+    assert prv_epsilon(0.05, 1.0, 1000, 1e-5) == math.inf
+    assert prv_epsilon(1.0, 0.01, 10**7, 1e-5) == math.inf
+    assert prv_epsilon(1.0, 0.01, 0, 1e-5) == 0.0
+
+
+def test_delta_and_epsilon_of_the_loss_distribution_undo_each_other() -> None:
+    at = pld_epsilon([sampled(1.0, 0.01)] * 1000, 1e-5)
+    assert pld_delta(1.0, 0.01, 1000, at) == pytest.approx(1e-5, rel=1e-3)
+    assert pld_delta(1.0, 0.01, 1000, at + 1) < 1e-6
+
+
+def test_no_delta_no_finite_epsilon() -> None:
+    assert epsilon(cost(Gaussian(noise_multiplier=100.0)), 0.0) == math.inf
+    assert epsilon(zero(), 0.0) == 0.0
+
+
+def test_a_step_is_priced_in_well_under_a_millisecond() -> None:
+    total, one = zero(), cost(sampled(1.0, 0.01))
+    start = time.perf_counter()
+    for _ in range(1000):
+        total = add(total, one)
+        epsilon(total, 1e-5)
+    assert (time.perf_counter() - start) / 1000 < 2e-4  # measured 1e-5
