@@ -8,12 +8,23 @@ from importlib.metadata import version
 from typing import Any
 
 from tg_tinker.ledger import LedgerEntry
-from tg_tinker_server.dp.accounting import add, cost, epsilon, gdp_estimate, pld_epsilon, zero
-from tg_tinker_server.dp.events import Event, SampledGaussian, event_from_json, event_to_json
+from tg_tinker_server.dp.accounting import Costs, add, cost, epsilon, gdp_estimate, pld_epsilon, zero
+from tg_tinker_server.dp.events import (
+    Event,
+    ParticipationGaussian,
+    SampledGaussian,
+    amplified,
+    event_from_json,
+    event_to_json,
+)
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import NEIGHBOURS, DatasetScope
 
 FORMAT = "tg-tinker/privacy-report/v1"
+GATES = {
+    "rdp": "Renyi DP with integer costs rounded up, composed adaptively",
+    "prv": "privacy loss distribution of one schedule that was fixed before anything was released",
+}
 NOT_COVERED = (
     "Losses, gradient norms and other diagnostics returned to the data's owner are exact and not covered.",
     "Choices made by looking at private data outside this server (cleaning, tuning, stopping) are not covered.",
@@ -28,8 +39,8 @@ def privacy_report(ledger: PrivacyLedger, scope: DatasetScope) -> dict[str, Any]
     Epsilon is folded from all charges of all runs, failed ones included, by Renyi DP; a second accountant
     (privacy loss distributions, dp_accounting) computes it independently.
     """
-    entries = ledger.entries(scope)
     spent = ledger.spent(scope)
+    entries = ledger.entries(scope)[: spent.entries]  # what was appended in between is the next report's
     charges = [e for e in entries if e.kind == "charge"]
     events = [event_from_json(e.body["event"]) for e in charges]
     pld = pld_epsilon(events, spent.delta)
@@ -53,10 +64,15 @@ def privacy_report(ledger: PrivacyLedger, scope: DatasetScope) -> dict[str, Any]
             "noise_source": "keystream cipher keyed by the operating system; no user seed, never saved",
         },
         "sampling": _sampling(events),
+        "assumptions": _assumptions(events),
         "accounting": {
             "accountant": charges[-1].body["accountant"] if charges else "rdp",
-            "gate": "Renyi DP with integer costs rounded up, composed adaptively",
-            "cross_check": {"accountant": "pld (dp_accounting)", "epsilon": repr(pld)},
+            "gate": GATES[charges[-1].body["accountant"] if charges else "rdp"],
+            "rdp": repr(epsilon(_total(events), spent.delta)),
+            "cross_check": {
+                "accountant": "pld (dp_accounting)",
+                "epsilon": repr(pld) if math.isfinite(pld) or not math.isfinite(spent.epsilon) else "not computed",
+            },
             "estimate": None
             if gdp is None
             else {"accountant": "gdp", "epsilon": repr(gdp), "note": "a central-limit estimate, NOT an upper bound"},
@@ -118,8 +134,32 @@ def _releases(events: list[Event]) -> list[dict[str, Any]]:
     return [{"event": json.loads(text), "times": times} for text, times in counts.items()]
 
 
+def _assumptions(events: list[Event]) -> list[str]:
+    """What has to be true of the batches, besides the arithmetic."""
+    found = []
+    if any(not amplified(e) for e in events):
+        found.append(
+            "Where batches were chosen: which units share a step does not depend on whether one of them is there; "
+            "leaving a unit out leaves its place empty."
+        )
+    if any(isinstance(e, ParticipationGaussian) for e in events):
+        found.append(
+            "Where participation was counted: one unit goes by one name, or by one content, throughout a run."
+        )
+    if any(amplified(e) for e in events):
+        found.append("Where batches were sampled: each unit was drawn on its own, with the stated probability.")
+    return found
+
+
+def _total(events: list[Event]) -> Costs:
+    total = zero()
+    for event in events:
+        total = add(total, cost(event))
+    return total
+
+
 def _sampling(events: list[Event]) -> str:
-    sampled = [e for e in events if isinstance(e, SampledGaussian)]
+    sampled = [e for e in events if isinstance(e, SampledGaussian) and amplified(e)]
     if not sampled:
         return "No amplification by sampling is claimed."
     who = {e.vouched_by for e in sampled}

@@ -1,0 +1,134 @@
+"""The report says what the ledger holds, claims no more than that, and tells no secret."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import rfc8785
+
+from tg_tinker.errors import ResourceNotFoundError
+from tg_tinker_server.dp.accounting import cost, epsilon, pld_epsilon, repeated
+from tg_tinker_server.dp.events import Gaussian, ParticipationGaussian, SampledGaussian, Unnoised
+from tg_tinker_server.ledger.report import privacy_report
+
+Books = Callable[..., Any]
+
+
+def report_of(b: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(rfc8785.dumps(privacy_report(b.ledger, b.scope)))  # as it travels
+    return found
+
+
+def test_two_accountants_answer_and_neither_is_the_estimate(book: Books) -> None:
+    b = book().open()
+    for seq in range(1, 5):
+        b.reserve(seq)
+    said = report_of(b)["accounting"]
+    assert float(said["rdp"]) == epsilon(repeated(cost(b.event), 4), b.delta) == b.epsilon()
+    assert float(said["cross_check"]["epsilon"]) == pld_epsilon([b.event] * 4, b.delta) < b.epsilon()
+    assert "NOT an upper bound" in said["estimate"]["note"]
+
+
+def test_a_plan_reports_its_own_accountant_beside_the_filter(book: Books) -> None:
+    b = book(accountant="prv").open(planned_steps=5)
+    b.reserve(1)
+    report = report_of(b)
+    assert report["accounting"]["accountant"] == "prv"
+    assert "fixed before" in report["accounting"]["gate"]
+    assert float(report["guarantee"]["epsilon"]) == b.epsilon() < float(report["accounting"]["rdp"])
+
+
+def test_failed_and_lost_attempts_of_every_run_are_in_the_report(book: Books) -> None:
+    b = book().open().open(run="run_b").open(run="run_idle")
+    b.settle(b.reserve(1), "failed")
+    b.reserve(2)
+    b.settle(b.reserve(2))
+    b.settle(b.reserve(1, run="run_b"))
+    report = report_of(b)
+    assert report["runs"] == [
+        {"run_id": "run_a", "charged": 3, "released": 1, "failed": 1, "unsettled": 1},
+        {"run_id": "run_b", "charged": 1, "released": 1, "failed": 0, "unsettled": 0},
+        {"run_id": "run_idle", "charged": 0, "released": 0, "failed": 0, "unsettled": 0},
+    ]
+    curve = [float(point["epsilon"]) for point in report["curve"]]
+    assert curve == sorted(curve)
+    assert curve[-1] == b.epsilon() == float(report["guarantee"]["epsilon"])
+
+
+@pytest.mark.parametrize(
+    ("event", "more", "sampling", "assumption"),
+    [
+        (Gaussian(noise_multiplier=2.0), {}, "No amplification", "leaving a unit out leaves its place empty"),
+        (
+            SampledGaussian(noise_multiplier=2.0, sample_rate=0.1, vouched_by="client"),
+            {},
+            "attested by the client",
+            "drawn on its own",
+        ),
+        (
+            SampledGaussian(noise_multiplier=2.0, sample_rate=0.1, vouched_by="server"),
+            {},
+            "drawn by the server",
+            "drawn on its own",
+        ),
+        (
+            SampledGaussian(noise_multiplier=2.0, sample_rate=1.0, vouched_by="client"),
+            {},
+            "No amplification",
+            "leaves its place empty",
+        ),
+        (
+            ParticipationGaussian(noise_multiplier=2.0, releases=1),
+            {"unit_macs": [b"a"], "max_participation": 1},
+            "No amplification",
+            "one unit goes by one name",
+        ),
+    ],
+)
+def test_the_report_claims_what_somebody_vouched_for_and_says_what_must_hold(
+    book: Books, event: Any, more: dict[str, Any], sampling: str, assumption: str
+) -> None:
+    b = book(event=event).open()
+    b.reserve(1, **more)
+    report = report_of(b)
+    assert sampling in report["sampling"]
+    assert any(assumption in text for text in report["assumptions"])
+
+
+def test_an_unnoised_release_leaves_no_guarantee_to_report(book: Books) -> None:
+    b = book(target=None).open()
+    b.reserve(1)
+    b.reserve(2, event=Unnoised())
+    report = report_of(b)
+    assert report["guarantee"]["epsilon"] == report["accounting"]["cross_check"]["epsilon"] == "inf"
+    assert "no finite guarantee" in report["guarantee"]["sentence"]
+    assert report["accounting"]["estimate"] is None
+
+
+def test_the_sentence_never_rounds_epsilon_down(book: Books) -> None:
+    b = book().open()
+    b.reserve(1)
+    sentence = report_of(b)["guarantee"]["sentence"]
+    assert float(sentence.split("exp(")[1].split(")")[0]) >= b.epsilon()
+
+
+def test_a_dataset_without_a_release_reports_nothing_spent(book: Books) -> None:
+    report = report_of(book().open())
+    assert report["guarantee"]["epsilon"] == "0.0"
+    assert (report["curve"], report["assumptions"]) == ([], [])
+
+
+def test_a_dataset_that_is_not_there_has_no_report(book: Books) -> None:
+    with pytest.raises(ResourceNotFoundError):
+        report_of(book())
+
+
+def test_nothing_but_what_was_paid_is_in_ledger_or_report(book: Books) -> None:
+    b = book(event=ParticipationGaussian(noise_multiplier=2.0, releases=1)).open()
+    b.settle(b.reserve(1, unit_macs=[b"unit-mac-of-alice"], max_participation=1))
+    text = json.dumps(report_of(b)) + "".join(e.to_json() for e in b.ledger.entries(b.scope))
+    for word in ("alice", "loss_", "norm", "num_clipped"):
+        assert word not in text.replace("gradient norms", "").replace("noise_multiplier", "")
