@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import click
 
 from tg_tinker.errors import TGTinkerError
-from tg_tinker.ledger import ChainEntry, verify_chain
+from tg_tinker.ledger import PrivacyLedger
 
 GROUP = "tg_tinker.commands"
 
@@ -63,15 +62,29 @@ def ledger() -> None:
 
 @ledger.command("verify")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def verify(file: Path) -> None:
-    """Check the hash chain of a ledger saved as JSON lines (one entry a line)."""
+@click.option(
+    "--head", help="A head noted earlier (hex); it must be in this ledger, or its history was cut or replaced."
+)
+def verify(file: Path, head: str | None) -> None:
+    """Check a ledger saved as JSON lines: its hash chain, its budget, and that every release was paid for first."""
     try:
-        entries = [ChainEntry.from_json(line) for line in file.read_text().splitlines() if line.strip()]
-        head = verify_chain(entries)
-    except (TGTinkerError, json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise click.ClickException(str(e)) from e
-    charges = sum(1 for e in entries if e.kind == "charge")
-    click.echo(f"intact: {len(entries)} entries, {charges} charges, head {head.hex()}")
+        ledger = PrivacyLedger.from_file_lines(file.read_text(encoding="utf-8").splitlines())
+        ledger.verify(head=_head(head))
+    except UnicodeDecodeError as e:
+        raise click.ClickException(f"{file} is not a text file") from e
+    except TGTinkerError as e:
+        raise click.ClickException(e.message) from e
+    click.echo(f"intact: {len(ledger.entries)} entries, {len(ledger.charges)} charges, head {ledger.head.hex()}")
+    click.echo(
+        f"dataset {ledger.dataset_id}: {ledger.epsilon_spent:.4f} of {ledger.target_epsilon:g} epsilon, as charged"
+    )
+
+
+def _head(text: str | None) -> bytes | None:
+    try:
+        return None if text is None else bytes.fromhex(text)
+    except ValueError as e:
+        raise click.UsageError("--head is a hash in hexadecimal") from e
 
 
 if __name__ == "__main__":

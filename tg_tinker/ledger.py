@@ -206,6 +206,32 @@ class PrivacyLedger:
             delta=delta,
         )
 
+    @classmethod
+    def from_file_lines(cls, lines: Iterable[str]) -> PrivacyLedger:
+        """Read a ledger that stands alone, unverified; what was spent is what its last charge says.
+
+        Raises:
+            InvalidRequestError: a line is no entry, or the first does not open a dataset.
+        """
+        entries = tuple(ChainEntry.from_json(line) for line in lines if line.strip())
+        try:
+            first = entries[0].body
+            spent = [float(e.body["epsilon_after"]) for e in entries if e.kind == "charge"]
+            return cls(
+                dataset_id=str(first["dataset_id"]),
+                entries=entries,
+                epsilon_spent=spent[-1] if spent else 0.0,
+                target_epsilon=float(first["target_epsilon"]),
+                delta=float(first["target_delta"]),
+            )
+        except (IndexError, KeyError, TypeError, ValueError) as e:
+            raise InvalidRequestError(
+                "this is not a ledger: its first entry does not open a dataset, or a charge has no epsilon",
+                field="entries",
+                constraint="from the first entry on",
+                details={"position": 0},
+            ) from e
+
     @property
     def head(self) -> bytes:
         """Hash of the last entry."""
