@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 
 from tg_tinker.errors import TGTinkerError
@@ -39,9 +41,8 @@ def plan(
         if noise_multiplier is None:
             assert epsilon is not None
             assert steps is not None
-            noise_multiplier = noise_multiplier_for(
-                target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps
-            )
+            solved = noise_multiplier_for(target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps)
+            noise_multiplier = math.ceil(solved * 1e4) / 1e4  # what is shown must keep the target, too
         event = step_event(noise_multiplier, rate)
         if steps is None:
             assert epsilon is not None
@@ -55,7 +56,10 @@ def plan(
         f"noise_multiplier {noise_multiplier:.4f}   steps {steps}   sampling rate {rate:.3g}   delta {delta:.3g}"
     )
     click.echo(f"epsilon {rdp:.4f}   (rdp, the gate)")
-    click.echo(
-        f"epsilon {prv_epsilon(noise_multiplier, rate, steps, delta):.4f}   (prv, for a schedule fixed in advance)"
-    )
-    click.echo(f"epsilon {pld_epsilon([event] * steps, delta):.4f}   (pld, dp_accounting)")
+    tighter = {
+        "prv, for a schedule fixed in advance": prv_epsilon(noise_multiplier, rate, steps, delta),
+        "pld, dp_accounting": pld_epsilon([event] * steps, delta),
+    }
+    for name, value in tighter.items():
+        if math.isfinite(value):  # otherwise its grid would be too large
+            click.echo(f"epsilon {value:.4f}   ({name})")
