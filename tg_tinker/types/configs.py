@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -175,7 +175,7 @@ class TrainingConfig(_Config):
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_sequence_length: int = Field(2048, ge=2)
     mixed_precision: Literal["bf16", "fp32", "no"] = "bf16"
-    loss_scale: float | Literal["dynamic"] = 128.0
+    loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["dynamic"] = 128.0
     gradient_checkpointing: bool = False
     max_steps: int | None = Field(None, ge=1)
     seed: int | None = None

@@ -24,6 +24,8 @@ from tg_tinker_server.service.executors import Executors
 log = structlog.get_logger()
 STATUS_KEY = "grpc-status-details-bin"
 PUBLIC = "PUBLIC"
+SMALL_REQUEST_BYTES = 4 * 2**20  # reading a request takes the event loop; only tensors are cheap to read
+CARRIES_TENSORS = ("ForwardBackward",)
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _NOBODY = Caller(tenant="", key_id="", scopes=frozenset())
 
@@ -93,6 +95,12 @@ class Endpoint:
         caller = _NOBODY if method.scope == PUBLIC else await self._authenticate(context)
         if method.scope != PUBLIC:
             caller.require(method.scope)
+        if len(payload) > SMALL_REQUEST_BYTES and method.name not in CARRIES_TENSORS:
+            raise InvalidRequestError(
+                f"{method.name} carries {len(payload)} bytes, over the {SMALL_REQUEST_BYTES} of one call; split it",
+                field="request",
+                constraint=f"at most {SMALL_REQUEST_BYTES} bytes",
+            )
         request = method.request()
         try:
             request.ParseFromString(payload)

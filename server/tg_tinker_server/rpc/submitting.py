@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tg_tinker.errors import FutureCancelledError
 from tg_tinker.proto.v1 import training_pb2
 from tg_tinker.wire.calls import call_from_proto
 from tg_tinker.wire.operations import Submission, submission_to_proto
@@ -31,12 +32,23 @@ class Submitting:
         work: Callable[[Run, Operation, Any], Awaitable[Any]],
         *,
         effect: bool,
+        on_failure: Callable[[Run, Exception], None] | None = None,
     ) -> training_pb2.Submitted:
-        """Queue ``work`` at the request's position; answer at once."""
+        """Queue ``work`` at the request's position; answer at once.
+
+        ``on_failure`` is told of every failure but a cancellation, also of a request that cannot be read.
+        """
         run = await self.registry.get(call.tenant, request.key.run_id)
 
         async def turn(operation: Operation) -> Any:
-            return await work(run, operation, call_from_proto(request))
+            try:
+                return await work(run, operation, call_from_proto(request))
+            except FutureCancelledError:
+                raise  # left no effect
+            except Exception as e:
+                if on_failure is not None:
+                    on_failure(run, e)
+                raise
 
         operation = await self.operations.submit(run, request.key.seq, name, call.payload, turn, effect=effect)
         return self.answer(run, operation.future_id)

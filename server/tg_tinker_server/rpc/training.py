@@ -29,7 +29,12 @@ class TrainingServicer:
         """Add a batch to the logical batch, or evaluate it."""
         effect = request.mode != training_pb2.PASS_MODE_EVAL
         return await self.submitting.submit(
-            call, request, "forward_backward", self.training.forward_backward, effect=effect
+            call,
+            request,
+            "forward_backward",
+            self.training.forward_backward,
+            effect=effect,
+            on_failure=self.training.poison if effect else None,
         )
 
     async def OptimStep(  # noqa: N802

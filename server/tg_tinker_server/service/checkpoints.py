@@ -54,6 +54,8 @@ class CheckpointService:
 
         Pending gradients and the state of the noise generator are never part of it.
         """
+        run.require_intact()
+        operation.commit()  # from here on a cancellation comes too late: the checkpoint will exist
         if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
             raise InvalidRequestError(
                 "metadata is over 1 MiB; keep large things elsewhere",
@@ -124,19 +126,28 @@ class CheckpointService:
         async with run.weights:
             await self.executors.compute(run.session.import_state, opened, optimizer=with_optimizer)
             run.drop_pending()
-            step = int(state["step"])
-            result = LoadStateResult(
-                artifact_id=artifact_id,
-                step=step,
-                metadata=dict(state["metadata"]),
-                timestamp=datetime.fromisoformat(state["saved"]),
-            )
-            engine = await self.executors.compute(run.session.export_state, optimizer=True)
-            state_id = await self.durability.write_state(run, engine, step=step)
-            ended = run.config.max_steps is not None and step >= run.config.max_steps
-            await self.durability.advance(
-                run, operation, result, state_id=state_id, step=step, status=DONE if ended else ACTIVE
-            )
+            try:
+                return await self._settle_load(run, operation, artifact_id, state)
+            except Exception:
+                await self.durability.rewind(run)
+                raise
+
+    async def _settle_load(
+        self, run: Run, operation: Operation, artifact_id: str, state: Mapping[str, Any]
+    ) -> LoadStateResult:
+        step = int(state["step"])
+        result = LoadStateResult(
+            artifact_id=artifact_id,
+            step=step,
+            metadata=dict(state["metadata"]),
+            timestamp=datetime.fromisoformat(state["saved"]),
+        )
+        engine = await self.executors.compute(run.session.export_state, optimizer=True)
+        state_id = await self.durability.write_state(run, engine, step=step)
+        ended = run.config.max_steps is not None and step >= run.config.max_steps
+        await self.durability.advance(
+            run, operation, result, state_id=state_id, step=step, status=DONE if ended else ACTIVE
+        )
         return result
 
     async def open(self, tenant: str, artifact_id: str) -> tuple[EngineState, Mapping[str, Any]]:

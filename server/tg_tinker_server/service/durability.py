@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import structlog
+
 from tg_tinker.errors import TGTinkerError
 from tg_tinker_server.artifacts.vault import Vault
 from tg_tinker_server.crypto.envelope import TenantKeyring
@@ -15,10 +17,11 @@ from tg_tinker_server.engine.backend import EngineState
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import COMPLETED, FAILED, Operation
 from tg_tinker_server.service.results import result_from_bytes, result_to_bytes
-from tg_tinker_server.service.run import Run
+from tg_tinker_server.service.run import BROKEN, Run
 from tg_tinker_server.store import run_rows
 from tg_tinker_server.store.database import Database, Transaction
 
+log = structlog.get_logger()
 STATE = "state"
 CHECKPOINT = "checkpoint"
 
@@ -60,6 +63,19 @@ class Durability:
         """Open a snapshot, verified to its end."""
         opened = await self.executors.io(self.vault.open, tenant=tenant, artifact_id=state_id, kind=STATE)
         return EngineState(tensors=opened.tensors, scalars=opened.state["engine"]), opened.state
+
+    async def rewind(self, run: Run) -> None:
+        """Go back to the last durable weights after an operation failed half-way.
+
+        If even that fails the run is set aside as failed: nobody trains on, samples or saves weights that were
+        never settled. A restarted server begins again from the last durable state.
+        """
+        try:
+            engine, _ = await self.read_state(run.tenant, run.state_id)
+            await self.executors.compute(run.session.import_state, engine, optimizer=True)
+        except Exception:
+            run.status = BROKEN
+            raise
 
     async def advance(
         self,
@@ -106,7 +122,14 @@ class Durability:
             ended.stored = True
         run.lane.forget(operation.seq)
         if old and old != state_id:
-            await self.executors.io(self.vault.delete, tenant=run.tenant, artifact_id=old)
+            await self.executors.io(self._delete_old, run.tenant, old)
+
+    def _delete_old(self, tenant: str, state_id: str) -> None:
+        try:
+            self.vault.delete(tenant=tenant, artifact_id=state_id)
+        except TGTinkerError:
+            # The step is durable already and must not fail for this; the sweep at the next start deletes it.
+            log.warning("old_state_not_deleted", state_id=state_id)
 
     async def keep_result(
         self,

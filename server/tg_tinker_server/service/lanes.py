@@ -18,6 +18,8 @@ from tg_tinker.errors import (
 )
 
 PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = "pending", "running", "completed", "failed", "cancelled"
+MAX_SKIPPED = 2**20
+MAX_WAITING_BYTES = 256 * 2**20  # of requests in one lane
 ENDED = (COMPLETED, FAILED, CANCELLED)
 
 
@@ -119,6 +121,11 @@ class Lane:
         return self._operations.get(seq)
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return all(o.status in ENDED for o in self._operations.values())
+
+    @property
     def highest(self) -> int:
         """The last position anybody used."""
         return max([self.expected - 1, *self._operations, *self._finished_elsewhere])
@@ -152,8 +159,9 @@ class Lane:
                     field="training_client_id",
                     constraint="active",
                 )
-            waiting = sum(1 for o in self._operations.values() if o.status == PENDING)
-            if waiting >= self._max_queue:
+            pending = [o.request_bytes for o in self._operations.values() if o.status == PENDING]
+            waiting = len(pending)
+            if waiting >= self._max_queue or (pending and sum(pending) + operation.request_bytes > MAX_WAITING_BYTES):
                 raise RateLimitedError(
                     f"{waiting} operations of {self.run_id} are waiting; wait for some results first",
                     retry_after=1.0,
@@ -166,7 +174,14 @@ class Lane:
 
     def skip(self, seqs: Iterable[int]) -> None:
         """Positions that ended before a restart and need not be executed again."""
-        self._finished_elsewhere.update(s for s in seqs if s >= self.expected and s not in self._operations)
+        found = {s for s in seqs if s >= self.expected and s not in self._operations}
+        if len(found) + len(self._finished_elsewhere) > MAX_SKIPPED:
+            raise InvalidRequestError(
+                f"more than {MAX_SKIPPED} finished operations; make a new training client",
+                field="finished_seqs",
+                constraint=f"at most {MAX_SKIPPED}",
+            )
+        self._finished_elsewhere |= found
         self._advance()
         self._arrived.set()
 
@@ -179,7 +194,7 @@ class Lane:
         if operation.status == PENDING:
             self._end_cancelled(operation)
             self._arrived.set()
-        elif operation is self._running and not operation.effect and self._current is not None:
+        elif operation is self._running and not operation.effect and self._current is not None:  # e.g. a sample
             self._current.cancel()
         return True
 

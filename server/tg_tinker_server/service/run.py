@@ -8,7 +8,7 @@ import hmac
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.types import DPConfig, TrainingConfig
 from tg_tinker_server.dp.events import Event
 from tg_tinker_server.dp.rng import SecureNormal
@@ -88,11 +88,24 @@ class Run:
         Raises:
             InvalidRequestError: the run is completed or failed.
         """
+        self.require_intact()
         if self.status != ACTIVE:
             raise InvalidRequestError(
                 f"training client {self.run_id} is {self.status}; it can be sampled from and saved, not trained",
                 field="training_client_id",
                 constraint="status active",
+            )
+
+    def require_intact(self) -> None:
+        """Refuse to show weights that may not be settled.
+
+        Raises:
+            ServerError: an earlier operation failed half-way and could not be taken back.
+        """
+        if self.status == BROKEN:
+            raise ServerError(
+                f"training client {self.run_id} failed half-way and could not be taken back; restart the server to "
+                "go on from its last settled step"
             )
 
     def drop_pending(self) -> None:

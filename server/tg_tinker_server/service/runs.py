@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from tg_tinker.errors import InvalidRequestError, RateLimitedError, ResourceNotFoundError, ServerError
 from tg_tinker.types import TrainingConfig
@@ -22,6 +24,9 @@ from tg_tinker_server.service.privacy import release_event, resolve_noise_multip
 from tg_tinker_server.service.run import ACTIVE, DONE, PrivateRun, Run
 from tg_tinker_server.store import run_rows
 from tg_tinker_server.store.database import Database, Transaction
+
+MAX_REQUEST_ID = 128
+MAX_OPERATION_S = 600.0
 
 
 def run_not_found(run_id: str) -> ResourceNotFoundError:
@@ -49,16 +54,20 @@ class RunRegistry:
 
     async def create(self, tenant: str, request_id: str, config_json: str, checkpoint_id: str) -> Run:
         """Make a run; a repeated request gets the run that the first one made."""
-        lock = self._locks.setdefault((tenant, "create:" + request_id), asyncio.Lock())
-        async with lock:
+        if not 1 <= len(request_id) <= MAX_REQUEST_ID:
+            raise InvalidRequestError(
+                f"request_id must have 1 to {MAX_REQUEST_ID} characters",
+                field="request_id",
+                constraint=f"1 to {MAX_REQUEST_ID} characters",
+            )
+        # One create of a tenant at a time: neither a repeated request nor the limit of runs can be raced.
+        async with self._locks.setdefault((tenant, ""), asyncio.Lock()):
             made = await self.executors.io(
                 self.db.read, lambda tx: run_rows.find_run_by_request(tx, tenant, request_id)
             )
             if made is not None:
                 return await self.get(tenant, made.run_id)
-            run = await self._create(tenant, request_id, config_from_json(config_json), checkpoint_id)
-        self._locks.pop((tenant, "create:" + request_id), None)
-        return run
+            return await self._create(tenant, request_id, config_from_json(config_json), checkpoint_id)
 
     async def get(self, tenant: str, run_id: str) -> Run:
         """A tenant's run, restored from its last settled state if this process does not hold it yet.
@@ -69,11 +78,12 @@ class RunRegistry:
         run = self._runs.get((tenant, run_id))
         if run is not None:
             return run
-        row = await self.row(tenant, run_id)
+        await self.row(tenant, run_id)
         async with self._locks.setdefault((tenant, run_id), asyncio.Lock()):
             run = self._runs.get((tenant, run_id))
             if run is None:
-                run = await self._restore(row)
+                await self._make_room(tenant)
+                run = await self._restore(await self.row(tenant, run_id))
                 self._runs[(tenant, run_id)] = run
         self._locks.pop((tenant, run_id), None)
         return run
@@ -100,24 +110,22 @@ class RunRegistry:
     async def unload(self, tenant: str, run_id: str) -> run_rows.RunRow:
         """Free the run's memory and complete it. Checkpoints and the ledger stay."""
         await self.row(tenant, run_id)
-        await self._release_memory(tenant, run_id)
-        await self.executors.io(
-            self.db.write, lambda tx: run_rows.update_run(tx, tenant, run_id, status=DONE, updated=now())
-        )
+
+        def write(tx: Transaction) -> None:
+            run_rows.update_run(tx, tenant, run_id, status=DONE, updated=now())
+
+        await _whole(self._end(tenant, run_id, write))
         return await self.row(tenant, run_id)
 
     async def delete(self, tenant: str, run_id: str) -> None:
         """Forget the run and its results. Checkpoints stay, and so does what was spent."""
-        row = await self.row(tenant, run_id)
-        await self._release_memory(tenant, run_id)
+        await self.row(tenant, run_id)
 
         def write(tx: Transaction) -> None:
             run_rows.update_run(tx, tenant, run_id, status="deleted", state_artifact_id=None, updated=now())
             run_rows.delete_results(tx, tenant, run_id)
 
-        await self.executors.io(self.db.write, write)
-        if row.state_artifact_id:
-            await self.executors.io(self.durability.vault.delete, tenant=tenant, artifact_id=row.state_artifact_id)
+        await _whole(self._end(tenant, run_id, write))
 
     async def close(self, grace_s: float) -> None:
         """Let running operations end; waiting ones are sent again by their clients."""
@@ -247,12 +255,33 @@ class RunRegistry:
             state_id=row.state_artifact_id or "",
         )
 
-    async def _release_memory(self, tenant: str, run_id: str) -> None:
-        run = self._runs.pop((tenant, run_id), None)
-        if run is None:
+    async def _end(self, tenant: str, run_id: str, write: Callable[[Transaction], None]) -> None:
+        """Close the lane, write the row, then free the memory: until then nobody restores a second copy."""
+        run = self._runs.get((tenant, run_id))
+        if run is not None:
+            ended = InvalidRequestError(
+                f"training client {run_id} was unloaded", field="training_client_id", constraint="active"
+            )
+            await run.lane.close(ended, grace_s=MAX_OPERATION_S)
+        await self.executors.io(self.db.write, write)
+        if run is not None and self._runs.pop((tenant, run_id), None) is not None:
+            await self.executors.compute(run.session.close)
+
+    async def _make_room(self, tenant: str) -> None:
+        """Forget idle completed runs of a tenant that were only looked at or sampled from."""
+        mine = [r for (owner, _), r in self._runs.items() if owner == tenant]
+        if len(mine) < self.max_runs_per_tenant:
             return
-        ended = InvalidRequestError(
-            f"training client {run_id} was unloaded", field="training_client_id", constraint="active"
-        )
-        await run.lane.close(ended, grace_s=600.0)
+        idle = [r for r in mine if r.status != ACTIVE and r.lane.idle]
+        if not idle:
+            raise RateLimitedError(
+                f"{len(mine)} training clients of this tenant are in memory; unload some", retry_after=30.0
+            )
+        run = self._runs.pop((tenant, idle[0].run_id))
+        await run.lane.close(None)
         await self.executors.compute(run.session.close)
+
+
+async def _whole(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end even if the caller hangs up half-way."""
+    await asyncio.shield(asyncio.ensure_future(work))

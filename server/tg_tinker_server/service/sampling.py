@@ -110,6 +110,7 @@ class SamplingService:
     async def _slices(
         self, run: Run, prompts: list[str], params: SamplingParams, slice_tokens: int
     ) -> AsyncIterator[list[TokenEvent]]:
+        run.require_intact()
         ids = await self.encode(run, prompts)
         turns = run.session.generate(ids, params, slice_tokens=slice_tokens)
         try:

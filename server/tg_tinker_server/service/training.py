@@ -47,20 +47,7 @@ class TrainingService:
     max_batch_records: int
 
     async def forward_backward(self, run: Run, operation: Operation, request: Pass) -> ForwardBackwardOutput:
-        """Add one batch to the logical batch, or only evaluate it.
-
-        A training pass that fails leaves the logical batch incomplete: the next step is refused once.
-        """
-        try:
-            return await self._forward_backward(run, operation, request)
-        except FutureCancelledError:
-            raise  # left no effect: the same records may come again
-        except TGTinkerError as e:
-            if request.train and run.status == ACTIVE and not isinstance(e, DPBudgetExceededError):
-                run.poison = run.poison or e.message
-            raise
-
-    async def _forward_backward(self, run: Run, operation: Operation, request: Pass) -> ForwardBackwardOutput:
+        """Add one batch to the logical batch, or only evaluate it."""
         if request.train:
             run.require_active()
         batch = request.batch
@@ -79,6 +66,11 @@ class TrainingService:
         if request.train:
             await self._accumulate(run, operation, result)
         return self._describe(run, request, digest, result, operation)
+
+    def poison(self, run: Run, error: Exception) -> None:
+        """A training pass failed, however: the logical batch is incomplete, so the next step is refused once."""
+        if run.status == ACTIVE and not isinstance(error, DPBudgetExceededError):
+            run.poison = run.poison or (error.message if isinstance(error, TGTinkerError) else "it crashed")
 
     async def _pass(self, run: Run, request: Pass) -> PassResult:
         engine_request = PassRequest.of_batch(
@@ -214,6 +206,7 @@ class TrainingService:
         rate = learning_rate_at(run.config.optimizer, step=run.step, max_steps=run.config.max_steps)
         paid = None
         if run.private is not None:
+            self._refuse_unlikely_draw(run, run.private)
             paid = await self._charge(run, run.private, operation, request.apply_dp_noise)
         async with run.weights:
             return await self._release(run, operation, rate, paid)
@@ -262,13 +255,36 @@ class TrainingService:
                 state_id=state_id,
                 step=run.step + 1,
                 status=DONE if run.config.max_steps == run.step + 1 else ACTIVE,
-                settle=self._settlement(paid, "released", done.update_hash) if paid else None,
+                settle=self._settlement(paid, "released", self._update_hash(run, paid, done)) if paid else None,
             )
         except Exception as e:
             await self._undo(run, paid, e)
             raise
         run.drop_pending()
         return output
+
+    def _refuse_unlikely_draw(self, run: Run, private: PrivateRun) -> None:
+        """What a Poisson draw at the declared rate practically never is, was not one."""
+        if private.config.sampling != "poisson":
+            return
+        drawn, expected = len(run.session.pending_units), run.config.expected_batch_size
+        size = private.config.dataset_size or 0
+        # Bernstein: a sum of independent draws exceeds this with probability below 1e-14.
+        if drawn > min(size, expected + 8.0 * math.sqrt(expected) + 32.0):
+            run.drop_pending()
+            raise InvalidRequestError(
+                f"the logical batch holds {drawn} units, but Poisson sampling at the declared rate draws {expected} "
+                f"of {size} on average; the batch was dropped. Draw with PoissonSampler.from_config(config), one "
+                "draw per optim_step, or use sampling='none'",
+                field="batch",
+                constraint="one Poisson draw per step",
+            )
+
+    def _update_hash(self, run: Run, paid: Reservation, done: StepResult) -> str:
+        """Public for a noised update; keyed for an exact one, which could be confirmed by guessing."""
+        if isinstance(paid.event, Unnoised):
+            return run.mac_text("update", done.update_hash.encode())
+        return done.update_hash
 
     def _settlement(
         self, paid: Reservation, outcome: Literal["released", "failed"], update_hash: str
@@ -281,8 +297,7 @@ class TrainingService:
     async def _undo(self, run: Run, paid: Reservation | None, cause: Exception) -> None:
         """Nothing was released: go back to the last durable weights. What was paid stays paid."""
         run.drop_pending()
-        engine, _ = await self.durability.read_state(run.tenant, run.state_id)
-        await self.executors.compute(run.session.import_state, engine, optimizer=True)
+        await self.durability.rewind(run)
         if paid is not None:
             await self.executors.io(self.durability.db.write, self._settlement(paid, "failed", ""))
         if not isinstance(cause, TGTinkerError):

@@ -82,8 +82,9 @@ def count_active(tx: Connection, tenant: str) -> int:
 
 
 def update_run(tx: Connection, tenant: str, run_id: str, **values: Any) -> None:
-    """Change columns of one run."""
-    tx.execute(update(t.runs).where(t.runs.c.tenant == tenant, t.runs.c.run_id == run_id).values(**values))
+    """Change columns of one run; a deleted one stays as it is."""
+    where = (t.runs.c.tenant == tenant) & (t.runs.c.run_id == run_id) & (t.runs.c.status != "deleted")
+    tx.execute(update(t.runs).where(where).values(**values))
 
 
 def referenced_states(tx: Connection) -> set[str]:
