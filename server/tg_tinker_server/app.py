@@ -56,6 +56,7 @@ class Server:
     def __init__(self, config: ServerConfig, foundation: Foundation, backend: Backend) -> None:
         self.config = config
         self._foundation = foundation
+        self._lock = foundation.lock(config.data_dir)
         self._executors = Executors()
         db, vault, keyring = foundation.db, foundation.vault, foundation.keyring
         executors = self._executors
@@ -112,6 +113,7 @@ class Server:
         await self._grpc.stop(min(grace, 1.0))
         await asyncio.to_thread(self._executors.close)
         await asyncio.to_thread(self._foundation.db.close)
+        self._lock.close()
 
     def _sweep(self) -> None:
         """Delete ciphertexts no row points to: snapshots of steps that were never settled."""

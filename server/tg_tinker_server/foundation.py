@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker_server.artifacts.blobs import LocalBlobs
@@ -69,6 +72,24 @@ class Foundation:
     keyring: TenantKeyring
     vault: Vault
     desk: KeyDesk
+
+    def lock(self, folder: Path) -> IO[bytes]:
+        """Take the folder for one server; held until the file is closed or the process ends.
+
+        Raises:
+            InvalidRequestError: another server has it. A second one would sweep away what the first is writing.
+        """
+        file = (folder / "server.lock").open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            file.close()
+            raise InvalidRequestError(
+                f"another server uses {folder.resolve()}; stop it, or choose another data_dir",
+                field="data_dir",
+                constraint="one server per folder",
+            ) from e
+        return file
 
     @classmethod
     def open(cls, config: ServerConfig) -> Foundation:

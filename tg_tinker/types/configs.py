@@ -94,6 +94,8 @@ class DPConfig(_Config):
         privacy_unit: what one epsilon protects; "datum" is a record.
         diagnostics: "owner" returns exact losses and norms to the caller; "off" returns none.
         merge_units: the same unit in several calls of one logical batch is summed and clipped once.
+        initial_weights: "public" attests that checkpoints of runs without privacy, when loaded into this run, were
+            trained on public data; the ledger and the report say so. With "base" they are refused.
         allow_unnoised_steps: with no finite target, permits ``apply_dp_noise=False``; epsilon is then inf.
     """
 
@@ -112,6 +114,7 @@ class DPConfig(_Config):
     diagnostics: Literal["owner", "off"] = "owner"
     merge_units: bool = False
     allow_unnoised_steps: bool = False
+    initial_weights: Literal["base", "public"] = "base"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -47,11 +47,13 @@ class PrivacyLedger:
         accountant: str,
         mechanism: Event,
         planned_steps: int | None = None,
+        initial_weights: str = "base",
     ) -> None:
         """Register a run on a dataset; the first one sets the budget. Again for the same run: nothing happens.
 
         ``planned_steps`` fixes the run's schedule in advance, which "prv" needs: that many times ``mechanism``. Only
-        the first run of a dataset can have one.
+        the first run of a dataset can have one. ``initial_weights`` "public": the client attests where weights
+        without a ledger come from.
 
         Raises:
             InvalidRequestError: the dataset has another target, delta or unit.
@@ -67,6 +69,7 @@ class PrivacyLedger:
             "target_epsilon": "inf" if target is None else repr(float(target)),
             "target_delta": repr(float(target_delta)),
             "mechanism": event_to_json(mechanism),
+            "initial_weights": initial_weights,
         }
         if accountant == "prv" and planned_steps is not None:
             body["planned_steps"] = planned_steps

@@ -78,10 +78,17 @@ def privacy_report(ledger: PrivacyLedger, scope: DatasetScope) -> dict[str, Any]
             else {"accountant": "gdp", "epsilon": repr(gdp), "note": "a central-limit estimate, NOT an upper bound"},
         },
         "trust_model": "The owner of the data and this server are trusted; whoever receives the model is not.",
-        "not_covered": list(NOT_COVERED),
+        "not_covered": [*NOT_COVERED, *_attested_weights(entries)],
         "integrity": {"entries": len(entries), "head": spent.head.hex(), "hash": "SHA-256 chain over RFC 8785 JSON"},
         "server_version": version("tg-tinker"),
     }
+
+
+def _attested_weights(entries: list[LedgerEntry]) -> list[str]:
+    runs = [e.body["run_id"] for e in entries if e.body.get("initial_weights") == "public"]
+    if not runs:
+        return []
+    return [f"Checkpoints loaded into {', '.join(runs)} are public by attestation of the client and not covered."]
 
 
 def _sentence(spent: float, delta: float, unit: str) -> str:

@@ -23,9 +23,13 @@ class FutureServicer:
     async def GetFuture(  # noqa: N802
         self, call: Call, request: runs_pb2.GetFutureRequest
     ) -> runs_pb2.FutureReply:
-        """Wait up to ``wait_s`` for the operation's end, then say where it stands."""
+        """Wait up to ``wait_s`` for the operation's end, then say where it stands.
+
+        Results are for those who may run such operations: losses and texts are not an auditor's to read.
+        """
         run, seq, operation = await self._find(call, request.key)
         if operation is not None:
+            call.caller.require("SAMPLE" if operation.name == "sample" else "TRAIN")
             await self.operations.wait(operation, request.wait_s)
         return future_to_proto(
             FutureState(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from tg_tinker.proto.v1 import runs_pb2, training_pb2
@@ -45,7 +45,10 @@ class RunServicer:
     ) -> runs_pb2.RunInfo:
         """Describe a run, with what a new handle on it needs."""
         run = await self.submitting.registry.get(call.tenant, request.run_id)
-        return run_info_to_proto(await self._info(run))
+        info = await self._info(run)
+        if "TRAIN" not in call.caller.scopes:
+            info = replace(info, unit_key=b"")  # who can key unit ids can recognise people
+        return run_info_to_proto(info)
 
     async def ListTrainingClients(  # noqa: N802
         self, call: Call, request: runs_pb2.ListTrainingClientsRequest

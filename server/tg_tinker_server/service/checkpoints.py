@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
+from tg_tinker.errors import DPUnsupportedError, InvalidRequestError, ResourceNotFoundError
 from tg_tinker.types import EncryptionInfo, LoadStateResult, SavedState
 from tg_tinker.wire.runs import config_to_json
 from tg_tinker_server.artifacts.vault import Vault
@@ -145,6 +146,7 @@ class CheckpointService:
         engine = await self.executors.compute(run.session.export_state, optimizer=True)
         state_id = await self.durability.write_state(run, engine, step=step)
         ended = run.config.max_steps is not None and step >= run.config.max_steps
+        run.status = ACTIVE  # whole weights, also where an earlier failure had set the run aside
         await self.durability.advance(
             run, operation, result, state_id=state_id, step=step, status=DONE if ended else ACTIVE
         )
@@ -199,7 +201,23 @@ class CheckpointService:
             "delta": repr(spent.delta),
         }
 
+    def _check_provenance(self, run: Run, state: Mapping[str, Any]) -> None:
+        """A private run starts from nothing whose cost is unknown: an unknown never costs zero."""
+        if run.private is None or run.private.config.initial_weights == "public":
+            return
+        ledger = state["ledger"]
+        if ledger is None or not math.isfinite(float(ledger["epsilon"])):
+            how = "without privacy" if ledger is None else "with an un-noised step"
+            raise DPUnsupportedError(
+                f"this checkpoint was trained {how}, so what it reveals about its data is not in any budget",
+                feature="checkpoint",
+                reason="weights of unknown privacy would count as free",
+                alternative="start from the base model, or, if it was trained on public data only, create the run "
+                "with DPConfig(initial_weights='public')",
+            )
+
     def check_fits(self, run: Run, state: Mapping[str, Any]) -> None:
+        self._check_provenance(run, state)
         saved, here = state["config"], json.loads(config_to_json(run.config))
         different = [k for k in ("model_ref", "lora_config") if saved.get(k) != here[k]]
         if different:

@@ -117,14 +117,17 @@ class Durability:
 
         await self.executors.io(self.db.write, write)
         old, run.state_id = run.state_id, state_id
-        run.step, run.status, run.durable_seq = step, status, operation.seq
+        run.step, run.durable_seq = step, operation.seq
+        if run.status != BROKEN:  # the row is sound, what is in memory is not
+            run.status = status
         for ended, *_ in kept:
             ended.stored = True
         run.lane.forget(operation.seq)
         if old and old != state_id:
-            await self.executors.io(self._delete_old, run.tenant, old)
+            await self.executors.io(self.delete_state, run.tenant, old)
 
-    def _delete_old(self, tenant: str, state_id: str) -> None:
+    def delete_state(self, tenant: str, state_id: str) -> None:
+        """Delete a snapshot that no row points to any more."""
         try:
             self.vault.delete(tenant=tenant, artifact_id=state_id)
         except TGTinkerError:

@@ -153,7 +153,8 @@ class OperationService:
                 operation=operation.name,
                 run_id=run.run_id,
                 request_hash="hmac-sha256:" + operation.digest.hex(),
-                request_bytes=operation.request_bytes,
+                # How many records a private batch held is itself private.
+                request_bytes=0 if run.private is not None else operation.request_bytes,
                 artifact_ids=(artifact,) if artifact else (),
                 started=started,
                 completed=now(),

@@ -119,13 +119,15 @@ class RunRegistry:
 
     async def delete(self, tenant: str, run_id: str) -> None:
         """Forget the run and its results. Checkpoints stay, and so does what was spent."""
-        await self.row(tenant, run_id)
+        row = await self.row(tenant, run_id)
 
         def write(tx: Transaction) -> None:
             run_rows.update_run(tx, tenant, run_id, status="deleted", state_artifact_id=None, updated=now())
             run_rows.delete_results(tx, tenant, run_id)
 
         await _whole(self._end(tenant, run_id, write))
+        if row.state_artifact_id:  # a step that was running may have left a newer one, which the next start sweeps
+            await self.executors.io(self.durability.delete_state, tenant, row.state_artifact_id)
 
     async def close(self, grace_s: float) -> None:
         """Let running operations end; waiting ones are sent again by their clients."""
@@ -192,6 +194,7 @@ class RunRegistry:
             accountant=private.accountant,
             mechanism=private.event,
             planned_steps=config.max_steps,
+            initial_weights=dp.initial_weights,
         )
         return private
 

@@ -179,7 +179,13 @@ class TrainingService:
         except TGTinkerError as e:
             if run.session.pending_calls == 0:
                 await self.durability.advance(
-                    run, operation, None, state_id=run.state_id, step=run.step, status=run.status, error=e
+                    run,
+                    operation,
+                    None,
+                    state_id=run.state_id,
+                    step=run.step,
+                    status=DONE if run.status == DONE else ACTIVE,
+                    error=e,
                 )
             else:
                 await self.durability.keep_result(run, operation, None, error=e)

@@ -1,0 +1,253 @@
+"""Failures in the middle of an operation: nothing is half-done, and the session goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.rpc.raw_client import RawClient, batch
+from tg_tinker.errors import (
+    AuthorizationError,
+    DPUnsupportedError,
+    InvalidRequestError,
+    RateLimitedError,
+    ServerError,
+    TGTinkerError,
+)
+from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2
+from tg_tinker.types import BatchData, DPConfig, TrainingConfig
+from tg_tinker.wire.calls import Generate, Load, Pass, Position, Save, Step, call_to_proto
+from tg_tinker.wire.operations import cancel_future_request
+from tg_tinker_server.app import EmbeddedServer
+from tg_tinker_server.artifacts.blobs import LocalBlobs
+from tg_tinker_server.artifacts.vault import Vault
+from tg_tinker_server.config import ServerConfig
+from tg_tinker_server.engine.bigram import BigramSession
+from tg_tinker_server.store.database import Database
+
+CONFIG = TrainingConfig(model_ref="bigram", batch_size=4, seed=1)
+
+
+def private(**settings: object) -> TrainingConfig:
+    dp = DPConfig(**{"dataset_id": "d", "target_epsilon": 1e6, **settings})  # type: ignore[arg-type]
+    return CONFIG.model_copy(update={"dp_config": dp})
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    config = ServerConfig(port=0, backend="bigram", data_dir=tmp_path / "data", max_runs_per_tenant=5)
+    with EmbeddedServer(config) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: EmbeddedServer) -> RawClient:
+    return RawClient(server.address, server.mint_key("tenant-a"))
+
+
+def loss(client: RawClient, run_id: str, seq: int) -> float:
+    return client.call(run_id, seq, batch(1, train=False)).result.loss
+
+
+def broken(error: Exception) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_a_pass_that_crashed_makes_the_step_fail(client: RawClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = client.create(CONFIG).run_id
+    client.call(run_id, 1, batch(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(BigramSession, "forward_backward", broken(MemoryError("secret text")))
+        crashed = client.call(run_id, 2, batch(2))
+    assert isinstance(crashed.error, ServerError)
+    assert "secret" not in str(crashed.error)
+    assert isinstance(client.call(run_id, 3, Step()).error, InvalidRequestError)
+    client.call(run_id, 4, batch(3))
+    assert client.call(run_id, 5, Step()).result.step == 1
+
+
+def test_a_pass_that_cannot_be_read_makes_the_step_fail(client: RawClient) -> None:
+    run_id = client.create(CONFIG).run_id
+    client.call(run_id, 1, batch(1))
+    unreadable = call_to_proto(batch(2), Position(run_id=run_id, seq=2))
+    unreadable.attention_mask.CopyFrom(unreadable.input_ids)
+    client.send(unreadable)
+    assert client.wait(run_id, 2).status == "failed"
+    assert isinstance(client.call(run_id, 3, Step()).error, InvalidRequestError)
+
+
+def test_a_step_whose_old_snapshot_stays_is_a_step(client: RawClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = client.create(CONFIG).run_id
+    client.call(run_id, 1, batch(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Vault, "delete", broken(ServerError("input/output error")))
+        assert client.call(run_id, 2, Step()).result.step == 1
+
+
+@pytest.mark.parametrize("config", [CONFIG, private()], ids=["plain", "private"])
+def test_a_full_disk_fails_the_step_and_nothing_moved(
+    client: RawClient, monkeypatch: pytest.MonkeyPatch, config: TrainingConfig
+) -> None:
+    run_id = client.create(config).run_id
+    before = loss(client, run_id, 1)
+    client.call(run_id, 2, batch(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalBlobs, "_write", broken(OSError(28, "No space left on device")))
+        assert isinstance(client.call(run_id, 3, Step()).error, TGTinkerError)
+    assert loss(client, run_id, 4) == before
+    assert client.send(runs_pb2.GetTrainingClientRequest(run_id=run_id)).step == 0
+    client.call(run_id, 5, batch(2))
+    assert client.call(run_id, 6, Step()).result.step == 1
+    if config.private:
+        report = client.send(privacy_pb2.GetPrivacyReportRequest(dataset_id="d")).report_json
+        assert '"charged":2,"failed":1,"released":1' in report
+
+
+def test_a_full_disk_fails_the_load_and_nothing_moved(client: RawClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = client.create(CONFIG).run_id
+    saved = client.call(run_id, 1, Save()).result
+    client.call(run_id, 2, batch(2))
+    client.call(run_id, 3, Step())
+    before = loss(client, run_id, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalBlobs, "_write", broken(OSError(28, "No space left on device")))
+        assert client.call(run_id, 5, Load(artifact_id=saved.artifact_id)).status == "failed"
+    assert loss(client, run_id, 6) == before
+    assert client.send(runs_pb2.GetTrainingClientRequest(run_id=run_id)).step == 1
+
+
+def test_weights_that_cannot_be_taken_back_are_shown_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ServerConfig(port=0, backend="bigram", data_dir=tmp_path / "data")
+    with EmbeddedServer(folder) as server:
+        key = server.mint_key("tenant-a")
+        client = RawClient(server.address, key)
+        run_id = client.create(CONFIG).run_id
+        client.call(run_id, 1, batch(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalBlobs, "_write", broken(OSError(5, "Input/output error")))
+            patch.setattr(LocalBlobs, "read", broken(ServerError("input/output error")))
+            assert client.call(run_id, 2, Step()).status == "failed"
+        for seq, call in ((3, Generate(prompts=("a",))), (4, Save()), (5, batch(2))):
+            assert "restart the server" in str(client.call(run_id, seq, call).error)
+        assert client.send(runs_pb2.GetTrainingClientRequest(run_id=run_id)).status == "failed"
+    with EmbeddedServer(folder) as server:
+        client = RawClient(server.address, key)
+        info = client.send(runs_pb2.GetTrainingClientRequest(run_id=run_id))
+        assert (info.status, info.step) == ("active", 0)
+
+
+def test_a_save_is_cancelled_before_it_begins_or_not_at_all(
+    client: RawClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = client.create(CONFIG).run_id
+    write = Database.write
+
+    def slow(self: Database, fn: Any) -> Any:
+        time.sleep(0.3)
+        return write(self, fn)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "write", slow)
+        client.send(call_to_proto(Save(), Position(run_id=run_id, seq=1)))
+        time.sleep(0.15)
+        assert not client.send(cancel_future_request(Position(run_id=run_id, seq=1))).cancelled
+        assert client.wait(run_id, 1).status == "completed"
+    assert len(client.send(artifacts_pb2.ListArtifactsRequest()).artifacts) == 1
+    client.call(run_id, 2, batch(2))
+    assert client.call(run_id, 3, Step()).result.step == 1
+
+
+def test_parallel_creates_keep_the_limit(server: EmbeddedServer) -> None:
+    key = server.mint_key("tenant-a")
+
+    def create(number: int) -> bool:
+        try:
+            RawClient(server.address, key).create(CONFIG, request_id=f"c{number}")
+        except RateLimitedError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(20) as pool:
+        assert sum(pool.map(create, range(20))) == 5
+
+
+def test_a_deleted_run_does_not_come_back_while_its_last_pass_ends(
+    client: RawClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = client.create(CONFIG).run_id
+    work = BigramSession.forward_backward
+
+    def slow(self: BigramSession, request: Any) -> Any:
+        time.sleep(0.5)
+        return work(self, request)
+
+    monkeypatch.setattr(BigramSession, "forward_backward", slow)
+    client.send(call_to_proto(batch(1), Position(run_id=run_id, seq=1)))
+    with ThreadPoolExecutor(1) as pool:
+        deleting = pool.submit(client.send, runs_pb2.DeleteTrainingClientRequest(run_id=run_id))
+        time.sleep(0.2)
+        with pytest.raises(InvalidRequestError, match="unloaded"):
+            client.send(call_to_proto(batch(2), Position(run_id=run_id, seq=2)))
+        deleting.result()
+    assert client.send(runs_pb2.ListTrainingClientsRequest()).runs == []
+
+
+def test_one_folder_has_one_server(server: EmbeddedServer, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="another server uses"):
+        EmbeddedServer(ServerConfig(port=0, backend="bigram", data_dir=tmp_path / "data")).start()
+
+
+def test_results_and_keys_are_for_those_who_train(server: EmbeddedServer, client: RawClient) -> None:
+    info = client.create(private(diagnostics="owner"))
+    client.call(info.run_id, 1, batch(1))
+    assert len(info.unit_key) == 32
+    for role in ("auditor", "sampler", "exporter", "budget_officer", "admin"):
+        other = RawClient(server.address, server.mint_key("tenant-a", (role,)))
+        with pytest.raises(AuthorizationError):
+            other.wait(info.run_id, 1)
+        assert other.send(runs_pb2.GetTrainingClientRequest(run_id=info.run_id)).unit_key == b""
+
+
+def test_weights_of_unknown_privacy_do_not_enter_a_private_run(client: RawClient) -> None:
+    plain = client.create(CONFIG).run_id
+    saved = client.call(plain, 1, Save()).result.artifact_id
+    guarded = client.create(private()).run_id
+    refused = client.call(guarded, 1, Load(artifact_id=saved)).error
+    assert isinstance(refused, DPUnsupportedError)
+    assert "initial_weights" in refused.alternative
+    attested = client.create(private(dataset_id="e", initial_weights="public")).run_id
+    assert client.call(attested, 1, Load(artifact_id=saved)).status == "completed"
+    report = client.send(privacy_pb2.GetPrivacyReportRequest(dataset_id="e")).report_json
+    assert "attestation of the client" in report
+
+
+def test_a_batch_no_poisson_draw_would_make_is_refused(client: RawClient) -> None:
+    config = private(sampling="poisson", dataset_size=1000).model_copy(update={"batch_size": 1})
+    run_id = client.create(config).run_id
+    ids = BatchData(input_ids=[[1, n % 200, n // 200] for n in range(300)])
+    client.call(run_id, 1, Pass(batch=ids))
+    assert "one draw per optim_step" in str(client.call(run_id, 2, Step()).error)
+    client.call(run_id, 3, batch(1, records=2))
+    assert client.call(run_id, 4, Step()).result.step == 1
+
+
+def test_the_hash_of_an_exact_update_is_keyed(client: RawClient) -> None:
+    config = private(target_epsilon=None, allow_unnoised_steps=True)
+    run_id = client.create(config).run_id
+    client.call(run_id, 1, batch(1))
+    client.call(run_id, 2, Step(apply_dp_noise=False))
+    client.call(run_id, 3, batch(1))
+    client.call(run_id, 4, Step())
+    lines = client.send(privacy_pb2.GetLedgerRequest(dataset_id="d")).entries_json
+    hashes = [line.split('"update_hash":"')[1].split(":")[0] for line in lines if '"settle"' in line]
+    assert hashes == ["hmac-sha256", "sha256"]
