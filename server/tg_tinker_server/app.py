@@ -32,6 +32,7 @@ from tg_tinker_server.service.operations import OperationService
 from tg_tinker_server.service.privacy import PrivacyService
 from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.service.sampling import SamplingService
+from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.service.training import TrainingService
 from tg_tinker_server.store import artifact_rows, run_rows
 
@@ -61,13 +62,15 @@ class Server:
         db, vault, keyring = foundation.db, foundation.vault, foundation.keyring
         executors = self._executors
         ledger = PrivacyLedger(db, clock=now)
+        texts = SealedText(keyring)
         durability = Durability(db, vault, keyring, executors, config.kept_results)
-        checkpoints = CheckpointService(db, vault, ledger, durability, executors)
+        checkpoints = CheckpointService(db, vault, ledger, durability, executors, texts)
         self._registry = RunRegistry(
             db,
             backend,
             ledger,
             keyring,
+            texts,
             durability,
             checkpoints,
             executors,

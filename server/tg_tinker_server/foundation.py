@@ -95,6 +95,8 @@ class Foundation:
     def open(cls, config: ServerConfig) -> Foundation:
         """Open the data folder, making it on first use."""
         config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not config.database_url:  # SQLite gives its side files the permissions of the first
+            (config.data_dir / "tg-tinker.db").touch(mode=0o600)
         db = Database.open(config.resolved_database_url)
         key_file = config.data_dir / "root.key"
         if not config.root_key and not key_file.exists() and not db.read(key_rows.list_api_keys):

@@ -251,3 +251,22 @@ def test_the_hash_of_an_exact_update_is_keyed(client: RawClient) -> None:
     lines = client.send(privacy_pb2.GetLedgerRequest(dataset_id="d")).entries_json
     hashes = [line.split('"update_hash":"')[1].split(":")[0] for line in lines if '"settle"' in line]
     assert hashes == ["hmac-sha256", "sha256"]
+
+
+def test_no_text_of_a_user_is_readable_in_the_data_folder(server: EmbeddedServer, tmp_path: Path) -> None:
+    client = RawClient(server.address, server.mint_key("tenant-a"))
+    config = private(privacy_unit="user").model_copy(update={"metadata": {"note": "canary-config"}})
+    run_id = client.create(config).run_id
+    data = BatchData(input_ids=[list(b"canary-batch")])
+    client.call(run_id, 1, Pass(batch=data, units=("canary-unit",), batch_hash="canary-label"))
+    client.call(run_id, 2, Generate(prompts=("canary-prompt",)))
+    client.call(run_id, 3, Step())
+    client.call(run_id, 4, Save(metadata={"note": "canary-metadata"}, name="canary-name"))
+    (listed,) = client.send(artifacts_pb2.ListArtifactsRequest()).artifacts
+    assert listed.name == "canary-name"
+    assert "canary-config" in client.send(runs_pb2.ListTrainingClientsRequest()).runs[0].config_json
+    files = [p for p in (tmp_path / "data").rglob("*") if p.is_file()]
+    assert len(files) > 3
+    for path in files:
+        assert b"canary" not in path.read_bytes(), path
+        assert path.stat().st_mode & 0o077 == 0 or path.suffix == ".lock", path

@@ -9,7 +9,7 @@ from tg_tinker.proto.v1 import runs_pb2, training_pb2
 from tg_tinker.types import Capabilities
 from tg_tinker.types.configs import LR_SCHEDULERS, OPTIMIZERS
 from tg_tinker.types.run import PrivacyState, RunInfo
-from tg_tinker.wire.runs import API_VERSION, capabilities_to_proto, config_from_json, run_info_to_proto
+from tg_tinker.wire.runs import API_VERSION, capabilities_to_proto, run_info_to_proto
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.engine.backend import Backend
 from tg_tinker_server.rpc.endpoint import Call
@@ -56,7 +56,8 @@ class RunServicer:
         """The tenant's runs, newest first."""
         limit = min(max(1, request.limit or 100), MAX_LISTED)
         rows = await self.submitting.registry.list(call.tenant, request.status, limit)
-        return runs_pb2.ListTrainingClientsReply(runs=[run_info_to_proto(self._summary(r)) for r in rows])
+        infos = await self.submitting.registry.executors.io(lambda: [self._summary(r) for r in rows])
+        return runs_pb2.ListTrainingClientsReply(runs=[run_info_to_proto(i) for i in infos])
 
     async def DeleteTrainingClient(  # noqa: N802
         self, call: Call, request: runs_pb2.DeleteTrainingClientRequest
@@ -70,7 +71,7 @@ class RunServicer:
     ) -> runs_pb2.RunInfo:
         """Free a run's memory and complete it."""
         row = await self.submitting.registry.unload(call.tenant, request.run_id)
-        return run_info_to_proto(self._summary(row))
+        return run_info_to_proto(await self.submitting.registry.executors.io(self._summary, row))
 
     async def ResumeTrainingClient(  # noqa: N802
         self, call: Call, request: runs_pb2.ResumeTrainingClientRequest
@@ -134,7 +135,7 @@ class RunServicer:
     def _summary(self, row: RunRow) -> RunInfo:
         return RunInfo(
             run_id=row.run_id,
-            config=config_from_json(row.config_json),
+            config=self.submitting.registry.config_of(row),
             status=row.status,
             step=row.step,
             created=row.created,

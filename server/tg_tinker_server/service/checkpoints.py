@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -19,9 +19,11 @@ from tg_tinker_server.service.durability import CHECKPOINT, Durability, new_id, 
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
 from tg_tinker_server.service.run import ACTIVE, DONE, Run
+from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.store import artifact_rows
 from tg_tinker_server.store.database import Database, Transaction
 
+NAME = "artifact-name"
 MAX_METADATA_BYTES = 1 << 20
 
 
@@ -41,6 +43,7 @@ class CheckpointService:
     ledger: PrivacyLedger
     durability: Durability
     executors: Executors
+    texts: SealedText
 
     async def save(
         self,
@@ -102,7 +105,7 @@ class CheckpointService:
             content_hash=sealed.content_hash,
             algorithm=sealed.algorithm,
             key_id=sealed.key_id,
-            name=name,
+            name=await self.executors.io(self.texts.seal, run.tenant, NAME, name, artifact_id),
             created=when,
         )
         await self.durability.keep_result(
@@ -176,7 +179,11 @@ class CheckpointService:
         def read(tx: Transaction) -> list[artifact_rows.ArtifactRow]:
             return artifact_rows.list_artifacts(tx, tenant, run_id=run_id or None, limit=limit)
 
-        return await self.executors.io(self.db.read, read)
+        def opened() -> list[artifact_rows.ArtifactRow]:
+            rows = self.db.read(read)
+            return [replace(r, name=self.texts.open(tenant, NAME, r.name, r.artifact_id)) for r in rows]
+
+        return await self.executors.io(opened)
 
     async def pull(self, tenant: str, artifact_id: str) -> Iterator[bytes]:
         """The ciphertext, in pieces of at most 1 MiB; iterate it off the event loop."""

@@ -22,9 +22,11 @@ from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Lane
 from tg_tinker_server.service.privacy import release_event, resolve_noise_multiplier
 from tg_tinker_server.service.run import ACTIVE, DONE, PrivateRun, Run
+from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.store import run_rows
 from tg_tinker_server.store.database import Database, Transaction
 
+CONFIG = "run-config"
 MAX_REQUEST_ID = 128
 MAX_OPERATION_S = 600.0
 
@@ -44,6 +46,7 @@ class RunRegistry:
     backend: Backend
     ledger: PrivacyLedger
     keyring: TenantKeyring
+    texts: SealedText
     durability: Durability
     checkpoints: CheckpointService
     executors: Executors
@@ -94,6 +97,10 @@ class RunRegistry:
         if row is None:
             raise run_not_found(run_id)
         return row
+
+    def config_of(self, row: run_rows.RunRow) -> TrainingConfig:
+        """The configuration in a row. Call it off the event loop."""
+        return config_from_json(self.texts.open(row.tenant, CONFIG, row.config_json, row.run_id))
 
     async def list(self, tenant: str, status: str, limit: int) -> list[run_rows.RunRow]:
         """A tenant's runs, newest first."""
@@ -150,7 +157,7 @@ class RunRegistry:
                 tenant=tenant,
                 run_id=run_id,
                 request_id=request_id,
-                config_json=config_to_json(config),
+                config_json=await self.executors.io(self.texts.seal, tenant, CONFIG, config_to_json(config), run_id),
                 status=ACTIVE,
                 step=0,
                 durable_seq=0,
@@ -210,7 +217,7 @@ class RunRegistry:
         )
 
     async def _restore(self, row: run_rows.RunRow) -> Run:
-        config = config_from_json(row.config_json)
+        config = await self.executors.io(self.config_of, row)
         if row.state_artifact_id is None:
             raise ServerError(f"training client {row.run_id} has no saved state")
         engine, _ = await self.durability.read_state(row.tenant, row.state_artifact_id)
