@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -116,6 +117,18 @@ class DPConfig(_Config):
     allow_unnoised_steps: bool = False
     initial_weights: Literal["base", "public"] = "base"
 
+    @field_validator("dataset_id")
+    @classmethod
+    def _one_spelling(cls, value: str | None) -> str | None:
+        if value is not None and (
+            value != value.strip() or not value.isprintable() or value != unicodedata.normalize("NFC", value)
+        ):
+            raise ValueError(
+                "dataset_id must be printable, in Unicode form NFC, without spaces at its ends: two spellings of "
+                "one name would have two budgets"
+            )
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         sigma = self.noise_multiplier
@@ -197,6 +210,11 @@ class TrainingConfig(_Config):
         if dp is not None and dp.enabled:
             if dp.noise_multiplier == "auto" and self.max_steps is None:
                 raise ValueError("noise_multiplier='auto' needs max_steps: how many steps the budget must last")
+            if dp.dataset_size is not None and dp.target_delta >= 1 / dp.dataset_size:
+                raise ValueError(
+                    f"target_delta {dp.target_delta:g} is not below 1 / dataset_size = {1 / dp.dataset_size:g}: such a "
+                    "promise allows publishing a whole record"
+                )
             if dp.dataset_size is not None and self.expected_batch_size > dp.dataset_size:
                 raise ValueError(
                     f"the expected batch ({self.expected_batch_size}) is larger than dataset_size ({dp.dataset_size})"

@@ -45,6 +45,8 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
             ("top_k", self.top_k is None or 0 <= self.top_k < 2**63, ">= 1, or None for all"),
             ("stop_sequences", all(self.stop_sequences), "no empty stop sequence"),
+            ("stop_sequences", len(self.stop_sequences) <= 64, "at most 64 stop sequences"),
+            ("stop_sequences", sum(map(len, self.stop_sequences)) <= 10_000, "at most 10,000 characters together"),
             ("repetition_penalty", 0 < self.repetition_penalty < _INF, "> 0 and finite"),
             ("presence_penalty", abs(self.presence_penalty) < _INF, "finite"),
             ("frequency_penalty", abs(self.frequency_penalty) < _INF, "finite"),

@@ -15,7 +15,7 @@ from tg_tinker_server.engine.backend import Backend
 from tg_tinker_server.rpc.endpoint import Call
 from tg_tinker_server.rpc.submitting import Submitting
 from tg_tinker_server.service.privacy import PrivacyService
-from tg_tinker_server.service.run import Run
+from tg_tinker_server.service.run import ACTIVE, Run
 from tg_tinker_server.store.run_rows import RunRow
 
 MAX_LISTED = 1000
@@ -44,7 +44,12 @@ class RunServicer:
         self, call: Call, request: runs_pb2.GetTrainingClientRequest
     ) -> runs_pb2.RunInfo:
         """Describe a run, with what a new handle on it needs."""
-        run = await self.submitting.registry.get(call.tenant, request.run_id)
+        registry = self.submitting.registry
+        if not registry.in_memory(call.tenant, request.run_id):
+            row = await registry.row(call.tenant, request.run_id)
+            if row.status != ACTIVE:  # to look at what has ended takes no memory
+                return run_info_to_proto(await registry.executors.io(self._summary, row))
+        run = await registry.get(call.tenant, request.run_id)
         info = await self._info(run)
         if "TRAIN" not in call.caller.scopes:
             info = replace(info, unit_key=b"")  # who can key unit ids can recognise people
@@ -91,7 +96,7 @@ class RunServicer:
             Capabilities(
                 server_version=version("tg-tinker"),
                 api_version=API_VERSION,
-                models=self.backend.models(),
+                models=await self.submitting.registry.executors.compute(self.backend.models),
                 max_batch_records=self.config.max_batch_records,
                 max_request_bytes=self.config.max_request_bytes,
                 losses=["cross_entropy"],

@@ -21,6 +21,7 @@ class Executors:
     def __init__(self) -> None:
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._io = ThreadPoolExecutor(4, thread_name_prefix="io")
+        self._accounting = ThreadPoolExecutor(1, thread_name_prefix="accounting")
 
     async def compute(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run on the compute thread."""
@@ -30,7 +31,12 @@ class Executors:
         """Run on a disk thread: database, artifacts, keys."""
         return await asyncio.get_running_loop().run_in_executor(self._io, lambda: fn(*args, **kwargs))
 
+    async def accounting(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run long arithmetic (plans, forecasts, reports) where it keeps neither keys nor steps waiting."""
+        return await asyncio.get_running_loop().run_in_executor(self._accounting, lambda: fn(*args, **kwargs))
+
     def close(self) -> None:
         """Let running work end, drop what waits."""
         self._compute.shutdown(wait=True, cancel_futures=True)
+        self._accounting.shutdown(wait=True, cancel_futures=True)
         self._io.shutdown(wait=True, cancel_futures=True)

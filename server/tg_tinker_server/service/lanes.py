@@ -147,7 +147,7 @@ class Lane:
                     constraint="one request per sequence number",
                 )
             return known
-        if operation.seq < self.expected:
+        if operation.seq < self.expected or operation.seq in self._finished_elsewhere:
             raise ServerError(
                 f"the result of operation {operation.future_id} is no longer kept and it is not run again",
                 details={"aborted": True},

@@ -80,7 +80,7 @@ class PrivacyService:
                 field="steps",
                 constraint=f"0 to {MAX_FORECAST_STEPS}",
             )
-        return await self.executors.io(
+        return await self.executors.accounting(
             self.ledger.forecast,
             run.private.scope,
             run_id=run.run_id,
@@ -110,4 +110,4 @@ class PrivacyService:
         """The report on a tenant's dataset."""
         await self.entries(tenant, dataset_id)
         scope = DatasetScope(tenant=tenant, dataset_id=dataset_id)
-        return await self.executors.io(privacy_report, self.ledger, scope)
+        return await self.executors.accounting(privacy_report, self.ledger, scope)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from tg_tinker.errors import InvalidRequestError, RateLimitedError, ResourceNotFoundError, ServerError
 from tg_tinker.types import TrainingConfig
@@ -26,6 +26,7 @@ from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.store import run_rows
 from tg_tinker_server.store.database import Database, Transaction
 
+T = TypeVar("T")
 CONFIG = "run-config"
 MAX_REQUEST_ID = 128
 MAX_OPERATION_S = 600.0
@@ -63,6 +64,9 @@ class RunRegistry:
                 field="request_id",
                 constraint=f"1 to {MAX_REQUEST_ID} characters",
             )
+        return await _whole(self._create_once(tenant, request_id, config_json, checkpoint_id))
+
+    async def _create_once(self, tenant: str, request_id: str, config_json: str, checkpoint_id: str) -> Run:
         # One create of a tenant at a time: neither a repeated request nor the limit of runs can be raced.
         async with self._locks.setdefault((tenant, ""), asyncio.Lock()):
             made = await self.executors.io(
@@ -82,6 +86,13 @@ class RunRegistry:
         if run is not None:
             return run
         await self.row(tenant, run_id)
+        return await _whole(self._get_once(tenant, run_id))
+
+    def in_memory(self, tenant: str, run_id: str) -> bool:
+        """Whether a run is loaded."""
+        return (tenant, run_id) in self._runs
+
+    async def _get_once(self, tenant: str, run_id: str) -> Run:
         async with self._locks.setdefault((tenant, run_id), asyncio.Lock()):
             run = self._runs.get((tenant, run_id))
             if run is None:
@@ -148,6 +159,7 @@ class RunRegistry:
                 f"{active} training clients are active, the limit of this server; unload or delete one",
                 retry_after=30.0,
             )
+        await self._make_room(tenant)
         run_id = new_id("run")
         start = await self.checkpoints.open(tenant, checkpoint_id) if checkpoint_id else None
         session = await self.executors.compute(self.backend.open, run_id=run_id, config=config)
@@ -189,9 +201,9 @@ class RunRegistry:
         if dp is None or not dp.enabled:
             return None
         scope = DatasetScope(tenant=tenant, dataset_id=dp.dataset_id or run_id)
-        sigma = await self.executors.io(resolve_noise_multiplier, config)
+        sigma = await self.executors.accounting(resolve_noise_multiplier, config)
         private = self._private(config, scope, sigma)
-        await self.executors.io(
+        await self.executors.accounting(
             self.ledger.open_dataset,
             scope,
             run_id=run_id,
@@ -273,9 +285,11 @@ class RunRegistry:
                 f"training client {run_id} was unloaded", field="training_client_id", constraint="active"
             )
             await run.lane.close(ended, grace_s=MAX_OPERATION_S)
-        await self.executors.io(self.db.write, write)
-        if run is not None and self._runs.pop((tenant, run_id), None) is not None:
-            await self.executors.compute(run.session.close)
+        try:
+            await self.executors.io(self.db.write, write)
+        finally:  # also where the row could not be written: the next call restores the run from disk
+            if run is not None and self._runs.pop((tenant, run_id), None) is not None:
+                await self.executors.compute(run.session.close)
 
     async def _make_room(self, tenant: str) -> None:
         """Forget idle completed runs of a tenant that were only looked at or sampled from."""
@@ -292,6 +306,6 @@ class RunRegistry:
         await self.executors.compute(run.session.close)
 
 
-async def _whole(work: Coroutine[Any, Any, None]) -> None:
+async def _whole(work: Coroutine[Any, Any, T]) -> T:
     """Run to the end even if the caller hangs up half-way."""
-    await asyncio.shield(asyncio.ensure_future(work))
+    return await asyncio.shield(asyncio.ensure_future(work))

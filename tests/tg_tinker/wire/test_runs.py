@@ -37,7 +37,7 @@ CONFIG = st.builds(
         noise_multiplier=st.floats(0.01, 100) | st.just("auto"),
         target_epsilon=st.floats(0.01, 100),
         target_delta=st.floats(1e-12, 0.5),
-        dataset_id=st.none() | TEXT.filter(bool),
+        dataset_id=st.none() | st.text("abcxyz-_.é9", min_size=1, max_size=20),
     ),
     max_steps=st.integers(1, 1000),
     seed=st.none() | st.integers(-(2**60), 2**60),
