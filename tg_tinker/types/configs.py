@@ -212,8 +212,8 @@ class TrainingConfig(_Config):
                 raise ValueError("noise_multiplier='auto' needs max_steps: how many steps the budget must last")
             if dp.dataset_size is not None and dp.target_delta >= 1 / dp.dataset_size:
                 raise ValueError(
-                    f"target_delta {dp.target_delta:g} is not below 1 / dataset_size = {1 / dp.dataset_size:g}: such a "
-                    "promise allows publishing a whole record"
+                    f"target_delta {dp.target_delta:g} is not below 1 / dataset_size = {1 / dp.dataset_size:g}: such "
+                    "a promise allows publishing a whole record"
                 )
             if dp.dataset_size is not None and self.expected_batch_size > dp.dataset_size:
                 raise ValueError(
