@@ -57,7 +57,7 @@ class Server:
     def __init__(self, config: ServerConfig, foundation: Foundation, backend: Backend) -> None:
         self.config = config
         self._foundation = foundation
-        self._lock = foundation.lock(config.data_dir)
+        self._locks = foundation.lock(config)
         self._executors = Executors()
         db, vault, keyring = foundation.db, foundation.vault, foundation.keyring
         executors = self._executors
@@ -80,7 +80,7 @@ class Server:
         audit = AuditLog(db)
         self._operations = operations = OperationService(db, self._registry, durability, audit, executors)
         privacy = PrivacyService(ledger, executors)
-        training = TrainingService(ledger, durability, executors, config.max_batch_records)
+        training = TrainingService(ledger, durability, executors, config.max_batch_records, config.max_batch_tokens)
         sampling = SamplingService(executors)
         submitting = Submitting(self._registry, operations)
         endpoint = Endpoint(Authenticator(db, foundation.desk.pepper), executors)
@@ -106,17 +106,25 @@ class Server:
         """Clear what a crash left over, then accept calls."""
         await self._executors.io(self._sweep)
         await self._grpc.start()
+        self._watch = asyncio.create_task(self._stop_accepting_when_unhealthy())
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Drain: say so, let running operations end, close everything."""
         grace = self.config.drain_s if grace_s is None else grace_s
+        self._watch.cancel()
         await self._grpc.stop_accepting()
         self._operations.stopping.set()
         await self._registry.close(grace)
         await self._grpc.stop(min(grace, 1.0))
         await asyncio.to_thread(self._executors.close)
         await asyncio.to_thread(self._foundation.db.close)
-        self._lock.close()
+        for file in self._locks:
+            file.close()
+
+    async def _stop_accepting_when_unhealthy(self) -> None:
+        """Health checks send nobody to a server that can no longer write its audit log."""
+        await self._operations.unhealthy.wait()
+        await self._grpc.stop_accepting()
 
     def _sweep(self) -> None:
         """Delete ciphertexts no row points to: snapshots of steps that were never settled."""

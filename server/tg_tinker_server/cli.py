@@ -11,6 +11,7 @@ import click
 
 from tg_tinker.errors import TGTinkerError
 from tg_tinker_server.config import ServerConfig
+from tg_tinker_server.crypto.keys import create_key_file
 from tg_tinker_server.foundation import DEFAULT_ROLES, Foundation
 from tg_tinker_server.logs import configure_logging
 
@@ -83,6 +84,20 @@ def create(config_path: Path | None, data_dir: Path | None, tenant: str, roles: 
         foundation.db.close()
     click.echo(f"# tenant {tenant}, roles {', '.join(roles)}; shown once, keep it", err=True)
     click.echo(f"export TG_TINKER_API_KEY={text}")
+
+
+@keys.command("init")
+@config_option
+@data_dir_option
+def init(config_path: Path | None, data_dir: Path | None) -> None:
+    """Create the root key file that the configuration names. An existing one is never overwritten."""
+    with plain_errors():
+        uri = ServerConfig.load(config_path, data_dir=data_dir).resolved_root_key
+        scheme, _, path = uri.partition(":")
+        if scheme != "file":
+            raise click.ClickException(f"the root key is {scheme}:..., which is made where it is kept")
+        create_key_file(Path(path))
+    click.echo(f"created {path}; keep a copy: without it nothing this server stored can be read")
 
 
 @keys.command("list")

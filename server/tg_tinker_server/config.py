@@ -32,7 +32,7 @@ class ServerConfig(BaseModel):
         base_dtype: of frozen base weights; "auto" takes bfloat16 where the hardware is fast at it.
         max_queue: operations waiting per run before RATE_LIMITED.
         max_runs_per_tenant: active runs.
-        max_batch_records, max_request_bytes: limits of one request.
+        max_batch_records, max_batch_tokens, max_request_bytes: limits of one request; tokens with padding.
         micro_batch_tokens: padded tokens in memory at once during a backward pass.
         kept_results: results kept per run for ``get_future``.
         drain_s: seconds given to running work on SIGTERM.
@@ -56,6 +56,7 @@ class ServerConfig(BaseModel):
     max_queue: int = Field(256, ge=1)
     max_runs_per_tenant: int = Field(64, ge=1)
     max_batch_records: int = Field(4096, ge=1)
+    max_batch_tokens: int = Field(2**19, ge=1)
     max_request_bytes: int = Field(64 * 2**20, ge=2**16)
     micro_batch_tokens: int = Field(2048, ge=1)
     kept_results: int = Field(1000, ge=10)
@@ -102,7 +103,7 @@ class ServerConfig(BaseModel):
         if path is not None:
             try:
                 values.update(tomllib.loads(path.read_text()))
-            except (OSError, tomllib.TOMLDecodeError) as e:
+            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
                 raise InvalidRequestError(f"cannot read {path}: {e}", field="config", constraint="TOML") from e
         for name, text in environ.items():
             if name.startswith(ENVIRONMENT_PREFIX):

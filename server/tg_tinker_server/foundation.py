@@ -73,28 +73,39 @@ class Foundation:
     vault: Vault
     desk: KeyDesk
 
-    def lock(self, folder: Path) -> IO[bytes]:
-        """Take the folder for one server; held until the file is closed or the process ends.
+    def lock(self, config: ServerConfig) -> list[IO[bytes]]:
+        """Take database and artifacts for one server; held until the files are closed or the process ends.
 
         Raises:
-            InvalidRequestError: another server has it. A second one would sweep away what the first is writing.
+            InvalidRequestError: another server has one of them, and would sweep away what this one is writing.
         """
-        file = (folder / "server.lock").open("wb")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            file.close()
-            raise InvalidRequestError(
-                f"another server uses {folder.resolve()}; stop it, or choose another data_dir",
-                field="data_dir",
-                constraint="one server per folder",
-            ) from e
-        return file
+        artifacts = config.resolved_artifacts_dir.resolve()
+        database = Path(config.resolved_database_url.removeprefix("sqlite:///")).resolve()
+        held: list[IO[bytes]] = []
+        for path in (artifacts, database):
+            file = path.with_name(path.name + ".lock").open("ab")
+            held.append(file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                for taken in held:
+                    taken.close()
+                raise InvalidRequestError(
+                    f"another server uses {path}; stop it, or choose another data_dir",
+                    field="data_dir",
+                    constraint="one server per database and artifacts folder",
+                ) from e
+        return held
 
     @classmethod
     def open(cls, config: ServerConfig) -> Foundation:
         """Open the data folder, making it on first use."""
-        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as e:
+            raise InvalidRequestError(
+                f"cannot use {config.data_dir} as data folder: {e.strerror}", field="data_dir", constraint="a folder"
+            ) from e
         if not config.database_url:  # SQLite gives its side files the permissions of the first
             (config.data_dir / "tg-tinker.db").touch(mode=0o600)
         db = Database.open(config.resolved_database_url)

@@ -22,7 +22,7 @@ from tg_tinker.errors import (
 from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2
 from tg_tinker.types import BatchData, DPConfig, TrainingConfig
 from tg_tinker.wire.calls import Generate, Load, Pass, Position, Save, Step, call_to_proto
-from tg_tinker.wire.operations import cancel_future_request
+from tg_tinker.wire.operations import cancel_future_request, resume_request
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.artifacts.blobs import LocalBlobs
 from tg_tinker_server.artifacts.vault import Vault
@@ -270,3 +270,79 @@ def test_no_text_of_a_user_is_readable_in_the_data_folder(server: EmbeddedServer
     for path in files:
         assert b"canary" not in path.read_bytes(), path
         assert path.stat().st_mode & 0o077 == 0 or path.suffix == ".lock", path
+
+
+def test_what_has_no_effect_is_durable_as_soon_as_it_ends(tmp_path: Path) -> None:
+    folder = ServerConfig(port=0, backend="bigram", data_dir=tmp_path / "data", kept_results=10)
+    with EmbeddedServer(folder) as server:
+        key = server.mint_key("tenant-a")
+        client = RawClient(server.address, key)
+        run_id = client.create(CONFIG).run_id
+        texts = [client.call(run_id, seq, Generate(prompts=(f"p{seq}",))).result for seq in range(1, 31)]
+    with EmbeddedServer(folder) as server:
+        client = RawClient(server.address, key)
+        assert client.wait(run_id, 30).result == texts[-1]
+        assert client.wait(run_id, 1).status == "unknown"  # beyond the ten that are kept
+
+
+def test_positions_far_beyond_and_positions_passed_over_are_refused(client: RawClient) -> None:
+    run_id = client.create(CONFIG).run_id
+    for seq in (30_000_000, 2**64 - 1):
+        with pytest.raises(InvalidRequestError, match="far beyond"):
+            client.send(call_to_proto(batch(1), Position(run_id=run_id, seq=seq)))
+    client.send(resume_request(run_id, [2]))
+    with pytest.raises(ServerError, match="not run again"):
+        client.send(call_to_proto(batch(2), Position(run_id=run_id, seq=2)))
+    assert client.send(runs_pb2.GetTrainingClientRequest(run_id=run_id)).next_seq == 3
+
+
+def test_an_unload_that_cannot_be_written_leaves_a_working_run(
+    client: RawClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = client.create(CONFIG).run_id
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "write", broken(ServerError("disk full")))
+        with pytest.raises(ServerError):
+            client.send(runs_pb2.UnloadModelRequest(run_id=run_id))
+    assert client.call(run_id, 1, batch(1)).status == "completed"
+
+
+def test_looking_at_an_ended_run_loads_nothing(server: EmbeddedServer, client: RawClient) -> None:
+    run_id = client.create(CONFIG).run_id
+    client.send(runs_pb2.UnloadModelRequest(run_id=run_id))
+    assert client.send(runs_pb2.GetTrainingClientRequest(run_id=run_id)).status == "completed"
+    assert server._server is not None
+    assert not server._server._registry.in_memory("tenant-a", run_id)
+
+
+def test_a_request_id_stands_for_one_configuration(client: RawClient) -> None:
+    client.create(CONFIG, request_id="r")
+    with pytest.raises(InvalidRequestError, match="another configuration"):
+        client.create(CONFIG.model_copy(update={"seed": 2}), request_id="r")
+
+
+def test_a_long_message_does_not_turn_into_another_error(client: RawClient) -> None:
+    with pytest.raises(InvalidRequestError, match="model"):
+        client.create(CONFIG.model_copy(update={"model_ref": "ü" * 500}))
+
+
+def test_a_batch_of_too_many_tokens_is_refused_before_it_is_computed(tmp_path: Path) -> None:
+    folder = ServerConfig(port=0, backend="bigram", data_dir=tmp_path / "data", max_batch_tokens=100)
+    with EmbeddedServer(folder) as server:
+        client = RawClient(server.address, server.mint_key("tenant-a"))
+        run_id = client.create(CONFIG).run_id
+        refused = client.call(run_id, 1, batch(1, records=10, tokens=12))
+        assert "at most 100 tokens" in refused.error.constraint
+
+
+def test_two_folders_do_not_share_a_database_or_artifacts(tmp_path: Path) -> None:
+    first = ServerConfig(port=0, backend="bigram", data_dir=tmp_path / "a")
+    other = tmp_path / "b"
+    with EmbeddedServer(first):
+        for shared in (
+            {"artifacts_dir": first.resolved_artifacts_dir},
+            {"database_url": first.resolved_database_url, "root_key": first.resolved_root_key},
+        ):
+            config = ServerConfig(port=0, backend="bigram", data_dir=other, **shared)  # type: ignore[arg-type]
+            with pytest.raises(InvalidRequestError, match="another server uses"):
+                EmbeddedServer(config).start()

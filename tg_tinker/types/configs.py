@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+MANY = 10**9  # no count in a configuration is larger
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor")
 LR_SCHEDULERS = ("constant", "linear", "cosine", "cosine_with_restarts")
 
@@ -20,7 +21,7 @@ class LoRAConfig(_Config):
     """A low-rank adapter (Hu et al. 2021): W + (alpha / rank) B A on each target module."""
 
     rank: int = Field(16, ge=1, le=4096)
-    alpha: float = Field(32, gt=0)
+    alpha: float = Field(32, gt=0, allow_inf_nan=False)
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     target_modules: list[str] | Literal["all-linear"] = Field(default_factory=lambda: ["q_proj", "v_proj"])
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -49,9 +50,11 @@ class OptimizerConfig(_Config):
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=MANY)
     lr_scheduler: str = "constant"
-    lr_scheduler_kwargs: dict[str, float] = Field(default_factory=dict)
+    lr_scheduler_kwargs: dict[str, Annotated[float, Field(ge=0, le=MANY, allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
     max_grad_norm: float | None = Field(None, gt=0)
 
     @field_validator("name")
@@ -183,18 +186,18 @@ class TrainingConfig(_Config):
         model_kwargs: reserved; no server offers any yet, so it must be empty.
     """
 
-    model_ref: str = Field(min_length=1)
+    model_ref: str = Field(min_length=1, max_length=500)
     lora_config: LoRAConfig | None = None
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     dp_config: DPConfig | None = None
-    batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    batch_size: int = Field(8, ge=1, le=MANY)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=MANY)
     max_sequence_length: int = Field(2048, ge=2)
     mixed_precision: Literal["bf16", "fp32", "no"] = "bf16"
     loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["dynamic"] = 128.0
     gradient_checkpointing: bool = False
-    max_steps: int | None = Field(None, ge=1)
-    seed: int | None = None
+    max_steps: int | None = Field(None, ge=1, le=MANY)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     model_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=0)
     metadata: dict[str, Any] = Field(default_factory=dict)
 

@@ -47,7 +47,7 @@ class SamplingParams:
             ("stop_sequences", all(self.stop_sequences), "no empty stop sequence"),
             ("stop_sequences", len(self.stop_sequences) <= 64, "at most 64 stop sequences"),
             ("stop_sequences", sum(map(len, self.stop_sequences)) <= 10_000, "at most 10,000 characters together"),
-            ("repetition_penalty", 0 < self.repetition_penalty < _INF, "> 0 and finite"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
             ("presence_penalty", abs(self.presence_penalty) < _INF, "finite"),
             ("frequency_penalty", abs(self.frequency_penalty) < _INF, "finite"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),

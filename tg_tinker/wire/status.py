@@ -39,7 +39,7 @@ BROKEN = (
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.ABORTED,
 )
-_MAX_MESSAGE = 1_000  # characters; trailing metadata is limited to 8 KiB by default
+_MAX_MESSAGE = 1_000  # bytes; trailing metadata is limited to 8 KiB by default
 _MAX_DETAILS = 3_000
 
 # One row per class: its status, and the values its constructor takes.
@@ -87,7 +87,7 @@ def grpc_code(error: TGTinkerError) -> grpc.StatusCode:
 
 def error_to_status(error: TGTinkerError) -> status_pb2.Status:
     """The error as google.rpc.Status, with everything needed to make it again on the other side."""
-    message = error.message[:_MAX_MESSAGE]
+    message = error.message.encode()[:_MAX_MESSAGE].decode(errors="ignore")
     status = status_pb2.Status(code=grpc_code(error).value[0], message=message)
     info = error_details_pb2.ErrorInfo(reason=error.code, domain=DOMAIN)
     details = json.dumps(error.details, default=str)

@@ -68,7 +68,7 @@ class AdaptedBase:
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns about every second adapter
-            torch.manual_seed(seed)
+            torch.manual_seed(seed & 0xFFFF_FFFF_FFFF_FFFF)
             if self._peft is None:
                 self._peft = peft.get_peft_model(self.module, peft_config, adapter_name=name)
             else:

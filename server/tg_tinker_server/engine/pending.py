@@ -16,6 +16,8 @@ from tg_tinker_server.dp.clipping import clip_and_sum, norm_stats
 from tg_tinker_server.engine.backend import Contribution, StepRequest, StepResult
 from tg_tinker_server.engine.gradients import Floats, GradientContribution, ParamLayout
 
+MAX_MERGED_BYTES = 2 * 2**30
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Release:
@@ -75,6 +77,16 @@ class PendingBatch:
                     "records are taken for the same one: give ids if they are different",
                     field="privacy_unit_ids",
                     constraint="each unit in one forward_backward per optim_step",
+                )
+        if self.merges and contribution.grads_UP is not None:
+            size = 8 * self._layout.size * (len(self._merged) + len(contribution.units))
+            if size > MAX_MERGED_BYTES:
+                raise InvalidRequestError(
+                    f"merge_units keeps a gradient per unit until the step, here {size >> 20} MiB, over the "
+                    f"{MAX_MERGED_BYTES >> 20} MiB of this server; take smaller logical batches, or put all records "
+                    "of a unit in one call without merge_units",
+                    field="merge_units",
+                    constraint=f"at most {MAX_MERGED_BYTES >> 20} MiB of gradients",
                 )
         self.calls += 1
         self._records += contribution.num_records

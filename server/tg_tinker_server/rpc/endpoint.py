@@ -151,5 +151,7 @@ async def _abort(
     status = error_to_status(error)
     code = grpc_code(error)
     log.info("rpc", method=method.name, request_id=request_id, code=code.name, error=error.code)
-    await context.abort(code, error.message, trailing_metadata=((STATUS_KEY, status.SerializeToString()),))
+    # Both copies of the message travel in metadata, which peers limit to 8 KiB.
+    short = error.message.encode("ascii", "replace").decode()[:500]
+    await context.abort(code, short, trailing_metadata=((STATUS_KEY, status.SerializeToString()),))
     raise AssertionError("abort does not return")

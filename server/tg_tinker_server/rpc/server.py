@@ -72,7 +72,9 @@ class GrpcServer:
             )
         except RuntimeError as e:
             raise InvalidRequestError(
-                f"cannot listen on {address}: is another server running there? Choose another port",
+                f"cannot listen on {address}: is another server running there, or does the host not exist?"
+                + (" Or the TLS files are not PEM or do not belong together." if config.tls_cert else "")
+                + " Choose another port or mend that",
                 field="port",
                 constraint="free",
             ) from e

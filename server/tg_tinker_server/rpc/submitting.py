@@ -6,15 +6,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tg_tinker.errors import FutureCancelledError
+from tg_tinker.errors import FutureCancelledError, InvalidRequestError
 from tg_tinker.proto.v1 import training_pb2
 from tg_tinker.wire.calls import call_from_proto
 from tg_tinker.wire.operations import Submission, submission_to_proto
 from tg_tinker_server.rpc.endpoint import Call
 from tg_tinker_server.service.lanes import Operation
-from tg_tinker_server.service.operations import OperationService
+from tg_tinker_server.service.operations import LARGE_PAYLOAD, OperationService
 from tg_tinker_server.service.run import Run
 from tg_tinker_server.service.runs import RunRegistry
+
+MAX_UNIT_IDS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Submitting:
 
         async def turn(operation: Operation) -> Any:
             try:
-                return await work(run, operation, call_from_proto(request))
+                return await work(run, operation, await self._read(request))
             except FutureCancelledError:
                 raise  # left no effect
             except Exception as e:
@@ -52,6 +54,16 @@ class Submitting:
 
         operation = await self.operations.submit(run, request.key.seq, name, call.payload, turn, effect=effect)
         return self.answer(run, operation.future_id)
+
+    async def _read(self, request: Any) -> Any:
+        units = getattr(request, "privacy_unit_ids", ())
+        if len(units) > MAX_UNIT_IDS:
+            raise InvalidRequestError(
+                f"{len(units)} privacy_unit_ids", field="privacy_unit_ids", constraint=f"at most {MAX_UNIT_IDS}"
+            )
+        if request.ByteSize() < LARGE_PAYLOAD:
+            return call_from_proto(request)
+        return await self.operations.executors.io(call_from_proto, request)
 
     def answer(self, run: Run, future_id: str = "") -> training_pb2.Submitted:
         """Where the run stands, for the client's journal."""

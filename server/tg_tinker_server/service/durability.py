@@ -151,9 +151,11 @@ class Durability:
             if also is not None:
                 also(tx)
             run_rows.put_results(tx, [row])
+            run_rows.prune_results(tx, run.tenant, run.run_id, upto=operation.seq - self.kept_results)
 
         await self.executors.io(self.db.write, write)
         operation.stored = True
+        run.lane.forget(operation.seq)
 
     def operation_from_row(self, row: run_rows.ResultRow) -> Operation:
         """An ended operation as it was kept."""

@@ -152,6 +152,12 @@ class Lane:
                 f"the result of operation {operation.future_id} is no longer kept and it is not run again",
                 details={"aborted": True},
             )
+        if operation.seq > self.expected + 4 * self._max_queue + len(self._finished_elsewhere):
+            raise InvalidRequestError(
+                f"sequence number {operation.seq} is far beyond {self.expected}, the next one to run",
+                field="seq",
+                constraint="contiguous",
+            )
         if operation.status == PENDING:
             if self._closed:
                 raise InvalidRequestError(
@@ -174,7 +180,8 @@ class Lane:
 
     def skip(self, seqs: Iterable[int]) -> None:
         """Positions that ended before a restart and need not be executed again."""
-        found = {s for s in seqs if s >= self.expected and s not in self._operations}
+        limit = self.expected + MAX_SKIPPED
+        found = {s for s in seqs if self.expected <= s < limit and s not in self._operations}
         if len(found) + len(self._finished_elsewhere) > MAX_SKIPPED:
             raise InvalidRequestError(
                 f"more than {MAX_SKIPPED} finished operations; make a new training client",
@@ -203,9 +210,9 @@ class Lane:
         ended = ((s, o) for s, o in sorted(self._operations.items()) if o.status in ENDED and not o.stored)
         return [o for s, o in ended if s <= upto]
 
-    def forget(self, durable_seq: int) -> None:
-        """Drop the oldest stored results from memory."""
-        for seq in [s for s, o in self._operations.items() if s <= durable_seq - self._kept and o.stored]:
+    def forget(self, upto: int) -> None:
+        """Drop stored results that are older than the last ones kept."""
+        for seq in [s for s, o in self._operations.items() if s <= upto - self._kept and o.stored]:
             del self._operations[seq]
 
     async def close(self, error: TGTinkerError | None, *, grace_s: float = 0.0) -> None:

@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError, TGTinkerError
+from tg_tinker.errors import (
+    FutureCancelledError,
+    InvalidRequestError,
+    ResourceNotFoundError,
+    ServerError,
+    TGTinkerError,
+)
 from tg_tinker_server.ledger.audit import AuditLog, AuditRecord
 from tg_tinker_server.service.durability import Durability, now
 from tg_tinker_server.service.executors import Executors
@@ -21,6 +27,7 @@ from tg_tinker_server.store import run_rows
 from tg_tinker_server.store.database import Database
 
 MAX_WAIT_S = 60.0
+LARGE_PAYLOAD = 1 << 18  # bytes from which hashing leaves the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,7 @@ class OperationService:
     executors: Executors
     epoch: str = field(default_factory=lambda: secrets.token_hex(8))
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    unhealthy: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def submit(
         self,
@@ -54,7 +62,7 @@ class OperationService:
         self.refuse_when_stopping()
         if seq < 1:
             raise InvalidRequestError("sequence numbers start at 1", field="seq", constraint="contiguous from 1")
-        digest = run.mac("request", name.encode() + b"\x00" + payload)
+        digest = await self._digest(run, name, payload)
         operation = Operation(
             run.run_id,
             seq,
@@ -75,6 +83,12 @@ class OperationService:
                     )
                 return kept
         return run.lane.submit(operation)
+
+    async def _digest(self, run: Run, name: str, payload: bytes) -> bytes:
+        data = name.encode() + b"\x00" + payload
+        if len(payload) < LARGE_PAYLOAD:
+            return run.mac("request", data)
+        return await self.executors.io(run.mac, "request", data)
 
     async def resume(self, run: Run, finished: Sequence[int]) -> int:
         """After a restart: skip what ended for good; returns the next position to execute."""
@@ -107,7 +121,7 @@ class OperationService:
         Raises:
             ServerError: the server stops; ask the next one.
         """
-        if operation.ended.is_set() or wait_s <= 0:
+        if operation.ended.is_set() or not wait_s > 0:  # NaN waits for nothing
             return
         waits = [asyncio.ensure_future(e.wait()) for e in (operation.ended, self.stopping)]
         try:
@@ -129,11 +143,16 @@ class OperationService:
 
     def _noted(self, run: Run, work: Callable[[Operation], Awaitable[Any]]) -> Callable[[Operation], Awaitable[Any]]:
         async def noted(operation: Operation) -> Any:
-            self.db.check_healthy()  # an audit log that cannot be written stops the request
+            self._require_health()
             started = now()
             try:
                 result = await work(operation)
+                await self._keep(run, operation, result, None)
+            except FutureCancelledError as e:
+                self._note(run, operation, started, None, e.code)
+                raise
             except TGTinkerError as e:
+                await self._keep(run, operation, None, e)
                 self._note(run, operation, started, None, e.code)
                 raise
             except Exception:
@@ -143,6 +162,21 @@ class OperationService:
             return result
 
         return noted
+
+    async def _keep(self, run: Run, operation: Operation, result: Any, error: TGTinkerError | None) -> None:
+        """Make what had no effect on weights durable at once; the rest becomes so with its step."""
+        if operation.effect or operation.stored:
+            return
+        operation.commit()
+        await self.durability.keep_result(run, operation, result, error=error)
+
+    def _require_health(self) -> None:
+        """An audit log that cannot be written stops the request."""
+        try:
+            self.db.check_healthy()
+        except ServerError:
+            self.unhealthy.set()
+            raise
 
     def _note(self, run: Run, operation: Operation, started: datetime, result: Any, code: str) -> None:
         dp = getattr(result, "dp_metrics", None)

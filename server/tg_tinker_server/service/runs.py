@@ -73,6 +73,12 @@ class RunRegistry:
                 self.db.read, lambda tx: run_rows.find_run_by_request(tx, tenant, request_id)
             )
             if made is not None:
+                if await self.executors.io(self.config_of, made) != config_from_json(config_json):
+                    raise InvalidRequestError(
+                        "this request_id made a training client with another configuration",
+                        field="request_id",
+                        constraint="one configuration per request_id",
+                    )
                 return await self.get(tenant, made.run_id)
             return await self._create(tenant, request_id, config_from_json(config_json), checkpoint_id)
 

@@ -45,14 +45,16 @@ class TrainingService:
     durability: Durability
     executors: Executors
     max_batch_records: int
+    max_batch_tokens: int
 
     async def forward_backward(self, run: Run, operation: Operation, request: Pass) -> ForwardBackwardOutput:
         """Add one batch to the logical batch, or only evaluate it."""
+        run.require_intact()
         if request.train:
             run.require_active()
         batch = request.batch
         self._check(run, request)
-        digest = batch_digest(batch)
+        digest = await self.executors.io(batch_digest, batch)
         claimed = request.batch_hash or ""
         if claimed.startswith("sha256:") and claimed != "sha256:" + digest.hex():
             raise InvalidRequestError(
@@ -76,7 +78,6 @@ class TrainingService:
         engine_request = PassRequest.of_batch(
             request.batch, units=request.units, train=request.train, seed=run.dropout_seed()
         )
-        run.session.check(engine_request)
         return await self.executors.compute(run.session.forward_backward, engine_request)
 
     async def _accumulate(self, run: Run, operation: Operation, result: PassResult) -> None:
@@ -101,6 +102,13 @@ class TrainingService:
                 "several forward_backward calls, they add up",
                 field="batch.input_ids",
                 constraint=f"at most {self.max_batch_records} records",
+            )
+        if records * tokens > self.max_batch_tokens:
+            raise InvalidRequestError(
+                f"the batch has {records * tokens} tokens with padding, over the {self.max_batch_tokens} of one "
+                "call; split it into several forward_backward calls, they add up",
+                field="batch.input_ids",
+                constraint=f"at most {self.max_batch_tokens} tokens with padding",
             )
         if tokens > run.config.max_sequence_length:
             raise InvalidRequestError(
