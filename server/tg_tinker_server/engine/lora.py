@@ -55,7 +55,7 @@ class AdaptedBase:
             InvalidRequestError: a target or saved module does not exist, or cannot carry an adapter.
         """
         targets = self._resolve(config.target_modules)
-        self._check_saved(config.modules_to_save)
+        self._check_saved(config.modules_to_save, targets)
         self._count += 1
         name = f"adapter{self._count}"
         peft_config = peft.LoraConfig(
@@ -119,9 +119,18 @@ class AdaptedBase:
             resolved.extend(p for p in paths if p not in resolved)
         return resolved
 
-    def _check_saved(self, names: Sequence[str]) -> None:
+    def _check_saved(self, names: Sequence[str], targets: Sequence[str]) -> None:
         for name in names:
-            if not any(p == name or p.endswith("." + name) for p in self._modules):
+            paths = [p for p in self._modules if p == name or p.endswith("." + name)]
+            inside = [t for t in targets if any(t == p or t.startswith(p + ".") for p in paths)]
+            if inside:
+                raise InvalidRequestError(
+                    f"modules_to_save names {name!r}, which holds {len(inside)} module(s) that get an adapter; a module "
+                    "is either trained whole or through an adapter",
+                    field="lora_config.modules_to_save",
+                    constraint="apart from target_modules",
+                )
+            if not paths:
                 raise InvalidRequestError(
                     f"modules_to_save names {name!r}, which does not exist in {self.loaded.name}",
                     field="lora_config.modules_to_save",

@@ -87,6 +87,13 @@ def test_an_unknown_module_to_save_is_refused(fresh_bench):
     assert e.value.field == "lora_config.modules_to_save"
 
 
+@pytest.mark.parametrize("name", ["q_proj", "self_attn", "model"])
+def test_a_module_cannot_be_saved_whole_and_carry_an_adapter(fresh_bench, name):
+    with pytest.raises(InvalidRequestError) as e:
+        fresh_bench.open(lora={"target_modules": ["q_proj"], "modules_to_save": [name]})
+    assert e.value.field == "lora_config.modules_to_save"
+
+
 def test_closing_runs_leaves_the_base_as_it_was(fresh_bench, tools):
     keeper = fresh_bench.open()
     base = keeper._base
