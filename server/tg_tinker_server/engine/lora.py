@@ -125,8 +125,8 @@ class AdaptedBase:
             inside = [t for t in targets if any(t == p or t.startswith(p + ".") for p in paths)]
             if inside:
                 raise InvalidRequestError(
-                    f"modules_to_save names {name!r}, which holds {len(inside)} module(s) that get an adapter; a module "
-                    "is either trained whole or through an adapter",
+                    f"modules_to_save names {name!r}, which holds {len(inside)} module(s) that get an adapter; a "
+                    "module is either trained whole or through an adapter",
                     field="lora_config.modules_to_save",
                     constraint="apart from target_modules",
                 )
