@@ -14,6 +14,13 @@ import numpy.typing as npt
 
 from tg_tinker_server.dp.rng import NormalSource
 
+ROUNDING_ROOM = 1e-3
+"""Noise is larger than its multiplier says by this much, relatively: room for what float32 rounding couples.
+
+The shape of a micro-batch decides how its records are rounded, so removing one record can move the others' share
+of the clipped sum a little: measured 5.4e-5 of the bound at 64 equal records. This covers 18 times that.
+"""
+
 
 class GaussianMechanism:
     """Noise of one paid-for release; usable exactly once.
@@ -36,8 +43,8 @@ class GaussianMechanism:
 
     @property
     def stddev(self) -> float:
-        """Standard deviation of the noise on each coordinate, in gradient units."""
-        return self.noise_multiplier * self.max_grad_norm
+        """Standard deviation of the noise on each coordinate, in gradient units, with ``ROUNDING_ROOM``."""
+        return self.noise_multiplier * self.max_grad_norm * (1.0 + ROUNDING_ROOM)
 
     @property
     def used(self) -> bool:

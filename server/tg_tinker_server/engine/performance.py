@@ -13,7 +13,7 @@ class PerformanceConfig:
     Attributes:
         device: "cpu", "cuda" or "cuda:0".
         base_dtype: precision of frozen base models. "auto" takes bfloat16 where a run asks for it and the device
-            computes it natively fast (CUDA), else float32.
+            computes it natively fast (CUDA), else float32. Private runs have float32 whatever is set.
         micro_batch_tokens: most tokens, padding included, in one pass through the model.
         per_sample_bytes: most memory for the per-sample gradients of one micro-batch.
         generation_rows: most sequences generated at once.

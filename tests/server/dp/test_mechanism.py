@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tg_tinker_server.dp.mechanism import GaussianMechanism
+from tg_tinker_server.dp.mechanism import ROUNDING_ROOM, GaussianMechanism
 from tg_tinker_server.dp.rng import SecureNormal
 
 FALSE_ALARM = 1e-6
@@ -18,8 +18,9 @@ def test_noise_has_the_paid_for_scale_and_no_other(multiplier, bound):
     value = np.zeros(200_000)
     mechanism = GaussianMechanism(multiplier, bound, SecureNormal())
     mechanism.add_noise_([value])
-    assert mechanism.stddev == multiplier * bound
-    assert scale_is(value, multiplier * bound)
+    assert mechanism.stddev == pytest.approx(multiplier * bound * (1 + ROUNDING_ROOM), rel=1e-12)
+    assert multiplier * bound < mechanism.stddev < multiplier * bound * 1.01
+    assert scale_is(value, mechanism.stddev)
     for wrong in (0.5, 0.97, 1.03, 2.0):
         assert not scale_is(value, multiplier * bound * wrong)
 
