@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tg_tinker.wire.calls import Position, Step, call_to_proto
 from tg_tinker.wire.methods import method_of
 from tg_tinker.wire.operations import resume_request
 from tg_tinker_server.app import EmbeddedServer
+from tg_tinker_server.artifacts.vault import Vault
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.dp.rng import SecureNormal
 
@@ -118,3 +120,34 @@ def test_two_hundred_kills_inside_a_step_never_leave_a_release_uncharged(tmp_pat
     releases, charges, steps = kill_during_steps(tmp_path, kills=200)
     print(f"200 kills: {releases} releases, {charges} charges, {steps} steps")
     assert steps == releases <= charges <= releases + 200
+
+
+def test_the_charge_is_on_disk_before_noise_and_the_state_before_the_settlement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, list[str]]] = []
+
+    def kinds() -> list[str]:
+        with sqlite3.connect(tmp_path / "tg-tinker.db") as db:  # another connection sees what is committed only
+            return [kind for (kind,) in db.execute("select kind from ledger order by position")]
+
+    draw, seal = SecureNormal.normals, Vault.seal
+
+    def watched_draw(self: SecureNormal, count: int) -> Any:
+        seen.append(("noise", kinds()))
+        return draw(self, count)
+
+    def watched_seal(self: Vault, **values: Any) -> Any:
+        sealed = seal(self, **values)
+        seen.append(("state", kinds()))
+        return sealed
+
+    with EmbeddedServer(ServerConfig(port=0, backend="bigram", data_dir=tmp_path)) as server:
+        client = RawClient(server.address, server.mint_key())
+        run_id = client.create(CONFIG).run_id
+        client.call(run_id, 1, batch(1, records=2))
+        monkeypatch.setattr(SecureNormal, "normals", watched_draw)
+        monkeypatch.setattr(Vault, "seal", watched_seal)
+        assert client.call(run_id, 2, Step()).result.step == 1
+    assert seen == [("noise", ["open", "charge"]), ("state", ["open", "charge"])]
+    assert kinds() == ["open", "charge", "settle"]

@@ -227,6 +227,8 @@ def test_weights_of_unknown_privacy_do_not_enter_a_private_run(client: RawClient
     assert "initial_weights" in refused.alternative
     attested = client.create(private(dataset_id="e", initial_weights="public")).run_id
     assert client.call(attested, 1, Load(artifact_id=saved)).status == "completed"
+    laundered = client.call(attested, 2, Save()).result.artifact_id
+    assert isinstance(client.call(guarded, 2, Load(artifact_id=laundered)).error, DPUnsupportedError)
     report = client.send(privacy_pb2.GetPrivacyReportRequest(dataset_id="e")).report_json
     assert "attestation of the client" in report
 

@@ -15,6 +15,7 @@ from tg_tinker.types import TrainingConfig
 from tg_tinker_server.dp.clipping import clip_and_sum, norm_stats
 from tg_tinker_server.engine.backend import Contribution, StepRequest, StepResult
 from tg_tinker_server.engine.gradients import Floats, GradientContribution, ParamLayout
+from tg_tinker_server.engine.requests import UNNAMED
 
 MAX_MERGED_BYTES = 2 * 2**30
 
@@ -67,6 +68,7 @@ class PendingBatch:
         """
         if not isinstance(contribution, GradientContribution) or contribution.layout is not self._layout:
             raise ServerError("a contribution was handed to a session that did not compute it")
+        self._refuse_half_named(contribution.units)
         if self._dp is not None and not self.merges:
             twice = [unit for unit in contribution.units if unit in self._units]
             if twice:
@@ -99,6 +101,18 @@ class PendingBatch:
             return
         self._sum_P += contribution.sum_P
         self._norms.append(contribution.norms_U)
+
+    def _refuse_half_named(self, units: tuple[str, ...]) -> None:
+        """Whose a record is must be known for all of a logical batch or for none of it."""
+        if self._dp is None or not units or not self._units:
+            return
+        if units[0].startswith(UNNAMED) != next(iter(self._units)).startswith(UNNAMED):
+            raise InvalidRequestError(
+                "some calls of this logical batch name privacy units and others do not, so a unit could count twice; "
+                "give privacy_unit_ids in every call, or in none",
+                field="privacy_unit_ids",
+                constraint="in every call of a logical batch or in none",
+            )
 
     def release(self, request: StepRequest) -> Release:
         """Turn the batch into the gradient of one step. Does not clear it.

@@ -14,6 +14,8 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import IGNORE_INDEX, TrainingConfig
 from tg_tinker_server.engine.backend import Ints, PassRequest
 
+UNNAMED = "record "  # begins the name of a unit without an id; ids of clients are hexadecimal MACs
+
 
 def _refuse(message: str, field: str, constraint: str) -> InvalidRequestError:
     return InvalidRequestError(message, field=field, constraint=constraint)
@@ -98,12 +100,8 @@ def units_of(request: PassRequest) -> tuple[tuple[str, ...], Ints]:
 def _named_by_content(request: PassRequest) -> tuple[str, ...]:
     seen: Counter[str] = Counter()
     names = []
-    for ids_T, mask_T, labels_T in zip(
-        request.input_ids_BT, request.attention_mask_BT, request.labels_BT, strict=True
-    ):
-        used = int(np.flatnonzero((mask_T == 1) | (labels_T != IGNORE_INDEX)).max(initial=-1)) + 1
-        rows = np.stack([ids_T[:used] * mask_T[:used], mask_T[:used], labels_T[:used]]).astype("<i8")
-        content = hashlib.sha256(rows.tobytes()).hexdigest()
-        names.append(f"record {content} {seen[content]}")
+    for ids_T, mask_T in zip(request.input_ids_BT, request.attention_mask_BT, strict=True):
+        content = hashlib.sha256(ids_T[mask_T == 1].astype("<i8").tobytes()).hexdigest()  # wherever padding stands
+        names.append(f"{UNNAMED}{content} {seen[content]}")
         seen[content] += 1
     return tuple(names)

@@ -206,6 +206,7 @@ class CheckpointService:
             "entries": spent.entries,
             "epsilon": repr(spent.epsilon),
             "delta": repr(spent.delta),
+            "initial_weights": run.private.config.initial_weights,
         }
 
     def _check_provenance(self, run: Run, state: Mapping[str, Any]) -> None:
@@ -213,8 +214,10 @@ class CheckpointService:
         if run.private is None or run.private.config.initial_weights == "public":
             return
         ledger = state["ledger"]
-        if ledger is None or not math.isfinite(float(ledger["epsilon"])):
-            how = "without privacy" if ledger is None else "with an un-noised step"
+        attested = ledger is not None and ledger.get("initial_weights") == "public"
+        if ledger is None or attested or not math.isfinite(float(ledger["epsilon"])):
+            how = "without privacy" if ledger is None else "from weights without a ledger"
+            how = how if ledger is None or attested else "with an un-noised step"
             raise DPUnsupportedError(
                 f"this checkpoint was trained {how}, so what it reveals about its data is not in any budget",
                 feature="checkpoint",

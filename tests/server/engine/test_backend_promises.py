@@ -183,11 +183,18 @@ def test_equal_records_are_two_units_in_one_call_and_the_same_unit_in_two(bench,
     session = bench.open(dp=DP)
     tools.accumulate(session, BatchData(input_ids=[[5, 6, 7], [5, 6, 7], [8, 9, 3]]))
     assert len(session.pending_units) == 3
-    longer = BatchData(input_ids=[[8, 9, 3, 0, 0]], attention_mask=[[1, 1, 1, 0, 0]])
-    with pytest.raises(InvalidRequestError) as caught:
-        tools.accumulate(session, longer)
-    assert caught.value.field == "privacy_unit_ids"
+    again = [
+        BatchData(input_ids=[[8, 9, 3, 0, 0]], attention_mask=[[1, 1, 1, 0, 0]]),
+        BatchData(input_ids=[[0, 0, 8, 9, 3]], attention_mask=[[0, 0, 1, 1, 1]]),
+        BatchData(input_ids=[[8, 9, 3]], labels=[[-100, -100, 3]]),
+    ]
+    for same in again:
+        with pytest.raises(InvalidRequestError) as caught:
+            tools.accumulate(session, same)
+        assert caught.value.field == "privacy_unit_ids"
     assert len(session.pending_units) == 3
+    with pytest.raises(InvalidRequestError, match="in every call"):
+        tools.accumulate(session, BatchData(input_ids=[[4, 4, 4]]), units=("alice",))
 
 
 def test_several_records_of_one_unit_are_summed_and_clipped_once(bench, tools):
