@@ -103,6 +103,42 @@ class PassResult:
     contribution: Contribution | None
 
 
+class Pass(Protocol):
+    """One ``forward_backward`` under way, in slices small enough that other work gets its turn in between.
+
+    Between ``start`` and the last slice the session may generate, and nothing else that needs its weights to stay.
+    """
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to compute."""
+        ...
+
+    def advance(self, others: Sequence[Pass] = ()) -> list[Pass]:
+        """Compute one slice and, in the same run through the model, a slice of others that fit beside it.
+
+        Args:
+            others: unfinished passes of other sessions, in the order in which they should be taken along. Which of
+                them can be (same model in memory, room left) is decided here; the results are those of a pass alone,
+                up to float rounding, and a record that is not finite touches nobody else's.
+
+        Returns:
+            Those of ``others`` that moved.
+
+        Raises:
+            InvalidRequestError: this pass failed, as in ``Session.forward_backward``. All others are as before.
+        """
+        ...
+
+    def result(self) -> PassResult:
+        """What it computed, once it is finished.
+
+        Raises:
+            InvalidRequestError: without privacy, loss or gradient is not finite.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRequest:
     """One optimizer step.
@@ -212,8 +248,16 @@ class Session(Protocol):
         """Raise InvalidRequestError, with field and constraint, unless the batch fits. No model work."""
         ...
 
+    def start(self, request: PassRequest) -> Pass:
+        """Begin to compute losses and, in training, a contribution. No model work yet.
+
+        Raises:
+            InvalidRequestError: as ``check``.
+        """
+        ...
+
     def forward_backward(self, request: PassRequest) -> PassResult:
-        """Compute losses and, in training, a contribution. Changes neither weights nor what is pending.
+        """Start a pass and take it to its end. Changes neither weights nor what is pending.
 
         Raises:
             InvalidRequestError: as ``check``; without privacy also when loss or gradient is not finite.
@@ -300,6 +344,7 @@ __all__ = [
     "Contribution",
     "EngineState",
     "FinishReason",
+    "Pass",
     "PassRequest",
     "PassResult",
     "SamplingParams",

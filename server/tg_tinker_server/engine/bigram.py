@@ -22,6 +22,7 @@ from tg_tinker_server.dp.clipping import clip_and_sum
 from tg_tinker_server.engine import numpy_optimizers
 from tg_tinker_server.engine.backend import EngineState, PassRequest, PassResult
 from tg_tinker_server.engine.gradients import Floats, GradientContribution, ParamLayout
+from tg_tinker_server.engine.passes import WholePass
 from tg_tinker_server.engine.requests import units_of
 from tg_tinker_server.engine.session_core import SessionCore, derived_seed, ensure_finite, ensure_finite_pass
 from tg_tinker_server.engine.state import OPTIMIZER, WEIGHTS, checked_optimizer, checked_weights
@@ -86,10 +87,14 @@ class BigramSession(SessionCore):
         # Under privacy the masks of a record must not be computable by others: one more secret part of the seed.
         self._dropout_key = os.urandom(16).hex() if config.private else ""
 
-    def forward_backward(self, request: PassRequest) -> PassResult:
+    def start(self, request: PassRequest) -> WholePass:
         """See ``backend.Session``."""
         self._ensure_open()
         self.check(request)
+        return WholePass(lambda: self._compute(request))
+
+    def _compute(self, request: PassRequest) -> PassResult:
+        self._ensure_open()
         units, unit_of_B = units_of(request)
         drops_BT = self._dropout(request)
         labels_BT = request.labels_BT[:, 1:]

@@ -13,7 +13,9 @@ from tg_tinker.errors import DPUnsupportedError, InvalidRequestError, ServerErro
 from tg_tinker.types import TrainingConfig
 from tg_tinker_server.engine.backend import (
     Contribution,
+    Pass,
     PassRequest,
+    PassResult,
     SamplingParams,
     StepRequest,
     StepResult,
@@ -74,6 +76,17 @@ class SessionCore(ABC):
     def check(self, request: PassRequest) -> None:
         """See ``backend.Session``."""
         check_request(request, self._config, vocab_size=self.vocab_size, max_positions=self.max_positions)
+
+    @abstractmethod
+    def start(self, request: PassRequest) -> Pass:
+        """See ``backend.Session``."""
+
+    def forward_backward(self, request: PassRequest) -> PassResult:
+        """See ``backend.Session``."""
+        work = self.start(request)
+        while not work.finished:
+            work.advance()
+        return work.result()
 
     def accumulate(self, contribution: Contribution) -> None:
         """See ``backend.Session``."""

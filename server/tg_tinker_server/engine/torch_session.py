@@ -22,6 +22,7 @@ from tg_tinker_server.engine.gradients import Floats, GradientContribution, Para
 from tg_tinker_server.engine.lora import AdaptedBase, trainable_parameters
 from tg_tinker_server.engine.losses import RecordLosses, record_losses
 from tg_tinker_server.engine.microbatch import plan, used_lengths
+from tg_tinker_server.engine.passes import WholePass
 from tg_tinker_server.engine.per_sample import PerSampleGradients
 from tg_tinker_server.engine.performance import PerformanceConfig
 from tg_tinker_server.engine.probe import probe
@@ -93,10 +94,14 @@ class TorchSession(SessionCore):
             )
             self._optimizer = self._clipper
 
-    def forward_backward(self, request: PassRequest) -> PassResult:
+    def start(self, request: PassRequest) -> WholePass:
         """See ``backend.Session``."""
         self._ensure_open()
         self.check(request)
+        return WholePass(lambda: self._compute(request))
+
+    def _compute(self, request: PassRequest) -> PassResult:
+        self._ensure_open()
         units, unit_of_B = units_of(request)
         records = len(unit_of_B)
         means_B, sums_B, targets_B = (np.zeros(records) for _ in range(3))
