@@ -1,0 +1,1 @@
+"""What TG-Tinker costs, measured: `make bench`."""
