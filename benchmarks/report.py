@@ -105,13 +105,17 @@ def paired_ratios(samples: Mapping[str, Sequence[float]], base: str) -> dict[str
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, notes: str = "") -> None:
     """Print one table; the first column is text, all others are figures."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption=notes, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(str, row))
     # A pipe has no width of its own, and a wrapped figure cannot be read.
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console.print(title, style="bold", markup=False)
+    console.print(table)
+    if notes:
+        console.print(notes, markup=False)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
