@@ -4,6 +4,7 @@
 #   make test        the tests                                                    (make test ARGS="-k ledger")
 #   make test-slow   the statistical and kill tests, which take minutes
 #   make check       format, lint, types, import map, freshness of generated code
+#   make bench       step time and memory against peers, service overhead         (make bench ARGS=--quick)
 #   make docs        run every snippet of the documents, check every link
 #   make proto       generate the protobuf code again
 #   make serve       a server on this machine                                     (make serve ARGS="--help")
@@ -24,10 +25,10 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check docs proto serve clean
+.PHONY: help demo test test-slow check bench docs proto serve clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
 
 .venv/.installed-demo: $(INPUTS)
 	@$(SETUP) demo
@@ -58,6 +59,10 @@ check: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python proto/generate.py --check
+
+bench: .venv/.installed-dev
+	$(BIN)/python -m benchmarks.engine $(ARGS)
+	@test ! -f benchmarks/service.py || $(BIN)/python -m benchmarks.service $(ARGS)
 
 proto: .venv/.installed-dev
 	$(BIN)/python proto/generate.py
