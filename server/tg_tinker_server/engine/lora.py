@@ -1,27 +1,34 @@
 """Many low-rank adapters on one base model in memory, through PEFT.
 
-The base is wrapped in place; a session talks to the base model itself and switches its own adapter on first. Runs
-that train parts of the base (no adapter, biases, saved modules) get a copy of the base to themselves.
+PEFT makes the adapters; their linear layers compute by the fused rule (fused_lora.py), for whichever adapters the
+rows of a pass belong to. Runs that train parts of the base (no adapter, biases, saved modules) get a copy of the base
+to themselves.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import LoRAConfig
+from tg_tinker_server.engine.forward import CausalLM
+from tg_tinker_server.engine.fused_lora import Rows, can_fuse, fuse
+from tg_tinker_server.engine.grad_rows import GradRows
 from tg_tinker_server.engine.models import LoadedModel
 
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 _LINEAR = (nn.Linear, Conv1D)
+_ADAPTER = re.compile(r"\.(adapter\d+)(?:\.|$)")
 
 
 class AdaptedBase:
@@ -32,7 +39,13 @@ class AdaptedBase:
         self._peft: Any = None
         self._adapters: set[str] = set()
         self._count = 0
-        self._active: str | None = None
+        self._rows: Rows | None = None
+        self._fused: set[nn.Module] = set()
+        # Layers that only PEFT can compute: it has to be told which adapter is meant, one at a time.
+        self._unfused = False
+        self._switched: str | None = None
+        self._language_model: CausalLM | None = None
+        self._checkpointing = False
         # The table of modules as they were before anything was wrapped.
         self._modules = dict(loaded.module.named_modules())
         head = cast(Any, loaded.module).get_output_embeddings()
@@ -40,8 +53,33 @@ class AdaptedBase:
 
     @property
     def module(self) -> nn.Module:
-        """The model to call; ``activate`` first."""
+        """The model to call, inside ``computing``."""
         return self.loaded.module
+
+    def language_model(self) -> CausalLM:
+        """The model up to its losses. How to run it is tried out once, before anything is trained."""
+        if self._language_model is None:
+            self._language_model = CausalLM(self.module, vocab_size=self.loaded.vocab_size)
+        return self._language_model
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Whether layers compute their activations again in the backward pass instead of keeping them."""
+        model = cast(Any, self.module)
+        if on == self._checkpointing or not getattr(model, "supports_gradient_checkpointing", False):
+            return
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+        self._checkpointing = on
+
+    @contextmanager
+    def by_peft(self, adapter: str | None) -> Iterator[None]:
+        """Within it PEFT computes this adapter alone, without the fused rule: a second, independent answer."""
+        if adapter is not None:
+            self._switch(adapter)
+        with self.computing(None):
+            yield
 
     @property
     def adapters(self) -> int:
@@ -74,27 +112,69 @@ class AdaptedBase:
             else:
                 self._peft.add_adapter(name, peft_config)
         self._adapters.add(name)
-        self._active = None
+        self._fuse_layers()
+        self._switch(name)
         return name
 
-    def activate(self, name: str | None) -> None:
-        """Make the model compute with this adapter alone, and only its parameters require gradients."""
-        if name is not None and name != self._active:
-            self._peft.set_adapter(name)
-            self._active = name
+    def _switch(self, name: str) -> None:
+        """Tell PEFT which adapter is meant; all others stay trainable, which it does not want."""
+        if name == self._switched:
+            return
+        self._peft.set_adapter(name)
+        self._switched = name
+        for path, parameter in self.module.named_parameters():
+            if _ADAPTER.search(path):
+                parameter.requires_grad_(True)
+
+    def _fuse_layers(self) -> None:
+        for module in self.module.modules():
+            if isinstance(module, LoraLayer) and module not in self._fused:
+                if can_fuse(module):
+                    fuse(module, lambda: self._rows)
+                    self._fused.add(module)
+                else:
+                    self._unfused = True
+
+    @property
+    def shareable(self) -> bool:
+        """Whether rows of several adapters can go through the model together."""
+        return not self._unfused
+
+    @contextmanager
+    def computing(
+        self, *adapters: str | None, counts: tuple[int, ...] = (), grads: GradRows | None = None
+    ) -> Iterator[None]:
+        """Within it the model computes with these adapters, one for each block of ``counts`` rows.
+
+        Args:
+            adapters: names; ``None`` alone is a base without adapters.
+            counts: rows of each block; not needed for a single adapter.
+            grads: where the backward pass leaves per-sample gradients; ``None`` leaves gradients to autograd.
+        """
+        names = tuple(a for a in adapters if a is not None)
+        if self._unfused and names:
+            self._switch(names[0])
+        before = self._rows
+        self._rows = Rows(names, counts, grads) if names else None
+        try:
+            yield
+        finally:
+            self._rows = before
 
     def remove(self, name: str) -> None:
         """Take an adapter off; with the last one the base is as it was."""
         if name not in self._adapters:
             return
         self._adapters.remove(name)
-        self._active = None
+        self._switched = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft names the adapter it switches to
             self._peft.delete_adapter(name)
             if not self._adapters:
                 self._peft.unload()
                 self._peft = None
+                self._fused.clear()
+                self._unfused = False
 
     def _adaptable_names(self) -> list[str]:
         names = {path.rsplit(".", 1)[-1] for path, module in self._modules.items() if isinstance(module, _ADAPTABLE)}
@@ -139,14 +219,25 @@ class AdaptedBase:
 
 
 def trainable_parameters(module: nn.Module, adapter: str | None) -> dict[str, nn.Parameter]:
-    """Parameters that require gradients, under names that do not depend on the adapter's, sorted.
+    """Parameters that a run trains, under names that do not depend on the adapter's, sorted.
 
     For adapters the names are those of PEFT's own files.
     """
     found = {}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            if adapter is not None:
-                name = "base_model.model." + re.sub(rf"\.{adapter}(?=\.|$)", "", name)  # noqa: PLW2901
-            found[name] = parameter
+        other = _ADAPTER.search(name)
+        if not parameter.requires_grad or (other is not None and other[1] != adapter):
+            continue
+        if adapter is not None:
+            name = "base_model.model." + re.sub(rf"\.{adapter}(?=\.|$)", "", name)  # noqa: PLW2901
+        found[name] = parameter
     return dict(sorted(found.items()))
+
+
+def fused_parameters(module: nn.Module, adapter: str | None) -> frozenset[str]:
+    """Names, as above, of the parameters with the fused per-sample rule."""
+    if adapter is None:
+        return frozenset()
+    layers: list[Any] = [m for m in module.modules() if can_fuse(m)]
+    owned = {id(part[adapter].weight) for m in layers for part in (m.lora_A, m.lora_B) if adapter in part}
+    return frozenset(name for name, p in trainable_parameters(module, adapter).items() if id(p) in owned)

@@ -3,7 +3,7 @@
 The mean over a batch's tokens couples records: removing one changes the weight of all others. Here each record is
 averaged over its own targets, and records are summed.
 
-Shape suffixes: B records, T tokens, V vocabulary.
+Shape suffixes: B records, T tokens, V vocabulary, N targets.
 """
 
 from __future__ import annotations
@@ -17,6 +17,25 @@ from tg_tinker.types import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Targets:
+    """The positions that are predicted, row by row."""
+
+    row_N: torch.Tensor  # noqa: N815 - shape suffix; which record
+    position_N: torch.Tensor  # noqa: N815 - from which position of it: one before the label's
+    token_N: torch.Tensor  # noqa: N815 - what should follow
+
+    @classmethod
+    def of(cls, labels_BT: torch.Tensor) -> Targets:
+        """Every label that is not ignored; labels are shifted by one here, as in transformers."""
+        row_N, position_N = (labels_BT[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        return cls(row_N=row_N, position_N=position_N, token_N=labels_BT[row_N, position_N + 1])
+
+    def select(self, values_BTD: torch.Tensor) -> torch.Tensor:
+        """Values [B, T, D] at the predicting positions [N, D]."""
+        return values_BTD[self.row_N, self.position_N]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RecordLosses:
     """Next-token losses of each record, in nats, float32 [B]."""
 
@@ -24,14 +43,17 @@ class RecordLosses:
     sum_B: torch.Tensor  # noqa: N815
     targets_B: torch.Tensor  # noqa: N815
 
+    @classmethod
+    def of_tokens(cls, losses_N: torch.Tensor, targets: Targets, records: int) -> RecordLosses:
+        """Gather the losses of targets by record."""
+        zeros_B = losses_N.new_zeros(records)
+        sum_B = zeros_B.index_add(0, targets.row_N, losses_N)
+        targets_B = torch.bincount(targets.row_N, minlength=records)
+        return cls(mean_B=sum_B / targets_B.clamp(min=1), sum_B=sum_B, targets_B=targets_B)
+
 
 def record_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> RecordLosses:
-    """Cross-entropy of each record on its own targets; labels are shifted by one here, as in transformers."""
-    logits = logits_BTV[:, :-1].float()
-    labels = labels_BT[:, 1:]
-    losses_BT = functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="none"
-    ).view(labels.shape)
-    sum_B = losses_BT.sum(dim=1)
-    targets_B = (labels != IGNORE_INDEX).sum(dim=1)
-    return RecordLosses(mean_B=sum_B / targets_B.clamp(min=1), sum_B=sum_B, targets_B=targets_B)
+    """Cross-entropy of each record on its own targets, from all logits."""
+    targets = Targets.of(labels_BT)
+    losses_N = functional.cross_entropy(targets.select(logits_BTV).float(), targets.token_N, reduction="none")
+    return RecordLosses.of_tokens(losses_N, targets, len(labels_BT))

@@ -5,10 +5,37 @@ Shape suffixes: B records, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from tg_tinker.types import IGNORE_INDEX
 from tg_tinker_server.engine.backend import Ints, PassRequest
+
+MOST_PADDING = 1.5
+"""Joined rows may be this much larger, with padding, than each alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one run through the model may hold.
+
+    Attributes:
+        tokens: padding included.
+        records: rows.
+    """
+
+    tokens: int
+    records: int
+
+
+def joins(shapes: Sequence[tuple[int, int]], shape: tuple[int, int], limits: Limits) -> bool:
+    """Whether rows of one more shape (records, tokens) fit beside others, without much being spent on padding."""
+    every = [*shapes, shape]
+    records, width = sum(r for r, _ in every), max(w for _, w in every)
+    useful = sum(r * w for r, w in every)
+    return records <= limits.records and records * width <= min(limits.tokens, MOST_PADDING * useful)
 
 
 def used_lengths(request: PassRequest) -> Ints:

@@ -1,114 +1,126 @@
-"""Per-sample gradients of one run's own modules, by Opacus hooks.
+"""Per-sample gradients of one run's own parameters, behind Opacus's interface for ways to compute them.
 
-Only the modules that hold the run's trainable parameters carry hooks, so many runs can share one base model.
+Adapters have the fused rule (fused_lora.py), every other trained module one of Opacus's samplers (taps.py), and a
+parameter that neither reaches makes the run impossible. Only this run's modules are touched, so that many runs can
+share one base model.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
-from opacus.grad_sample import GradSampleHooks
+from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from torch import nn
 
 from tg_tinker.errors import DPUnsupportedError
-
-# Hooks see the gradients of a module's outputs, which is all that is needed of a first layer's frozen input.
-warnings.filterwarnings("ignore", message="Full backward hook is firing")
-
-
-def owning_modules(root: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[nn.Module]:
-    """Modules under ``root`` that hold one of the parameters directly."""
-    wanted = {id(p) for p in parameters.values()}
-    return [m for m in root.modules() if any(id(p) in wanted for p in m.parameters(recurse=False))]
+from tg_tinker_server.engine.grad_rows import Columns, GradRows
+from tg_tinker_server.engine.taps import ModuleTap
 
 
-class PerSampleGradients:
-    """Hooks on the modules of one run; ``take`` returns each parameter's gradient per record.
+class PerSampleGradients(AbstractGradSampleHooks):  # type: ignore[misc]
+    """Computes each trained parameter's gradient per record.
 
     Args:
         root: the model.
-        parameters: the run's trainable parameters by name; they must require gradients now.
+        parameters: the run's trained parameters by name, sorted.
+        columns: where each lies in the matrix.
+        fused: names of those with the fused rule.
 
     Raises:
-        DPUnsupportedError: a trainable module keeps buffers, which no per-sample rule covers.
+        DPUnsupportedError: a trained module keeps buffers, which no per-sample rule covers.
     """
 
-    def __init__(self, root: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        columns: Columns,
+        *,
+        fused: frozenset[str] = frozenset(),
+    ) -> None:
         self._parameters = dict(parameters)
-        self._modules = nn.ModuleList(owning_modules(root, parameters))
+        self._columns = columns
+        own = nn.ModuleList(_owning_modules(root, self._parameters))
+        super().__init__(own, batch_first=True, loss_reduction="sum")
+        self._now: GradRows | None = None
+        others = {id(p) for name, p in self._parameters.items() if name not in fused}
+        self._taps: list[ModuleTap] = []
         try:
-            self._hooks = GradSampleHooks(self._modules, batch_first=True, loss_reduction="sum", strict=True)
-        except NotImplementedError as e:
-            raise DPUnsupportedError(
-                f"a trainable module keeps statistics over samples, which has no per-sample gradient: {e}",
-                feature="model",
-                reason="trainable modules with buffers mix samples",
-                alternative="GroupNorm in place of BatchNorm; train an adapter instead of the base",
-            ) from e
-        self.reset()
+            for module in own:
+                if any(id(p) in others for p in module.parameters(recurse=False)):
+                    _refuse_buffers(module)
+                    self._taps.append(ModuleTap(module, lambda: self._now))
+        except BaseException:
+            self.cleanup()
+            raise
 
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The modules that carry hooks."""
-        return list(self._modules)
+    @contextmanager
+    def recording(self, records: int) -> Iterator[GradRows]:
+        """Within it, backward passes leave their per-sample gradients in the result.
 
-    def take(self, records: int) -> dict[str, torch.Tensor]:
-        """Per-sample gradients [records, ...] of the backward pass just done, and forget them.
+        At its end each parameter has its own as Opacus's ``grad_sample``, until ``reset``.
 
         Raises:
             DPUnsupportedError: a parameter has none, or its leading dimension is not the records: clipping it would
                 clip something else than a record, and epsilon would be untrue.
         """
-        grads: dict[str, torch.Tensor] = {}
-        missing, misshapen = [], []
-        for name, parameter in self._parameters.items():
-            grad = getattr(parameter, "grad_sample", None)
-            if not isinstance(grad, torch.Tensor):
-                missing.append(name)
-            elif grad.shape != (records, *parameter.shape):
-                misshapen.append(name)
-            else:
-                grads[name] = grad
-        self.reset()
-        if missing:
-            raise _no_rule(missing, "have no per-sample gradient")
-        if misshapen:
-            raise _no_rule(misshapen, "give per-sample gradients that are not one per record")
-        return grads
+        self._now = grads = GradRows(self._columns, records, next(iter(self._parameters.values())).device)
+        try:
+            yield grads
+        finally:
+            self._now = None
+        check_complete(grads)
+        for parameter in self._parameters.values():
+            parameter.grad_sample = self._columns.by_parameter[id(parameter)].of(grads.matrix_NW)  # type: ignore[attr-defined]
 
     def reset(self) -> None:
-        """Drop gradients and activations, also those of a pass that failed half-way."""
+        """Drop gradients, also those of a pass that failed half-way."""
         for parameter in self._parameters.values():
             parameter.grad = None
             parameter.grad_sample = None  # type: ignore[attr-defined]
-            parameter._forward_counter = 0  # type: ignore[attr-defined]
-            if hasattr(parameter, "_current_grad_sample"):
-                del parameter._current_grad_sample
-        for module in self._modules:
-            for leftover in ("activations", "max_batch_len"):
-                if hasattr(module, leftover):
-                    delattr(module, leftover)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it, passes through the model are ordinary ones."""
-        self._hooks.disable_hooks()
-        try:
-            yield
-        finally:
-            self._hooks.enable_hooks()
+    def remove_hooks(self) -> None:
+        """Take the taps off; part of Opacus's ``cleanup``, which also clears its attributes."""
+        for tap in self._taps:
+            tap.remove()
+        self._taps = []
 
     def close(self) -> None:
-        """Take the hooks off and leave no trace on modules and parameters."""
-        self.reset()
-        self._hooks.cleanup()
+        """Leave no trace on modules and parameters."""
+        self.cleanup()
         for parameter in self._parameters.values():
-            for attribute in ("grad_sample", "_forward_counter", "summed_grad"):
-                if hasattr(parameter, attribute):
-                    delattr(parameter, attribute)
+            parameter.grad = None
+
+
+def columns_of(parameters: Mapping[str, nn.Parameter], fused: frozenset[str]) -> Columns:
+    """The columns of a run's parameters. The fused rule makes the second matrix of an adapter (B) transposed."""
+    return Columns(parameters, frozenset(name for name in fused if ".lora_B." in name))
+
+
+def check_complete(grads: GradRows) -> None:
+    """Raise DPUnsupportedError unless every parameter has one gradient per record."""
+    if grads.misshapen:
+        raise _no_rule(sorted(grads.misshapen), "give per-sample gradients that are not one per record")
+    missing = grads.missing()
+    if missing:
+        raise _no_rule(missing, "have no per-sample gradient")
+
+
+def _owning_modules(root: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[nn.Module]:
+    """Modules under ``root`` that hold one of the parameters directly."""
+    wanted = {id(p) for p in parameters.values()}
+    return [m for m in root.modules() if any(id(p) in wanted for p in m.parameters(recurse=False))]
+
+
+def _refuse_buffers(module: nn.Module) -> None:
+    if next(iter(module.buffers()), None) is not None:
+        raise DPUnsupportedError(
+            f"a trained {type(module).__name__} keeps statistics over samples, which has no per-sample gradient",
+            feature="model",
+            reason="trained modules with buffers mix samples",
+            alternative="GroupNorm in place of BatchNorm; train an adapter instead of the base",
+        )
 
 
 def _no_rule(names: list[str], problem: str) -> DPUnsupportedError:

@@ -8,12 +8,14 @@ Shape suffixes: B records, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from tg_tinker.errors import DPUnsupportedError
+from tg_tinker_server.engine.forward import CausalLM
+from tg_tinker_server.engine.lora import AdaptedBase
 from tg_tinker_server.engine.losses import record_losses
 from tg_tinker_server.engine.per_sample import PerSampleGradients
 
@@ -34,10 +36,11 @@ def refuse_batch_norm(model: nn.Module) -> None:
 
 
 def probe(
-    model: nn.Module,
+    base: AdaptedBase,
+    adapter: str | None,
     parameters: Mapping[str, nn.Parameter],
     gradients: PerSampleGradients,
-    forward: Callable[[torch.Tensor], torch.Tensor],
+    lm: CausalLM,
     *,
     vocab_size: int,
 ) -> None:
@@ -47,12 +50,14 @@ def probe(
     the first) and put back; buffers and the global generator too.
 
     Args:
-        model: on which the run's adapter is active.
-        parameters: the run's trainable parameters.
-        gradients: hooks on them.
-        forward: token ids [B, T] to logits.
+        base: the model.
+        adapter: the run's, or ``None``.
+        parameters: the run's trained parameters.
+        gradients: how their per-sample gradients are computed.
+        lm: how its losses are computed.
         vocab_size: ids to try.
     """
+    model = base.module
     refuse_batch_norm(model)
     saved = {name: p.detach().clone() for name, p in parameters.items()}
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
@@ -65,8 +70,9 @@ def probe(
                 for p in parameters.values():
                     p.add_(torch.randn(p.shape).to(p), alpha=0.02)
             half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-            _check_no_mixing(model, forward, ids_BT, tolerance=2e-2 if half else 1e-4)
-            _check_gradients(model, parameters, gradients, forward, ids_BT, tolerance=0.1 if half else 1e-3)
+            with base.computing(adapter):
+                _check_no_mixing(model, lm, ids_BT, tolerance=2e-2 if half else 1e-4)
+            _check_gradients(base, adapter, parameters, gradients, lm, ids_BT, tolerance=0.1 if half else 1e-3)
         finally:
             gradients.reset()
             with torch.no_grad():
@@ -77,16 +83,14 @@ def probe(
             model.eval()
 
 
-def _check_no_mixing(
-    model: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], ids_BT: torch.Tensor, *, tolerance: float
-) -> None:
+def _check_no_mixing(model: nn.Module, lm: CausalLM, ids_BT: torch.Tensor, *, tolerance: float) -> None:
     """Change one record; every other record's loss must stay."""
     model.train()  # as in training; the same generator state gives the same dropout
 
     def losses(ids: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)
         with torch.no_grad():
-            return record_losses(forward(ids), ids).mean_B
+            return lm.losses(ids, None, ids).mean_B
 
     others = losses(ids_BT[:_RECORDS])[1:]
     changed = torch.cat([ids_BT[_RECORDS:], ids_BT[1:_RECORDS]])
@@ -103,27 +107,27 @@ def _check_no_mixing(
 
 
 def _check_gradients(
-    model: nn.Module,
+    base: AdaptedBase,
+    adapter: str | None,
     parameters: Mapping[str, nn.Parameter],
     gradients: PerSampleGradients,
-    forward: Callable[[torch.Tensor], torch.Tensor],
+    lm: CausalLM,
     ids_BT: torch.Tensor,
     *,
     tolerance: float,
 ) -> None:
-    """Compare every record's gradient with that of a batch of one, without dropout."""
+    """Compare every record's gradient with that of a batch of one, computed by PEFT and autograd, without dropout."""
     ids_BT = ids_BT[:_RECORDS]
-    model.eval()
-    for module in gradients.modules:
-        module.training = True  # Opacus listens only there; the modules themselves hold no dropout
-    gradients.reset()
-    record_losses(forward(ids_BT), ids_BT).mean_B.sum().backward()  # type: ignore[no-untyped-call]
-    together = gradients.take(_RECORDS)
-    model.eval()
+    base.module.eval()
+    with gradients.recording(_RECORDS) as rows, base.computing(adapter, grads=rows):
+        total = lm.losses(ids_BT, None, ids_BT).mean_B.sum()
+        if total.requires_grad:
+            total.backward()  # type: ignore[no-untyped-call]
+    together = {name: rows.columns.by_parameter[id(p)].of(rows.matrix_NW) for name, p in parameters.items()}
     wrong: set[str] = set()
     for i in range(_RECORDS):
-        loss = record_losses(forward(ids_BT[i : i + 1]), ids_BT[i : i + 1]).mean_B.sum()
-        with gradients.paused():
+        with base.by_peft(adapter):
+            loss = record_losses(lm.logits(ids_BT[i : i + 1]), ids_BT[i : i + 1]).mean_B.sum()
             alone = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         total = torch.stack([g.float().norm() for g in alone if g is not None]).norm()
         for name, g in zip(parameters, alone, strict=True):

@@ -69,7 +69,7 @@ def test_the_cache_changes_nothing(torch_bench):
     context = list(PROMPTS[1])
     for token in tokens:
         with session._inference():
-            logits = session._logits(torch.tensor([context]))
+            logits = session.lm.logits(torch.tensor([context]))
         assert int(logits[0, -1].argmax()) == token
         context.append(token)
 

@@ -14,8 +14,8 @@ class ModuleCrash(RuntimeError):
 
 
 def crash_in(session, when, *, on_call=1):
-    """Make this session's own module fail in the forward or the backward pass of its nth micro-batch."""
-    module = next(m for n, m in session._base.module.named_modules() if n.endswith(f"lora_B.{session._adapter}"))
+    """Make a module with this session's adapter fail in the forward or backward pass of its nth micro-batch."""
+    module = next(m for m in session.base.module.modules() if session.adapter in getattr(m, "lora_B", ()))
 
     calls = []
 
@@ -31,7 +31,7 @@ def crash_in(session, when, *, on_call=1):
 
 def poison_weights(session, tools):
     with torch.no_grad():
-        for parameter in session._parameters.values():
+        for parameter in session.parameters.values():
             parameter.fill_(float("nan"))
 
 
@@ -192,7 +192,7 @@ def test_the_loss_equals_transformers_own_on_equal_lengths(fresh_bench, tools):
     found = tools.run_pass(session, batch).loss
     assert tools.weights_of(session) == before
     with session._inference():
-        expected = session._base.module(
+        expected = session.base.module(
             input_ids=torch.from_numpy(batch.input_ids),
             attention_mask=torch.from_numpy(batch.attention_mask),
             labels=torch.from_numpy(batch.labels),

@@ -14,12 +14,12 @@ def named_shapes(module):
 
 def test_several_adapters_share_one_base_in_memory(fresh_bench):
     first = fresh_bench.open()
-    storage = {p.data_ptr() for p in first._base.module.parameters()}
+    storage = {p.data_ptr() for p in first.base.module.parameters()}
     private = fresh_bench.open(dp={}, lora={"rank": 2, "target_modules": "all-linear"})
     third = fresh_bench.open(lora={"target_modules": ["o_proj"]})
-    parameters = list(third._base.module.parameters())
-    assert first._base is private._base is third._base
-    assert storage <= {p.data_ptr() for p in third._base.module.parameters()}
+    parameters = list(third.base.module.parameters())
+    assert first.base is private.base is third.base
+    assert storage <= {p.data_ptr() for p in third.base.module.parameters()}
     adapters = sum(s.trainable_parameters for s in (first, private, third))
     size = next(m.parameters for m in fresh_bench.backend.models() if m.name == "tiny")
     assert sum(p.numel() for p in parameters) == size + adapters
@@ -31,7 +31,7 @@ def test_several_adapters_share_one_base_in_memory(fresh_bench):
 def test_a_run_that_trains_the_base_has_one_to_itself(fresh_bench, tools, settings):
     shared = fresh_bench.open()
     own = fresh_bench.open(**settings, randomise=False)
-    assert own._base is not shared._base
+    assert own.base is not shared.base
     loss = tools.run_pass(shared, tools.batch(), train=False).loss
     tools.accumulate(own, tools.batch())
     tools.step(own, 0.1)
@@ -96,7 +96,7 @@ def test_a_module_cannot_be_saved_whole_and_carry_an_adapter(fresh_bench, name):
 
 def test_closing_runs_leaves_the_base_as_it_was(fresh_bench, tools):
     keeper = fresh_bench.open()
-    base = keeper._base
+    base = keeper.base
     before = named_shapes(base.module)
     for dp in ({}, None, {"merge_units": True}):
         session = fresh_bench.open(dp=dp, lora={"target_modules": "all-linear", "dropout": 0.1})
@@ -138,8 +138,9 @@ def test_runs_that_come_and_go_leave_no_tensors_behind(fresh_bench, tools):
 def test_per_sample_memory_does_not_outlive_a_pass(fresh_bench, tools):
     session = fresh_bench.open(dp={})
     result = tools.run_pass(session, tools.batch(6))
-    for parameter in session._parameters.values():
+    for parameter in session.parameters.values():
         assert parameter.grad is None
         assert parameter.grad_sample is None
-    assert not any(hasattr(m, "activations") for m in session._per_sample.modules)
+    alive = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.shape == (6, session._columns.width)]
+    assert alive == []
     assert result.contribution.grads_UP is None

@@ -206,7 +206,7 @@ def test_a_trial_leaves_weights_buffers_generator_and_mode_as_they_were(tools):
     plain = open_toy(OverFeatures(nn.GroupNorm(2, WIDTH)), tools, dp=False)
     assert torch.equal(torch.get_rng_state(), generator)
     assert tools.weights_of(private) == tools.weights_of(plain)
-    assert not private._base.module.training
+    assert not private.base.module.training
 
 
 def test_a_refusal_takes_the_adapter_and_its_hooks_off_again(fresh_bench, tools):

@@ -1,0 +1,77 @@
+"""The last layer and the cross-entropy in one function that never holds logits of more than a few tokens.
+
+    loss_n = logsumexp(W h_n) - W[t_n] . h_n          h [N, D], W [V, D] frozen, t [N] targets
+
+The gradient needed afterwards, d loss_n / d h_n = softmax(W h_n) W - W[t_n], is N x D and is computed while the
+logits of a chunk are at hand; the logits themselves, N x V, are gone with the chunk. Source: Wijmans et al. 2024
+(cut cross-entropy); Hsu et al. 2024 (Liger kernels) for the gradient in the forward pass.
+
+Shape suffixes: N targets, D hidden size, V vocabulary, C targets of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 16 * 2**20
+"""Most memory for the logits of a chunk."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        chunk: int,
+    ) -> torch.Tensor:
+        losses_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
+        wanted = ctx.needs_input_grad[0]
+        dh_ND = torch.empty_like(h_ND) if wanted else None
+        for start in range(0, len(h_ND), chunk):
+            part = slice(start, start + chunk)
+            logits_CV = torch.nn.functional.linear(h_ND[part], weight_VD, bias_V).float()
+            targets_C = targets_N[part]
+            target_C1 = logits_CV.gather(1, targets_C[:, None])
+            top_C1 = logits_CV.amax(dim=1, keepdim=True)
+            exp_CV = logits_CV.sub_(top_C1).exp_()
+            sum_C1 = exp_CV.sum(dim=1, keepdim=True)
+            losses_N[part] = (top_C1 + sum_C1.log() - target_C1).squeeze(1)
+            if dh_ND is not None:
+                if exp_CV.dtype != h_ND.dtype:
+                    exp_CV = (exp_CV / sum_C1).to(h_ND.dtype)
+                    dh_ND[part] = exp_CV @ weight_VD
+                else:
+                    torch.mm(exp_CV, weight_VD, out=dh_ND[part])
+                    dh_ND[part] /= sum_C1
+                dh_ND[part] -= weight_VD[targets_C]
+        ctx.save_for_backward(dh_ND)
+        return losses_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (dh_ND,) = ctx.saved_tensors
+        dh_ND *= g_N.to(dh_ND.dtype)[:, None]  # nobody else reads it: a graph is walked once
+        return dh_ND, None, None, None, None
+
+
+def chunked_cross_entropy(
+    h_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor
+) -> torch.Tensor:
+    """Negative log-probability of each target in nats, float32 [N]; differentiable in ``h_ND`` once.
+
+    Args:
+        h_ND: hidden states in front of the last layer.
+        weight_VD: its frozen weight, of the same dtype.
+        bias_V: its frozen bias.
+        targets_N: token ids, all valid.
+    """
+    chunk = max(16, CHUNK_BYTES // (4 * len(weight_VD)))
+    losses_N: torch.Tensor = cast(Any, _ChunkedCrossEntropy).apply(h_ND, weight_VD, bias_V, targets_N, chunk)
+    return losses_N

@@ -1,0 +1,169 @@
+"""A linear layer with a low-rank adapter as one autograd function, and what its backward pass leaves out.
+
+    y = x W^T + b + s (x A^T) B^T          x [N, T, i], A [r, i], B [o, r], W [o, i] frozen
+
+With g = dL/dy the backward pass computes dx = g W + s (g B) A, and per record n
+
+    dL_n/dA = s (g_n B)^T x_n   [r, i]        (dL_n/dB)^T = s (x_n A^T)^T g_n   [r, o]
+
+from products that a non-private step needs as well, only batched over records. No gradient of W, and under privacy
+no sum over records, is ever formed. Derivation and sources: docs/how-dp-lora-works.md.
+
+The rows of one pass may belong to several adapters: A and B are then [N, r, i] and [N, o, r], one per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from tg_tinker_server.engine.grad_rows import GradRows
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Whose the rows of the pass under way are, and where its per-sample gradients go.
+
+    Attributes:
+        adapters: names, one for each block of consecutive rows.
+        counts: rows of each block; not needed for a single adapter.
+        grads: where per-sample gradients are written; ``None`` leaves gradients to autograd.
+    """
+
+    adapters: tuple[str, ...]
+    counts: tuple[int, ...] = ()
+    grads: GradRows | None = None
+
+
+class _FusedLoRA(torch.autograd.Function):
+    """See the module. Without ``grads`` the gradients of A and B are summed over records and returned."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        anchor: torch.Tensor | None,  # makes the output require gradients where A and B are copies  # noqa: ARG004
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        scale: float | torch.Tensor,
+        grads: GradRows | None,
+        owners: tuple[nn.Parameter, nn.Parameter],
+    ) -> torch.Tensor:
+        rows = x if A.dim() == 3 else x.reshape(-1, x.shape[-1])
+        low = rows @ A.to(x.dtype).mT
+        low *= scale
+        if weight is None:
+            y = low @ B.to(x.dtype).mT
+        else:
+            y = functional.linear(rows, weight, bias)
+            _add_product(y, low, B.to(x.dtype).mT)
+        ctx.save_for_backward(x, low, A, B, weight)
+        ctx.scale, ctx.grads, ctx.owners = scale, grads, owners
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, low, A, B, weight = ctx.saved_tensors
+        g_rows = g if A.dim() == 3 else g.reshape(-1, g.shape[-1])
+        g_low = g_rows @ B.to(g.dtype)
+        g_low *= ctx.scale
+        dx = None
+        if ctx.needs_input_grad[0]:
+            if weight is None:
+                dx = g_low @ A.to(g.dtype)
+            else:
+                dx = g_rows @ weight
+                _add_product(dx, g_low, A.to(g.dtype))
+            dx = dx.view(x.shape)
+        dA = dB = None
+        if ctx.grads is None:
+            rows = x.reshape(-1, x.shape[-1])
+            dA = g_low.float().mT @ rows.float() if ctx.needs_input_grad[1] else None
+            dB = (low.float().mT @ g_rows.float()).mT if ctx.needs_input_grad[2] else None
+        else:
+            # Inputs that were flattened lack the records' dimension: they are refused there, by shape.
+            n = x.shape[0]
+            per_record = (n, -1, g_low.shape[-1])
+            owner_A, owner_B = ctx.owners
+            ctx.grads.add_product(owner_A, g_low.view(per_record).mT.float(), x.reshape(n, -1, x.shape[-1]).float())
+            ctx.grads.add_product(owner_B, low.view(per_record).mT.float(), g.reshape(n, -1, g.shape[-1]).float())
+        return dx, dA, dB, None, None, None, None, None, None
+
+
+def _add_product(y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """y += left @ right, in place."""
+    if y.dim() == 3:
+        y.baddbmm_(left, right)
+    else:
+        y.addmm_(left, right)
+
+
+def can_fuse(layer: nn.Module) -> bool:
+    """Whether a PEFT layer is plain LoRA over something with a linear's two parameters, so that we know its rule."""
+    return isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
+
+
+def fuse(layer: Any, current: Callable[[], Rows | None]) -> None:
+    """Replace the forward of one PEFT layer by the fused one, for the rows that ``current`` names."""
+    unfused = layer.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows = current()
+        if rows is not None and rows.adapters[0] not in layer.lora_A:
+            return cast(torch.Tensor, layer.base_layer(x))
+        if rows is None or rows.adapters[0] in layer.lora_variant:  # a variant has no rule of ours, and none under DP
+            return cast(torch.Tensor, unfused(x, *args, **kwargs))
+        return _forward(layer, x, rows)
+
+    layer.forward = forward
+
+
+def _forward(layer: Any, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    first = rows.adapters[0]
+    owners = (layer.lora_A[first].weight, layer.lora_B[first].weight)
+    dropout = layer.lora_dropout[first]
+    weight, bias = _frozen(layer.base_layer)
+    base_output = None
+    low_input = x
+    if weight is None or (isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training):
+        base_output = layer.base_layer(x)
+        low_input, weight, bias = dropout(x), None, None
+    scale: float | torch.Tensor = layer.scaling[first]
+    A, B, anchor = *owners, None
+    if rows.grads is not None:
+        A, B, anchor = A.detach(), B.detach(), owners[0]
+    if len(rows.adapters) > 1:
+        A, B, scale = _per_row(layer, rows)
+    y: torch.Tensor = cast(Any, _FusedLoRA).apply(low_input, A, B, anchor, weight, bias, scale, rows.grads, owners)
+    return y if base_output is None else base_output + y
+
+
+def _per_row(layer: Any, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A [N, r, i], B [N, o, r] and scale [N, 1, 1] of each row's own adapter."""
+    with torch.no_grad():
+        A = torch.stack([layer.lora_A[name].weight for name in rows.adapters])
+        B = torch.stack([layer.lora_B[name].weight for name in rows.adapters])
+        scales = torch.tensor([layer.scaling[name] for name in rows.adapters], device=A.device, dtype=A.dtype)
+        counts = torch.tensor(rows.counts, device=A.device)
+        index = torch.repeat_interleave(torch.arange(len(rows.counts), device=A.device), counts)
+        return A[index], B[index], scales[index].view(-1, 1, 1)
+
+
+def _frozen(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight [o, i] and bias of a base layer that the fused product may read, or nothing if it is more than that."""
+    if type(base) not in (nn.Linear, Conv1D) or any(p.requires_grad for p in base.parameters()):
+        return None, None
+    weight: Any = base.weight
+    bias: Any = base.bias
+    return (weight.t() if isinstance(base, Conv1D) else weight), bias

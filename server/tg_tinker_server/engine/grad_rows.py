@@ -1,0 +1,128 @@
+"""Per-sample gradients of one backward pass: a matrix with one row per record and a column per trained number.
+
+One contiguous matrix makes the norms of all records one reduction, and the clipped sum one matrix-vector product.
+
+Shape suffixes: N records, P parameters, W columns (P and zeros up to a whole number of blocks).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+BLOCK = 1024
+"""Columns that one float32 partial norm covers; partial norms are joined in float64 (relative error below 4e-6)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Where one parameter's gradients lie."""
+
+    name: str
+    start: int
+    shape: torch.Size
+    transposed: bool
+
+    @property
+    def end(self) -> int:
+        """First column after it."""
+        return self.start + math.prod(self.shape)
+
+    def of(self, matrix_NW: torch.Tensor) -> torch.Tensor:
+        """View of a matrix [N, W], or of one row [W], in the parameter's own shape."""
+        stored = (self.shape[1], self.shape[0]) if self.transposed else self.shape
+        view = matrix_NW[..., self.start : self.end].view(*matrix_NW.shape[:-1], *stored)
+        return view.transpose(-1, -2) if self.transposed else view
+
+
+class Columns:
+    """The columns of one run's trained parameters, in the order of their names.
+
+    Args:
+        parameters: by name, sorted.
+        transposed: names of matrices that are kept transposed: the product that makes them is faster that way.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], transposed: frozenset[str] = frozenset()) -> None:
+        self.by_parameter: dict[int, Column] = {}
+        start = 0
+        for name, parameter in parameters.items():
+            column = Column(name, start, parameter.shape, name in transposed)
+            self.by_parameter[id(parameter)] = column
+            start = column.end
+        self.size = start
+        self.width = -(-start // BLOCK) * BLOCK
+
+    def flat(self, row_W: torch.Tensor) -> torch.Tensor:
+        """One row [W] as a flat gradient [P] in the layout's order."""
+        if not any(c.transposed for c in self.by_parameter.values()):
+            return row_W[: self.size]
+        return torch.cat([c.of(row_W).reshape(-1) for c in self.by_parameter.values()])
+
+
+class GradRows:
+    """The matrix of one backward pass, filled by the layers as it reaches them.
+
+    A parameter used several times in the forward pass is written several times; the terms add up.
+    """
+
+    def __init__(self, columns: Columns, records: int, device: torch.device) -> None:
+        self.columns = columns
+        self.records = records
+        self.matrix_NW = torch.empty(records, columns.width, device=device)
+        self.matrix_NW[:, columns.size :] = 0.0
+        self._written: set[str] = set()
+        self.misshapen: set[str] = set()
+
+    def add_product(self, parameter: nn.Parameter, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add the batched product ``left @ right`` [N, ...] to the gradient of a matrix, as it is stored."""
+        column = self.columns.by_parameter[id(parameter)]
+        if left.shape[0] != self.records:
+            self.misshapen.add(column.name)
+            return
+        view = self.matrix_NW[:, column.start : column.end].view(self.records, left.shape[1], right.shape[2])
+        if column.name in self._written:
+            view.baddbmm_(left, right)
+        else:
+            torch.bmm(left, right, out=view)
+            self._written.add(column.name)
+
+    def add(self, parameter: nn.Parameter, grads: torch.Tensor) -> None:
+        """Add per-sample gradients [N, ...] of any parameter."""
+        column = self.columns.by_parameter[id(parameter)]
+        if grads.shape != (self.records, *column.shape):
+            self.misshapen.add(column.name)
+            return
+        view = column.of(self.matrix_NW)
+        if column.name in self._written:
+            view.add_(grads)
+        else:
+            view.copy_(grads)
+            self._written.add(column.name)
+
+    def zero(self) -> None:
+        """No record has a target, so there is no backward pass: every gradient is zero."""
+        self.matrix_NW.zero_()
+        self._written.update(c.name for c in self.columns.by_parameter.values())
+
+    def missing(self) -> list[str]:
+        """Parameters that the backward pass did not reach or that gave something else than a row per record."""
+        names = [c.name for c in self.columns.by_parameter.values() if c.name not in self._written]
+        return [name for name in names if name not in self.misshapen]
+
+
+def row_norms(matrix_NW: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+    """L2 norm of each row, float64 [N], with relative error below 4e-6; NaN or infinite if the row is.
+
+    Args:
+        matrix_NW: float32; W is a multiple of ``BLOCK``.
+        exact: square in float64 throughout, for bounds so small that float32 squares would vanish.
+    """
+    blocks = matrix_NW.view(len(matrix_NW), matrix_NW.shape[1] // BLOCK, BLOCK)
+    partial = torch.linalg.vector_norm(blocks, dim=2, dtype=torch.float64 if exact else torch.float32)
+    norms_N: torch.Tensor = torch.linalg.vector_norm(partial, dim=1, dtype=torch.float64)
+    return norms_N

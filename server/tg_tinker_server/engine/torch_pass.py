@@ -1,0 +1,188 @@
+"""One forward_backward on a transformers model, in slices of one micro-batch that other runs' rows may join.
+
+A micro-batch is folded into the pass's own sum right after its backward pass, so memory does not grow with the batch.
+
+Shape suffixes: B records of the call, N records of a slice, T tokens, P parameters, W columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tg_tinker.types import IGNORE_INDEX
+from tg_tinker_server.engine.backend import Ints, Pass, PassRequest, PassResult
+from tg_tinker_server.engine.dp_optimizer import ClippedRows
+from tg_tinker_server.engine.forward import ends_early
+from tg_tinker_server.engine.gradients import Floats, GradientContribution
+from tg_tinker_server.engine.losses import RecordLosses
+from tg_tinker_server.engine.microbatch import joins, plan, used_lengths
+from tg_tinker_server.engine.requests import units_of
+from tg_tinker_server.engine.session_core import ensure_finite_pass
+
+if TYPE_CHECKING:
+    from tg_tinker_server.engine.torch_session import TorchSession
+
+
+class TorchPass:
+    """See ``backend.Pass``.
+
+    Args:
+        session: whose weights and settings it uses; it has one pass under way at a time.
+        request: checked already.
+    """
+
+    def __init__(self, session: TorchSession, request: PassRequest) -> None:
+        self.session, self.request = session, request
+        self._units, self._unit_of_B = units_of(request)
+        self._lengths_B = used_lengths(request)
+        # Only the clip needs the records of a unit together.
+        together_B = self._unit_of_B if session.private else np.arange(len(self._unit_of_B))
+        limits = session.limits(train=request.train)
+        self._batches = plan(self._lengths_B, together_B, max_tokens=limits.tokens, max_records=limits.records)
+        self._next = 0
+        records = len(self._unit_of_B)
+        self._means_B, self._sums_B, self._targets_B = (np.zeros(records) for _ in range(3))
+        self._sum_P = torch.zeros(0, dtype=torch.float64)
+        self._clipped: list[ClippedRows] = []
+
+    @property
+    def finished(self) -> bool:
+        """See ``backend.Pass``."""
+        return self._next == len(self._batches)
+
+    @property
+    def index(self) -> Ints:
+        """Records of the next slice [N]."""
+        return self._batches[self._next]
+
+    @property
+    def slice_number(self) -> int:
+        """How many slices are done."""
+        return self._next
+
+    @property
+    def width(self) -> int:
+        """Columns that the next slice needs."""
+        return int(self._lengths_B[self.index].max())
+
+    @property
+    def share_key(self) -> Hashable | None:
+        """Passes with equal keys can go through the model together; ``None`` goes alone."""
+        key = self.session.share_key
+        return None if key is None else (key, self.request.train)
+
+    def advance(self, others: Sequence[Pass] = ()) -> list[Pass]:
+        """See ``backend.Pass``."""
+        from tg_tinker_server.engine.slices import run_slice
+
+        joined = self._joined(others)
+        try:
+            run_slice([self, *joined])
+        except Exception:
+            if not joined:
+                raise
+            run_slice([self])  # whoever is at fault, it is not the others' loss
+            return []
+        return list(joined)
+
+    def _joined(self, others: Sequence[Pass]) -> list[TorchPass]:
+        """Those of ``others`` whose next slice fits beside this one."""
+        key, limits = self.share_key, self.session.limits(train=self.request.train)
+        if key is None:
+            return []
+        joined: list[TorchPass] = []
+        shapes, sessions = [(len(self.index), self.width)], {id(self.session)}
+        for other in others:
+            if not isinstance(other, TorchPass) or other.finished or other.share_key != key:
+                continue
+            shape = (len(other.index), other.width)
+            if id(other.session) in sessions or not joins(shapes, shape, limits):
+                continue
+            joined.append(other)
+            shapes.append(shape)
+            sessions.add(id(other.session))
+        return joined
+
+    def tokens(self, width: int) -> tuple[Ints, Ints, Ints]:
+        """Token ids, mask and labels of the next slice, filled up to ``width`` columns with padding."""
+        own, fill = self.width, width - self.width
+        parts = []
+        for array, padding in (
+            (self.request.input_ids_BT, 0),
+            (self.request.attention_mask_BT, 0),
+            (self.request.labels_BT, IGNORE_INDEX),
+        ):
+            part = array[self.index, :own]
+            parts.append(np.pad(part, ((0, 0), (0, fill)), constant_values=padding) if fill else part)
+        return parts[0], parts[1], parts[2]
+
+    def needs_mask(self) -> bool:
+        """Whether the next slice has masked tokens that a later one could see, or that predict something."""
+        _, mask_NT, labels_NT = self.tokens(self.width)
+        predicts = (labels_NT[:, 1:] != IGNORE_INDEX) & (mask_NT[:, :-1] == 0)
+        return not ends_early(mask_NT) or bool(predicts.any())
+
+    def part(self, gradient: torch.Tensor | None) -> ClippedRows | torch.Tensor | None:
+        """What the next slice will add: its gradient, clipped under privacy. Changes nothing yet.
+
+        Args:
+            gradient: per-sample rows [N, W] under privacy, else their sum [P] in the layout's order.
+        """
+        if gradient is None:
+            return None
+        if self.session.clipper is None:
+            return gradient / self.session.scale
+        return self.session.clipper.clip_and_sum(gradient, self._unit_of_B[self.index], scale=self.session.scale)
+
+    def fold(self, losses: RecordLosses, rows: slice, part: ClippedRows | torch.Tensor | None) -> None:
+        """Take in the next slice: ``rows`` of its losses and what ``part`` returned."""
+        index = self.index
+        if isinstance(part, ClippedRows):
+            self._clipped.append(part)
+            part = part.sum_P
+        if part is not None:
+            self._sum_P = self._sum_P + part if len(self._sum_P) else part.double()
+        self._means_B[index] = losses.mean_B[rows].detach().cpu().numpy()
+        self._sums_B[index] = losses.sum_B[rows].detach().cpu().numpy()
+        self._targets_B[index] = losses.targets_B[rows].cpu().numpy()
+        self._next += 1
+
+    def result(self) -> PassResult:
+        """See ``backend.Pass``."""
+        assert self.finished, "the pass is not finished"
+        records = len(self._unit_of_B)
+        contribution = self._contribution() if self.request.train else None
+        loss = math.fsum(self._means_B) / max(1, records)
+        if not self.session.private:
+            ensure_finite_pass(loss, contribution.sum_P if contribution else None)
+        return PassResult(
+            loss=loss,
+            loss_sum=math.fsum(self._sums_B),
+            num_targets=int(self._targets_B.sum()),
+            num_tokens=int(self.request.attention_mask_BT.sum()),
+            num_records=records,
+            contribution=contribution,
+        )
+
+    def _contribution(self) -> GradientContribution:
+        layout = self.session.layout
+        sum_P: Floats = self._sum_P.cpu().numpy() if len(self._sum_P) else np.zeros(layout.size)
+        if not self.session.private:
+            return GradientContribution(layout=layout, num_records=len(self._unit_of_B), sum_P=sum_P, private=False)
+        units = [i for clipped in self._clipped for i in clipped.units]
+        kept = [clipped.grads_UP for clipped in self._clipped if clipped.grads_UP is not None]
+        empty = np.zeros((0, layout.size), dtype=np.float32)
+        return GradientContribution(
+            layout=layout,
+            units=tuple(self._units[i] for i in units),
+            num_records=len(self._unit_of_B),
+            sum_P=sum_P,
+            norms_U=np.concatenate([np.zeros(0), *(clipped.norms_U for clipped in self._clipped)]),
+            grads_UP=np.concatenate([empty, *kept]) if self.session.keeps_units else None,
+            private=True,
+        )
