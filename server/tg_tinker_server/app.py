@@ -29,6 +29,7 @@ from tg_tinker_server.service.checkpoints import CheckpointService
 from tg_tinker_server.service.durability import Durability, now
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.operations import OperationService
+from tg_tinker_server.service.passes import PassQueue
 from tg_tinker_server.service.privacy import PrivacyService
 from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.service.sampling import SamplingService
@@ -80,7 +81,16 @@ class Server:
         audit = AuditLog(db)
         self._operations = operations = OperationService(db, self._registry, durability, audit, executors)
         privacy = PrivacyService(ledger, executors)
-        training = TrainingService(ledger, durability, executors, config.max_batch_records, config.max_batch_tokens)
+        self._passes = PassQueue(executors)
+        training = TrainingService(
+            ledger,
+            durability,
+            executors,
+            self._passes,
+            config.share_passes,
+            config.max_batch_records,
+            config.max_batch_tokens,
+        )
         sampling = SamplingService(executors)
         submitting = Submitting(self._registry, operations)
         endpoint = Endpoint(Authenticator(db, foundation.desk.pepper), executors)
@@ -89,7 +99,7 @@ class Server:
             [
                 TrainingServicer(submitting, training, checkpoints),
                 SamplingServicer(submitting, sampling),
-                RunServicer(submitting, privacy, backend, config),
+                RunServicer(submitting, privacy, config),
                 FutureServicer(operations),
                 ArtifactServicer(checkpoints, executors),
                 PrivacyServicer(self._registry, privacy, audit, executors),
@@ -115,6 +125,7 @@ class Server:
         await self._grpc.stop_accepting()
         self._operations.stopping.set()
         await self._registry.close(grace)
+        await self._passes.close()
         await self._grpc.stop(min(grace, 1.0))
         await asyncio.to_thread(self._executors.close)
         await asyncio.to_thread(self._foundation.db.close)

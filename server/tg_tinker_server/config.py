@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tg_tinker.errors import InvalidRequestError
 
 ENVIRONMENT_PREFIX = "TG_TINKER_SERVER_"
+SharePasses = Literal["tenant", "everyone", "off"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -34,6 +35,8 @@ class ServerConfig(BaseModel):
         max_runs_per_tenant: active runs.
         max_batch_records, max_batch_tokens, max_request_bytes: limits of one request; tokens with padding.
         micro_batch_tokens: padded tokens in memory at once during a backward pass.
+        share_passes: whose waiting passes may be computed together: those of one tenant, everyone's (tenants that
+            trust each other), or nobody's.
         kept_results: results kept per run for ``get_future``.
         drain_s: seconds given to running work on SIGTERM.
     """
@@ -59,6 +62,7 @@ class ServerConfig(BaseModel):
     max_batch_tokens: int = Field(2**19, ge=1)
     max_request_bytes: int = Field(64 * 2**20, ge=2**16)
     micro_batch_tokens: int = Field(2048, ge=1)
+    share_passes: SharePasses = "tenant"
     kept_results: int = Field(1000, ge=10)
     drain_s: float = Field(30.0, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

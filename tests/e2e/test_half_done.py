@@ -65,7 +65,7 @@ def test_a_pass_that_crashed_makes_the_step_fail(client: RawClient, monkeypatch:
     run_id = client.create(CONFIG).run_id
     client.call(run_id, 1, batch(1))
     with monkeypatch.context() as patch:
-        patch.setattr(BigramSession, "forward_backward", broken(MemoryError("secret text")))
+        patch.setattr(BigramSession, "_compute", broken(MemoryError("secret text")))
         crashed = client.call(run_id, 2, batch(2))
     assert isinstance(crashed.error, ServerError)
     assert "secret" not in str(crashed.error)
@@ -185,13 +185,13 @@ def test_a_deleted_run_does_not_come_back_while_its_last_pass_ends(
     client: RawClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = client.create(CONFIG).run_id
-    work = BigramSession.forward_backward
+    work = BigramSession._compute
 
     def slow(self: BigramSession, request: Any) -> Any:
         time.sleep(0.5)
         return work(self, request)
 
-    monkeypatch.setattr(BigramSession, "forward_backward", slow)
+    monkeypatch.setattr(BigramSession, "_compute", slow)
     client.send(call_to_proto(batch(1), Position(run_id=run_id, seq=1)))
     with ThreadPoolExecutor(1) as pool:
         deleting = pool.submit(client.send, runs_pb2.DeleteTrainingClientRequest(run_id=run_id))

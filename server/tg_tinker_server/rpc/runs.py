@@ -11,7 +11,6 @@ from tg_tinker.types.configs import LR_SCHEDULERS, OPTIMIZERS
 from tg_tinker.types.run import PrivacyState, RunInfo
 from tg_tinker.wire.runs import API_VERSION, capabilities_to_proto, run_info_to_proto
 from tg_tinker_server.config import ServerConfig
-from tg_tinker_server.engine.backend import Backend
 from tg_tinker_server.rpc.endpoint import Call
 from tg_tinker_server.rpc.submitting import Submitting
 from tg_tinker_server.service.privacy import PrivacyService
@@ -27,7 +26,6 @@ class RunServicer:
 
     submitting: Submitting
     privacy: PrivacyService
-    backend: Backend
     config: ServerConfig
 
     async def CreateTrainingClient(  # noqa: N802
@@ -96,7 +94,7 @@ class RunServicer:
             Capabilities(
                 server_version=version("tg-tinker"),
                 api_version=API_VERSION,
-                models=await self.submitting.registry.executors.compute(self.backend.models),
+                models=await self.submitting.registry.models(),
                 max_batch_records=self.config.max_batch_records,
                 max_request_bytes=self.config.max_request_bytes,
                 losses=["cross_entropy"],

@@ -57,9 +57,16 @@ class Operation:
 
     def finish(self, status: str, result: Any = None, error: TGTinkerError | None = None) -> None:
         """End the operation and wake everyone who waits for it."""
+        if error is not None:  # kept with the results; the frames behind it would keep the batch
+            error.__traceback__ = error.__cause__ = error.__context__ = None
         self.status, self.result, self.error = status, result, error
         self.work = None  # lets go of the batch
         self.ended.set()
+
+    def ensure_wanted(self) -> None:
+        """Raise FutureCancelledError if a cancellation came; leave no effect then."""
+        if self.cancel_requested:
+            raise FutureCancelledError(f"operation {self.future_id} was cancelled", future_id=self.future_id)
 
     def commit(self) -> None:
         """From here on the operation has an effect. Called on the event loop, so it cannot race with cancel.
@@ -67,8 +74,7 @@ class Operation:
         Raises:
             FutureCancelledError: a cancellation came first; leave no effect.
         """
-        if self.cancel_requested:
-            raise FutureCancelledError(f"operation {self.future_id} was cancelled", future_id=self.future_id)
+        self.ensure_wanted()
         self.committed = True
 
     def elapsed_ms(self) -> float:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from tg_tinker.errors import InvalidRequestError, RateLimitedError, ResourceNotFoundError, ServerError
 from tg_tinker.types import TrainingConfig
+from tg_tinker.types.info import ModelInfo
 from tg_tinker.wire.runs import config_from_json, config_to_json
 from tg_tinker_server.crypto.envelope import TenantKeyring
 from tg_tinker_server.dp.rng import SecureNormal
@@ -55,6 +56,13 @@ class RunRegistry:
     max_runs_per_tenant: int
     _runs: dict[tuple[str, str], Run] = field(default_factory=dict)
     _locks: dict[tuple[str, str], asyncio.Lock] = field(default_factory=dict)
+    _models: list[ModelInfo] = field(default_factory=list)
+
+    async def models(self) -> list[ModelInfo]:
+        """What is offered. Asked once: later calls wait for nobody's training."""
+        if not self._models:
+            self._models[:] = await self.executors.compute(self.backend.models)
+        return self._models
 
     async def create(self, tenant: str, request_id: str, config_json: str, checkpoint_id: str) -> Run:
         """Make a run; a repeated request gets the run that the first one made."""

@@ -22,6 +22,7 @@ from tg_tinker.types import (
     batch_digest,
 )
 from tg_tinker.wire.calls import Pass, Step
+from tg_tinker_server.config import SharePasses
 from tg_tinker_server.dp.events import Unnoised
 from tg_tinker_server.dp.mechanism import GaussianMechanism
 from tg_tinker_server.engine.backend import PassRequest, PassResult, StepRequest, StepResult
@@ -31,6 +32,7 @@ from tg_tinker_server.ledger.reservation import Reservation
 from tg_tinker_server.service.durability import Durability
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
+from tg_tinker_server.service.passes import PassQueue, sharing_group
 from tg_tinker_server.service.run import ACTIVE, DONE, PrivateRun, Run
 from tg_tinker_server.store.database import Transaction
 
@@ -44,6 +46,8 @@ class TrainingService:
     ledger: PrivacyLedger
     durability: Durability
     executors: Executors
+    passes: PassQueue
+    share_passes: SharePasses
     max_batch_records: int
     max_batch_tokens: int
 
@@ -52,9 +56,8 @@ class TrainingService:
         run.require_intact()
         if request.train:
             run.require_active()
-        batch = request.batch
         self._check(run, request)
-        digest = await self.executors.io(batch_digest, batch)
+        digest, engine_request = await self.executors.io(_prepare, run, request)
         claimed = request.batch_hash or ""
         if claimed.startswith("sha256:") and claimed != "sha256:" + digest.hex():
             raise InvalidRequestError(
@@ -64,21 +67,20 @@ class TrainingService:
             )
         if request.train and run.private is not None:
             await self._refuse_if_unaffordable(run, run.private)
-        result = await self._pass(run, request)
+        result = await self.passes.run(
+            run.session,
+            engine_request,
+            group=sharing_group(run, self.share_passes),
+            ensure_wanted=operation.ensure_wanted,
+        )
         if request.train:
             await self._accumulate(run, operation, result)
-        return self._describe(run, request, digest, result, operation)
+        return await self._describe(run, digest, result, operation)
 
     def poison(self, run: Run, error: Exception) -> None:
         """A training pass failed, however: the logical batch is incomplete, so the next step is refused once."""
         if run.status == ACTIVE and not isinstance(error, DPBudgetExceededError):
             run.poison = run.poison or (error.message if isinstance(error, TGTinkerError) else "it crashed")
-
-    async def _pass(self, run: Run, request: Pass) -> PassResult:
-        engine_request = PassRequest.of_batch(
-            request.batch, units=request.units, train=request.train, seed=run.dropout_seed()
-        )
-        return await self.executors.compute(run.session.forward_backward, engine_request)
 
     async def _accumulate(self, run: Run, operation: Operation, result: PassResult) -> None:
         assert result.contribution is not None
@@ -151,13 +153,13 @@ class TrainingService:
         if refusal is not None:
             raise refusal
 
-    def _describe(
-        self, run: Run, request: Pass, digest: bytes, result: PassResult, operation: Operation
+    async def _describe(
+        self, run: Run, digest: bytes, result: PassResult, operation: Operation
     ) -> ForwardBackwardOutput:
         private = run.private
         gradient = ""
-        if request.train and result.contribution is not None:
-            raw = result.contribution.digest()
+        if result.contribution is not None:
+            raw = await self.executors.io(result.contribution.digest)
             gradient = run.mac_text("gradient", raw) if private else "sha256:" + raw.hex()
         shown = private is None or private.config.diagnostics == "owner"
         metrics = {
@@ -236,7 +238,7 @@ class TrainingService:
                 "DPConfig(target_epsilon=None, allow_unnoised_steps=True)",
             )
         counted = config.sampling == "max_participation"
-        units = tuple(run.mac("unit", u.encode()) for u in run.session.pending_units) if counted else ()
+        units = await self.executors.io(_unit_macs, run, run.session.pending_units) if counted else ()
         return await self.executors.io(
             self.ledger.reserve,
             private.scope,
@@ -349,3 +351,15 @@ class TrainingService:
             latency_ms=operation.elapsed_ms(),
             metrics=metrics,
         )
+
+
+def _unit_macs(run: Run, units: tuple[str, ...]) -> tuple[bytes, ...]:
+    return tuple(run.mac("unit", u.encode()) for u in units)
+
+
+def _prepare(run: Run, request: Pass) -> tuple[bytes, PassRequest]:
+    """What takes time in proportion to the batch: its digest, and the request for the engine."""
+    engine_request = PassRequest.of_batch(
+        request.batch, units=request.units, train=request.train, seed=run.dropout_seed()
+    )
+    return batch_digest(request.batch), engine_request
