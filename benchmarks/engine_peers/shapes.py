@@ -61,8 +61,8 @@ class Shape:
 
     @property
     def intermediate(self) -> int:
-        """Width of the feed-forward layer: about 2.7 times hidden, a multiple of 16."""
-        return round(self.hidden * 8 / 3 / 16) * 16
+        """Width of the feed-forward layer: about 2.7 times hidden."""
+        return self.hidden * 43 // 16
 
     @property
     def expected_batch_size(self) -> int:
