@@ -16,7 +16,9 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 16 * 2**20
+from tg_tinker_server.engine.losses import at_least_float32
+
+CHUNK_BYTES = 32 * 2**20
 """Most memory for the logits of a chunk."""
 
 
@@ -30,26 +32,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets_N: torch.Tensor,
         chunk: int,
     ) -> torch.Tensor:
-        losses_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
-        wanted = ctx.needs_input_grad[0]
-        dh_ND = torch.empty_like(h_ND) if wanted else None
+        losses_N = at_least_float32(h_ND.new_empty(len(h_ND)))
+        dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        buffer_CV = h_ND.new_empty(min(chunk, len(h_ND)), len(weight_VD))  # one for all chunks: fresh memory is slow
         for start in range(0, len(h_ND), chunk):
-            part = slice(start, start + chunk)
-            logits_CV = torch.nn.functional.linear(h_ND[part], weight_VD, bias_V).float()
+            part = slice(start, min(start + chunk, len(h_ND)))
+            logits_CV = torch.mm(h_ND[part], weight_VD.t(), out=buffer_CV[: part.stop - part.start])
+            if bias_V is not None:
+                logits_CV += bias_V
             targets_C = targets_N[part]
-            target_C1 = logits_CV.gather(1, targets_C[:, None])
-            top_C1 = logits_CV.amax(dim=1, keepdim=True)
-            exp_CV = logits_CV.sub_(top_C1).exp_()
+            wide_CV = at_least_float32(logits_CV)  # the buffer itself, unless in half precision
+            target_C1 = wide_CV.gather(1, targets_C[:, None])
+            top_C1 = wide_CV.amax(dim=1, keepdim=True)
+            exp_CV = wide_CV.sub_(top_C1).exp_()
             sum_C1 = exp_CV.sum(dim=1, keepdim=True)
             losses_N[part] = (top_C1 + sum_C1.log() - target_C1).squeeze(1)
-            if dh_ND is not None:
-                if exp_CV.dtype != h_ND.dtype:
-                    exp_CV = (exp_CV / sum_C1).to(h_ND.dtype)
-                    dh_ND[part] = exp_CV @ weight_VD
-                else:
-                    torch.mm(exp_CV, weight_VD, out=dh_ND[part])
-                    dh_ND[part] /= sum_C1
-                dh_ND[part] -= weight_VD[targets_C]
+            if dh_ND is None:
+                continue
+            if exp_CV.dtype != h_ND.dtype:
+                exp_CV, sum_C1 = exp_CV.div_(sum_C1).to(h_ND.dtype), torch.ones_like(sum_C1)
+            torch.mm(exp_CV, weight_VD, out=dh_ND[part])
+            dh_ND[part] /= sum_C1
+            dh_ND[part] -= weight_VD[targets_C]
         ctx.save_for_backward(dh_ND)
         return losses_N
 
@@ -64,7 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(
     h_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor
 ) -> torch.Tensor:
-    """Negative log-probability of each target in nats, float32 [N]; differentiable in ``h_ND`` once.
+    """Negative log-probability of each target in nats, at least float32 [N]; differentiable in ``h_ND`` once.
 
     Args:
         h_ND: hidden states in front of the last layer.
@@ -72,6 +76,6 @@ def chunked_cross_entropy(
         bias_V: its frozen bias.
         targets_N: token ids, all valid.
     """
-    chunk = max(16, CHUNK_BYTES // (4 * len(weight_VD)))
+    chunk = max(128, CHUNK_BYTES // (4 * len(weight_VD)))
     losses_N: torch.Tensor = cast(Any, _ChunkedCrossEntropy).apply(h_ND, weight_VD, bias_V, targets_N, chunk)
     return losses_N

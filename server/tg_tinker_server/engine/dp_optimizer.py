@@ -80,7 +80,7 @@ class UnitClippingOptimizer(DPOptimizer):  # type: ignore[misc]
         whose gradient is not finite adds exactly zero.
 
         Args:
-            grads_NW: per-sample gradients, float32.
+            grads_NW: per-sample gradients, at least float32.
             unit_of_N: each record's unit; all records of a unit are here.
             scale: the loss was multiplied by this; norms are those without it.
         """
@@ -94,7 +94,7 @@ class UnitClippingOptimizer(DPOptimizer):  # type: ignore[misc]
         if not finite_U.all():
             chosen = torch.from_numpy(np.flatnonzero(finite_U))
             kept_UW, factors_U = grads_UW[chosen.to(grads_UW.device)], factors_U[chosen]
-        dtype = torch.float64 if exact else torch.float32
+        dtype = torch.float64 if exact else kept_UW.dtype
         sum_W = factors_U.to(device=kept_UW.device, dtype=dtype) @ kept_UW.to(dtype)
         own = None
         if self._keep_units:

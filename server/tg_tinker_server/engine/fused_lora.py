@@ -89,15 +89,15 @@ class _FusedLoRA(torch.autograd.Function):
         dA = dB = None
         if ctx.grads is None:
             rows = x.reshape(-1, x.shape[-1])
-            dA = g_low.float().mT @ rows.float() if ctx.needs_input_grad[1] else None
-            dB = (low.float().mT @ g_rows.float()).mT if ctx.needs_input_grad[2] else None
+            dA = g_low.to(A.dtype).mT @ rows.to(A.dtype) if ctx.needs_input_grad[1] else None
+            dB = (low.to(B.dtype).mT @ g_rows.to(B.dtype)).mT if ctx.needs_input_grad[2] else None
         else:
             # Inputs that were flattened lack the records' dimension: they are refused there, by shape.
             n = x.shape[0]
             per_record = (n, -1, g_low.shape[-1])
             owner_A, owner_B = ctx.owners
-            ctx.grads.add_product(owner_A, g_low.view(per_record).mT.float(), x.reshape(n, -1, x.shape[-1]).float())
-            ctx.grads.add_product(owner_B, low.view(per_record).mT.float(), g.reshape(n, -1, g.shape[-1]).float())
+            ctx.grads.add_product(owner_A, g_low.view(per_record).mT, x.reshape(n, -1, x.shape[-1]))
+            ctx.grads.add_product(owner_B, low.view(per_record).mT, g.reshape(n, -1, g.shape[-1]))
         return dx, dA, dB, None, None, None, None, None, None
 
 

@@ -68,9 +68,9 @@ class AdaptedBase:
         if on == self._checkpointing or not getattr(model, "supports_gradient_checkpointing", False):
             return
         if on:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
         self._checkpointing = on
 
     @contextmanager

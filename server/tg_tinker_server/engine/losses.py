@@ -37,7 +37,7 @@ class Targets:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RecordLosses:
-    """Next-token losses of each record, in nats, float32 [B]."""
+    """Next-token losses of each record, in nats, at least float32 [B]."""
 
     mean_B: torch.Tensor  # noqa: N815 - shape suffix; 0 for a record without targets
     sum_B: torch.Tensor  # noqa: N815
@@ -52,8 +52,15 @@ class RecordLosses:
         return cls(mean_B=sum_B / targets_B.clamp(min=1), sum_B=sum_B, targets_B=targets_B)
 
 
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """Half precision widened, anything else as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def record_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> RecordLosses:
     """Cross-entropy of each record on its own targets, from all logits."""
     targets = Targets.of(labels_BT)
-    losses_N = functional.cross_entropy(targets.select(logits_BTV).float(), targets.token_N, reduction="none")
+    losses_N = functional.cross_entropy(
+        at_least_float32(targets.select(logits_BTV)), targets.token_N, reduction="none"
+    )
     return RecordLosses.of_tokens(losses_N, targets, len(labels_BT))

@@ -50,8 +50,8 @@ def seeded(build):
     return load
 
 
-def tiny_llama():
-    return LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES))
+def tiny_llama(**settings):
+    return LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES, **settings))
 
 
 def tiny_qwen():
@@ -195,6 +195,7 @@ def tools():
     return SimpleNamespace(
         accumulate=accumulate,
         batch=make_batch,
+        config=lambda **settings: Bench(None, "tiny").config(**settings),
         flat_weights=flat_weights,
         loaders=LOADERS,
         mechanism=mechanism,

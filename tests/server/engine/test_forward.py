@@ -1,0 +1,125 @@
+"""Shortcuts are taken where they were tried and found equal, and nowhere else."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig
+
+from tg_tinker.types import BatchData
+from tg_tinker_server.engine.forward import CausalLM, ends_early
+from tg_tinker_server.engine.losses import record_losses
+from tg_tinker_server.engine.torch_backend import TorchBackend
+
+VOCAB = 260
+
+
+def capped_gemma():
+    """Its logits are capped after the last layer."""
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=64,
+            sliding_window=32,
+            initializer_range=0.4,
+            final_logit_softcapping=1.0,
+            query_pre_attn_scalar=8,
+        )
+    ).eval()
+
+
+class Bidirectional(nn.Module):
+    """Every token sees the mean over all that the mask allows."""
+
+    config = LlamaConfig(vocab_size=VOCAB)
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.head = nn.Linear(8, VOCAB)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        x = self.embed(input_ids)
+        mean = (x * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None]
+        return type("Out", (), {"logits": self.head(x + mean)})()
+
+
+def found(build):
+    torch.manual_seed(0)
+    return CausalLM(build().requires_grad_(False), vocab_size=VOCAB)
+
+
+def test_a_plain_model_takes_both_shortcuts_and_draws_nothing(tools):
+    for name in ("tiny", "qwen", "gpt2", "opt"):
+        frozen = tools.loaders[name]()[0].requires_grad_(False)
+        shortcuts = CausalLM(frozen, vocab_size=VOCAB).shortcuts
+        assert (shortcuts.split_head, shortcuts.maskless, shortcuts.random) == (True, True, False), name
+
+
+def test_dropout_in_the_model_is_noticed(tools):
+    generator = torch.get_rng_state()
+    assert CausalLM(tools.loaders["gpt2-dropout"]()[0], vocab_size=VOCAB).shortcuts.random
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_logits_that_are_changed_after_the_last_layer_are_the_models_own():
+    lm = found(capped_gemma)
+    assert not lm.shortcuts.split_head
+    ids = torch.randint(VOCAB, (2, 6))
+    assert torch.equal(lm.losses(ids, None, ids).sum_B, record_losses(lm.logits(ids), ids).sum_B)
+
+
+def test_attention_that_sees_what_follows_keeps_its_mask(tools):
+    lm = found(Bidirectional)
+    assert (lm.shortcuts.split_head, lm.shortcuts.maskless) == (False, False)
+    backend = TorchBackend({"tiny": lambda: (Bidirectional(), tools.loaders["tiny"]()[1])})
+    session = backend.open(run_id="r", config=tools.config(lora={"target_modules": ["head"]}))
+    short = BatchData(input_ids=[[5, 6, 7]])
+    padded = BatchData(input_ids=[[5, 6, 7, 9, 9], [1, 2, 3, 4, 5]], attention_mask=[[1, 1, 1, 0, 0], [1] * 5])
+    alone, beside = tools.run_pass(session, short), tools.run_pass(session, padded)
+    other = tools.run_pass(session, BatchData(input_ids=[[1, 2, 3, 4, 5]]))
+    assert beside.loss_sum == pytest.approx(alone.loss_sum + other.loss_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "early"),
+    [([[1, 1, 0]], True), ([[1, 1, 1], [1, 0, 0]], True), ([[0, 1, 1]], False), ([[1, 0, 1]], False)],
+)
+def test_only_masks_that_cut_off_the_end_can_be_left_out(mask, early):
+    assert ends_early(np.array(mask)) is early
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_masked_token_that_predicts_something_sees_what_the_mask_says(torch_bench, tools, left):
+    """Labels on masked positions are unusual and allowed; leaving the mask out would change them."""
+    session = torch_bench.open()
+    batch = tools.batch(3, padded=True, left=left)
+    labels = batch.input_ids.copy()
+    everywhere = BatchData(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels)
+    with session.base.by_peft(session.adapter), torch.no_grad():
+        logits = session.lm.logits(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask))
+    expected = float(record_losses(logits, torch.from_numpy(labels)).sum_B.sum())
+    assert tools.run_pass(session, everywhere, train=False).loss_sum == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_shortcut_and_the_models_own_logits_give_the_same_losses(torch_bench, tools):
+    session = torch_bench.open(lora={"target_modules": "all-linear"})
+    batch = tools.batch(4, padded=True, masked_prompt=True)
+    ids, mask, labels = (torch.from_numpy(a) for a in (batch.input_ids, batch.attention_mask, batch.labels))
+    with session.base.computing(session.adapter), torch.no_grad():
+        torch.testing.assert_close(
+            session.lm.losses(ids, None, labels).mean_B, record_losses(session.lm.logits(ids, mask), labels).mean_B
+        )

@@ -1,0 +1,216 @@
+"""Passes of several runs through one model: the same numbers as alone, and nobody's harm is another's."""
+
+import numpy as np
+import pytest
+import torch
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import BatchData
+from tg_tinker_server.engine import slices
+from tg_tinker_server.engine.backend import PassRequest
+from tg_tinker_server.engine.microbatch import Limits, joins
+from tg_tinker_server.engine.performance import PerformanceConfig
+from tg_tinker_server.engine.torch_backend import TorchBackend
+
+ALL = {"target_modules": "all-linear"}
+
+
+@pytest.fixture
+def roomy(tools):
+    """Opens sessions with random adapters on one base, where 400 tokens fit in a micro-batch."""
+    backend = TorchBackend(tools.loaders, PerformanceConfig(micro_batch_tokens=400))
+    opened = []
+
+    def open_(seed=0, **settings):
+        session = backend.open(run_id=f"r{len(opened)}", config=tools.config(**{"lora": ALL} | settings))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in session.parameters.values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        opened.append(session)
+        return session
+
+    yield open_
+    for session in opened:
+        session.close()
+
+
+def request(tools, records, tokens=9, seed=0, train=True, **options):
+    return PassRequest.of_batch(tools.batch(records, tokens, seed=seed, padded=True), train=train, **options)
+
+
+def together(*passes):
+    moved = passes[0].advance(passes[1:])
+    assert len(moved) == len(passes) - 1
+    return [p.result() for p in passes]
+
+
+def assert_same(found, alone):
+    assert found.loss == pytest.approx(alone.loss, rel=1e-6)
+    assert (found.num_targets, found.num_tokens, found.num_records) == (
+        alone.num_targets,
+        alone.num_tokens,
+        alone.num_records,
+    )
+    if alone.contribution is not None:
+        np.testing.assert_allclose(
+            found.contribution.sum_P,
+            alone.contribution.sum_P,
+            rtol=1e-4,
+            atol=1e-6 * np.abs(alone.contribution.sum_P).max(),
+        )
+        assert found.contribution.units == alone.contribution.units
+
+
+DP = {"max_grad_norm": 0.5}
+MIXES = {
+    "private": [{"dp": DP}, {"dp": DP}, {"dp": DP}],
+    "public": [{}, {}, {}],
+    "private among public": [{}, {"dp": DP}, {"dp": {"max_grad_norm": 1e-3, "merge_units": True}}],
+    "different scales": [{"lora": {**ALL, "alpha": 1}}, {"lora": {**ALL, "alpha": 64}}, {"dp": DP}],
+}
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("mix", MIXES)
+def test_rows_together_give_the_numbers_of_rows_alone(roomy, tools, mix, train):
+    sessions = [roomy(i, **settings) for i, settings in enumerate(MIXES[mix])]
+    requests = [request(tools, n, seed=n, train=train) for n in (2, 3, 1)]
+    alone = [s.forward_backward(r) for s, r in zip(sessions, requests, strict=True)]
+    shared = together(*(s.start(r) for s, r in zip(sessions, requests, strict=True)))
+    for found, expected in zip(shared, alone, strict=True):
+        assert_same(found, expected)
+
+
+def test_a_long_pass_takes_others_along_slice_by_slice(roomy, tools):
+    long, short = roomy(0, dp=DP), roomy(1, dp=DP)
+    big, small = request(tools, 90, seed=1), request(tools, 2, seed=2)
+    expected = long.forward_backward(big), short.forward_backward(small)
+    passes = long.start(big), short.start(small)
+    moved = passes[0].advance([passes[1]])
+    assert not passes[0].finished
+    if not moved:  # the first slice was full
+        passes[1].advance()
+    while not passes[0].finished:
+        passes[0].advance()
+    for one, alone in zip(passes, expected, strict=True):
+        assert_same(one.result(), alone)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"lora": {**ALL, "rank": 2}},
+        {"lora": {"target_modules": ["q_proj"]}},
+        {"lora": {**ALL, "dropout": 0.1}},
+        {"gradient_checkpointing": True},
+        {"lora_config": None},
+        {"model_ref": "qwen"},
+        {"model_ref": "gpt2-dropout", "lora": {"target_modules": ["c_attn"]}},
+        {"lora": {"bias": "all", **ALL}},
+        {"lora": {"target_modules": ["embed_tokens", "q_proj"]}},
+    ],
+    ids=str,
+)
+def test_what_cannot_share_goes_alone(roomy, tools, other):
+    first, second = roomy(0), roomy(1, **other)
+    passes = first.start(request(tools, 2)), second.start(request(tools, 2))
+    assert passes[0].advance([passes[1]]) == []
+    assert passes[1].advance([passes[0]]) == []
+    assert passes[0].finished
+    assert passes[1].finished
+
+
+def test_training_and_evaluation_do_not_mix_and_a_run_never_joins_itself(roomy, tools):
+    first, second = roomy(0), roomy(1)
+    training, evaluating = first.start(request(tools, 2)), second.start(request(tools, 2, train=False))
+    assert training.advance([evaluating, first.start(request(tools, 1))]) == []
+
+
+def test_nan_weights_of_one_run_stay_its_own(roomy, tools):
+    sick, healthy, public = roomy(0, dp=DP), roomy(1, dp=DP), roomy(2)
+    requests = [request(tools, n, seed=n) for n in (2, 3, 2)]
+    alone = [s.forward_backward(r) for s, r in zip((healthy, public), requests[1:], strict=True)]
+    with torch.no_grad():
+        for parameter in sick.parameters.values():
+            parameter.fill_(float("nan"))
+    passes = [s.start(r) for s, r in zip((sick, healthy, public), requests, strict=True)]
+    passes[0].advance(passes[1:])
+    poisoned = passes[0].result()
+    assert not poisoned.contribution.sum_P.any(), "its units are not finite: they add exactly zero"
+    for one, expected in zip(passes[1:], alone, strict=True):
+        assert_same(one.result(), expected)
+
+
+def test_a_public_run_that_diverged_hears_of_it_and_nobody_else(roomy, tools):
+    sick, healthy = roomy(0), roomy(1)
+    with torch.no_grad():
+        next(iter(sick.parameters.values())).fill_(float("inf"))
+    passes = sick.start(request(tools, 2)), healthy.start(request(tools, 2))
+    passes[0].advance([passes[1]])
+    with pytest.raises(InvalidRequestError, match="not finite"):
+        passes[0].result()
+    assert np.isfinite(passes[1].result().contribution.sum_P).all()
+
+
+def test_a_crash_in_company_is_repeated_alone_and_leaves_the_others_where_they_were(roomy, tools, monkeypatch):
+    first, second = roomy(0, dp=DP), roomy(1, dp=DP)
+    requests = request(tools, 2, seed=1), request(tools, 2, seed=2)
+    alone = [s.forward_backward(r) for s, r in zip((first, second), requests, strict=True)]
+    whole = slices._losses
+
+    def out_of_memory(passes):
+        if len(passes) > 1:
+            raise RuntimeError("out of memory")
+        return whole(passes)
+
+    monkeypatch.setattr(slices, "_losses", out_of_memory)
+    passes = [s.start(r) for s, r in zip((first, second), requests, strict=True)]
+    assert passes[0].advance([passes[1]]) == []
+    assert passes[0].finished
+    assert not passes[1].finished
+    passes[1].advance()
+    for one, expected in zip(passes, alone, strict=True):
+        np.testing.assert_array_equal(one.result().contribution.sum_P, expected.contribution.sum_P)
+
+
+def test_a_clip_that_fails_moves_no_pass(roomy, tools, monkeypatch):
+    first, second = roomy(0, dp=DP), roomy(1, dp=DP)
+    passes = first.start(request(tools, 2)), second.start(request(tools, 2))
+
+    def broken(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(second.clipper, "clip_and_sum", broken)
+        assert passes[0].advance([passes[1]]) == []
+    assert not passes[1].finished
+    expected = first.forward_backward(request(tools, 2))
+    np.testing.assert_allclose(
+        passes[0].result().contribution.sum_P, expected.contribution.sum_P, rtol=1e-4, atol=1e-7
+    )
+
+
+def test_units_are_clipped_in_their_own_run_even_under_the_same_name(roomy, tools):
+    first, second = roomy(0, dp=DP), roomy(0, dp=DP)
+    same = [request(tools, 2, seed=1, units=["u", "u"]) for _ in range(2)]
+    alone = first.forward_backward(same[0])
+    for found in together(first.start(same[0]), second.start(same[1])):
+        assert_same(found, alone)
+        assert np.linalg.norm(found.contribution.sum_P) <= 0.5
+
+
+def test_records_without_targets_add_nothing(roomy, tools):
+    session, other = roomy(0, dp=DP), roomy(1, dp=DP)
+    silent = PassRequest.of_batch(BatchData(input_ids=[[1, 2, 3]], labels=[[-100, -100, -100]]))
+    assert not session.forward_backward(silent).contribution.sum_P.any()
+    found, _ = together(session.start(silent), other.start(request(tools, 2)))
+    assert not found.contribution.sum_P.any()
+
+
+def test_room_is_measured_in_rows_tokens_and_padding():
+    limits = Limits(tokens=100, records=8)
+    assert joins([(2, 10)], (2, 12), limits)
+    assert not joins([(2, 10)], (7, 2), limits), "rows"
+    assert not joins([(5, 10)], (4, 15), limits), "tokens"
+    assert not joins([(4, 2)], (1, 20), limits), "padding"
