@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-ROUNDING_MARGIN = 1e-5
-"""Relative room below the bound: above all rounding of norm, factor and product, far below any effect.
-
-The engine's norms are off by at most 7.7e-6 (``engine.grad_rows``), its float32 factors and products by 6e-8 each.
-"""
+MARGIN_64 = 1e-10
+"""Relative room below the bound for gradients in float64: above the rounding of norms of up to 1e6 numbers."""
+MARGIN_32 = 2.5e-6
+"""The same for float32: the engine's norms are off by at most 2.0e-6 (``engine.grad_rows``), factors and products by
+6e-8 each. Far below any effect."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,15 +42,20 @@ class NormStats:
     nonfinite: int
 
 
-def clip_factors(norms_U: npt.NDArray[Any], *, max_grad_norm: float) -> Floats:
+def clip_factors(norms_U: npt.NDArray[Any], *, max_grad_norm: float, margin: float = MARGIN_64) -> Floats:
     """Factor in [0, 1] for each unit's gradient, from its L2 norm.
+
+    Args:
+        norms_U: as computed, with at most ``margin`` of relative error.
+        max_grad_norm: the bound.
+        margin: room for rounding.
 
     Guarantees, for any input:
         * factor times norm is at most ``max_grad_norm``, with room for rounding;
         * a non-finite norm gets factor 0 (the caller must leave that row out: 0 * inf is NaN).
     """
     norms = np.asarray(norms_U, dtype=np.float64)
-    bound = max_grad_norm * (1.0 - ROUNDING_MARGIN)
+    bound = max_grad_norm * (1.0 - margin)
     factors = np.ones_like(norms)
     above = norms > bound
     factors[above] = bound / norms[above]

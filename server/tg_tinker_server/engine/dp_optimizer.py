@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 
-from tg_tinker_server.dp.clipping import clip_factors
+from tg_tinker_server.dp.clipping import MARGIN_32, MARGIN_64, clip_factors
 from tg_tinker_server.engine.backend import Ints
 from tg_tinker_server.engine.grad_rows import Columns, row_norms
 from tg_tinker_server.engine.gradients import Floats
@@ -89,7 +89,8 @@ class UnitClippingOptimizer(DPOptimizer):  # type: ignore[misc]
         exact = self.max_grad_norm < _SMALL_BOUND
         norms_U = row_norms(grads_UW, exact=exact).cpu().numpy() / scale
         finite_U = np.isfinite(norms_U)
-        factors_U = torch.from_numpy(clip_factors(norms_U, max_grad_norm=self.max_grad_norm) / scale)
+        margin = MARGIN_64 if grads_UW.dtype == torch.float64 else MARGIN_32
+        factors_U = torch.from_numpy(clip_factors(norms_U, max_grad_norm=self.max_grad_norm, margin=margin) / scale)
         kept_UW = grads_UW
         if not finite_U.all():
             chosen = torch.from_numpy(np.flatnonzero(finite_U))

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-BLOCK = 256
+BLOCK = 64
 """Columns that one float32 partial norm covers; partial norms are joined in float64.
 
-In whatever order a kernel adds 256 squares, the relative error of their norm is at most (256/2 + 1) 2^-24 = 7.7e-6.
+In whatever order a kernel adds 64 squares, the relative error of their norm is at most (64/2 + 1) 2^-24 = 2.0e-6.
 """
 
 
@@ -126,7 +126,7 @@ class GradRows:
 
 
 def row_norms(matrix_NW: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-    """L2 norm of each row, float64 [N], with relative error at most 7.7e-6; NaN or infinite if the row is.
+    """L2 norm of each row, float64 [N], with relative error at most 2.0e-6; NaN or infinite if the row is.
 
     Args:
         matrix_NW: float32; W is a multiple of ``BLOCK``.

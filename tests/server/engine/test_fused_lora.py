@@ -12,7 +12,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from tg_tinker.errors import DPUnsupportedError
 from tg_tinker.types import BatchData
-from tg_tinker_server.dp.clipping import ROUNDING_MARGIN
 from tg_tinker_server.engine.backend import StepRequest
 from tg_tinker_server.engine.losses import record_losses
 from tg_tinker_server.engine.performance import PerformanceConfig
@@ -70,7 +69,7 @@ def clipped_sum(grads_BP, units, bound):
     for unit in dict.fromkeys(units):
         grad = sum(g for g, u in zip(grads_BP, units, strict=True) if u == unit)
         norm = np.linalg.norm(grad)
-        total += grad * (min(1.0, bound * (1 - ROUNDING_MARGIN) / norm) if norm else 0.0)
+        total += grad * (min(1.0, bound / norm) if norm else 0.0)
     return total
 
 
