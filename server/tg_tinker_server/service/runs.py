@@ -124,7 +124,10 @@ class RunRegistry:
         return row
 
     def config_of(self, row: run_rows.RunRow) -> TrainingConfig:
-        """The configuration in a row. Call it off the event loop."""
+        """The configuration in a row, without opening it where the run is in memory. Call it off the event loop."""
+        run = self._runs.get((row.tenant, row.run_id))
+        if run is not None:
+            return run.config
         return config_from_json(self.texts.open(row.tenant, CONFIG, row.config_json, row.run_id))
 
     async def list(self, tenant: str, status: str, limit: int) -> list[run_rows.RunRow]:
