@@ -28,6 +28,12 @@ def test_the_marked_blocks_of_a_page_run_in_order(page: str, blocks: int, capsys
     assert 7.5 < epsilons[-1] <= 8.0
 
 
+def test_the_derived_gradients_are_those_of_autograd(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = (s for s in snippets(ROOT / "docs" / "how-dp-lora-works.md") if s.marked)
+    snippet.execute({})
+    assert capsys.readouterr().out == "largest difference below 1e-12: True\n"
+
+
 @pytest.mark.usefixtures("documented_server")
 def test_the_quickstart_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
