@@ -48,7 +48,9 @@ def build_backend(config: ServerConfig) -> Backend:
     from tg_tinker_server.engine.performance import PerformanceConfig
     from tg_tinker_server.engine.torch_backend import TorchBackend
 
-    performance = PerformanceConfig(base_dtype=config.base_dtype, micro_batch_tokens=config.micro_batch_tokens)
+    performance = PerformanceConfig(
+        device=config.device, base_dtype=config.base_dtype, micro_batch_tokens=config.micro_batch_tokens
+    )
     return TorchBackend({**BUNDLED_MODELS, **config.models}, performance)
 
 

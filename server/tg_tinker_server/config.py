@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,11 +30,12 @@ class ServerConfig(BaseModel):
         allow_plaintext_network: in so many words, permit an unencrypted listener off loopback.
         backend: "torch", or "bigram": a NumPy model for trying things out without torch.
         models: names offered to clients -> local folder or hub id; the bundled model is always there.
-        base_dtype: of frozen base weights; "auto" takes bfloat16 where the hardware is fast at it.
+        device: where models live: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one.
+        base_dtype: of frozen base weights; "auto" takes bfloat16 where a measurement finds it faster.
         max_queue: operations waiting per run before RATE_LIMITED.
         max_runs_per_tenant: active runs.
         max_batch_records, max_batch_tokens, max_request_bytes: limits of one request; tokens with padding.
-        micro_batch_tokens: padded tokens in memory at once during a backward pass.
+        micro_batch_tokens: padded tokens in memory at once during a backward pass; "auto" finds them for each model.
         share_passes: whose waiting passes may be computed together: those of one tenant, everyone's (tenants that
             trust each other), or nobody's.
         kept_results: results kept per run for ``get_future``.
@@ -55,13 +56,14 @@ class ServerConfig(BaseModel):
     allow_plaintext_network: bool = False
     backend: Literal["torch", "bigram"] = "torch"
     models: dict[str, str] = Field(default_factory=dict)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_queue: int = Field(256, ge=1)
     max_runs_per_tenant: int = Field(64, ge=1)
     max_batch_records: int = Field(4096, ge=1)
     max_batch_tokens: int = Field(2**19, ge=1)
     max_request_bytes: int = Field(64 * 2**20, ge=2**16)
-    micro_batch_tokens: int = Field(2048, ge=1)
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     share_passes: SharePasses = "tenant"
     kept_results: int = Field(1000, ge=10)
     drain_s: float = Field(30.0, ge=0)

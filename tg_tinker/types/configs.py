@@ -182,6 +182,9 @@ class TrainingConfig(_Config):
             norms and sums are always float32.
         loss_scale: static; "dynamic" is refused under DP, because skipping a step depends on data.
         max_steps: planned steps; the run is completed when they are done.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        micro_batch_size: most records in one run through the model; "auto" goes by the server's memory. A batch of
+            any size is cut by itself, with the same result up to rounding.
         seed: governs initialisation and dropout, never noise.
         model_kwargs: reserved; no server offers any yet, so it must be empty.
     """
@@ -196,6 +199,7 @@ class TrainingConfig(_Config):
     mixed_precision: Literal["bf16", "fp32", "no"] = "bf16"
     loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["dynamic"] = 128.0
     gradient_checkpointing: bool = False
+    micro_batch_size: Annotated[int, Field(ge=1, le=MANY)] | Literal["auto"] = "auto"
     max_steps: int | None = Field(None, ge=1, le=MANY)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     model_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=0)

@@ -69,10 +69,18 @@ class BaseModels:
         self._sources = dict(sources)
         self._device = device
         self._infos: dict[str, ModelInfo] = {}
+        self._widths: dict[str, int] = {}
 
     def infos(self) -> list[ModelInfo]:
         """What is offered, by name."""
         return [self._info(name) for name in sorted(self._sources)]
+
+    def hidden_size(self, name: str) -> int:
+        """Width of a model; 0 if it is not offered or does not say."""
+        if name not in self._sources:
+            return 0
+        self._info(name)
+        return self._widths[name]
 
     def _info(self, name: str) -> ModelInfo:
         if name not in self._infos:
@@ -84,6 +92,8 @@ class BaseModels:
             else:
                 module, _ = source()
                 config = module.config
+            width = getattr(config, "hidden_size", 0)
+            self._widths[name] = width if isinstance(width, int) else 0
             self._infos[name] = ModelInfo(
                 name=name,
                 family=str(config.model_type),

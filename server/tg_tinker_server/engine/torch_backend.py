@@ -11,7 +11,11 @@ from tg_tinker.types.info import ModelInfo
 from tg_tinker_server.engine.lora import AdaptedBase
 from tg_tinker_server.engine.models import BUNDLED_MODELS, BaseModels, ModelSource
 from tg_tinker_server.engine.performance import PerformanceConfig
+from tg_tinker_server.engine.precision import bfloat16_pays
 from tg_tinker_server.engine.torch_session import TorchSession
+
+WIDE = 512
+"""Hidden size from which products are most of a model's work."""
 
 
 class TorchBackend:
@@ -59,8 +63,10 @@ class TorchBackend:
         wanted = self._performance.base_dtype
         if config.private or config.mixed_precision != "bf16" or wanted == "float32":
             return torch.float32
-        native = self._performance.device.startswith("cuda") and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if wanted == "bfloat16" or native else torch.float32
+        pays = wanted == "bfloat16" or (
+            self._models.hidden_size(config.model_ref) >= WIDE and bfloat16_pays(self._performance.device)
+        )
+        return torch.bfloat16 if pays else torch.float32
 
     def _base(self, name: str, dtype: torch.dtype, *, shared: bool) -> AdaptedBase:
         if not shared:

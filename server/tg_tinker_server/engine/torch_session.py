@@ -21,6 +21,7 @@ from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
 from tg_tinker_server.engine.grad_rows import GradRows
 from tg_tinker_server.engine.gradients import ParamLayout
 from tg_tinker_server.engine.lora import AdaptedBase, fused_parameters, trainable_parameters
+from tg_tinker_server.engine.memory import bytes_per_token, tokens_within
 from tg_tinker_server.engine.microbatch import Limits
 from tg_tinker_server.engine.per_sample import PerSampleGradients, check_complete, columns_of
 from tg_tinker_server.engine.performance import PerformanceConfig
@@ -75,6 +76,7 @@ class TorchSession(SessionCore):
         fused = fused_parameters(base.module, adapter)
         self._all_fused = len(fused) == len(self.parameters)
         self._columns = columns_of(self.parameters, fused)
+        self._tokens = self._most_tokens(performance)
         self._torch_optimizer = optimizers.make_optimizer(config.optimizer, list(self.parameters.values()))
         self._optimizer: torch.optim.Optimizer = self._torch_optimizer
         self._per_sample: PerSampleGradients | None = None
@@ -115,11 +117,23 @@ class TorchSession(SessionCore):
             return None
         return (id(self.base), self.checkpoints, tuple(self.layout.shapes.items()))
 
+    def _most_tokens(self, performance: PerformanceConfig) -> int:
+        if performance.micro_batch_tokens != "auto":
+            return performance.micro_batch_tokens
+        return tokens_within(
+            performance.activation_bytes,
+            bytes_per_token(self.base, self.adapter, self.lm),
+            parameters=sum(p.numel() for p in self.base.module.parameters()),
+            device=self.device.type,
+        )
+
     def limits(self, *, train: bool) -> Limits:
         """What one run through the model may hold for this session."""
-        tokens, records = self._performance.micro_batch_tokens, sys.maxsize
+        tokens, records = self._tokens, sys.maxsize
+        if isinstance(self._config.micro_batch_size, int):
+            records = self._config.micro_batch_size
         if train and (self.private or self.share_key is not None):
-            records = max(1, self._performance.per_sample_bytes // (4 * self._columns.width))
+            records = min(records, max(1, self._performance.per_sample_bytes // (4 * self._columns.width)))
         return Limits(tokens=tokens, records=records)
 
     def start(self, request: PassRequest) -> TorchPass:
