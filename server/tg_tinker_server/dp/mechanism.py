@@ -65,5 +65,6 @@ class GaussianMechanism:
                 raise TypeError(f"noise is added in float64, got {array.dtype}")
         self._used = True
         for array in arrays:
-            noise = self._rng.normals(array.size).reshape(array.shape)
-            np.add(array, noise * self.stddev, out=array)
+            noise = self._rng.normals(array.size)
+            noise *= self.stddev
+            np.add(array, noise.reshape(array.shape), out=array)
