@@ -1,4 +1,4 @@
-"""Where work runs: one compute thread for the model, a few threads for disk; never the event loop."""
+"""Where work runs: one compute thread for the model, some threads for disk; never the event loop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+IO_THREADS = 16  # most of them wait for the disk on behalf of steps; the rest answer who only reads
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ class Executors:
 
     def __init__(self) -> None:
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        self._io = ThreadPoolExecutor(4, thread_name_prefix="io")
+        self._io = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="io")
         self._accounting = ThreadPoolExecutor(1, thread_name_prefix="accounting")
 
     async def compute(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
