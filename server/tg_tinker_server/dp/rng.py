@@ -34,8 +34,8 @@ class NormalSource(Protocol):
 class SecureNormal:
     """Independent standard normals, every draw under a new secret key.
 
-    It cannot be seeded, copied, pickled or shown. Nothing is kept between draws: a forked child, another thread or
-    whoever reads the memory later finds no key of a number that was drawn.
+    It cannot be seeded, copied, pickled or shown. Nothing is kept between draws that a forked child or another thread
+    could repeat.
 
     >>> SecureNormal().normals(3).shape
     (3,)
