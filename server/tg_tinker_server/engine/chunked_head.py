@@ -19,7 +19,9 @@ from torch.autograd.function import once_differentiable
 from tg_tinker_server.engine.losses import at_least_float32
 
 CHUNK_BYTES = 32 * 2**20
-"""Most memory for the logits of a chunk."""
+"""Memory for the logits of a chunk, unless ``FEWEST`` targets need more."""
+FEWEST = 128
+"""With fewer targets at a time the product is slow."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -76,6 +78,6 @@ def chunked_cross_entropy(
         bias_V: its frozen bias.
         targets_N: token ids, all valid.
     """
-    chunk = max(128, CHUNK_BYTES // (4 * len(weight_VD)))
+    chunk = max(FEWEST, CHUNK_BYTES // (4 * len(weight_VD)))
     losses_N: torch.Tensor = cast(Any, _ChunkedCrossEntropy).apply(h_ND, weight_VD, bias_V, targets_N, chunk)
     return losses_N

@@ -73,16 +73,39 @@ class Columns:
         return torch.cat([c.of(row_W).reshape(-1) for c in self.by_parameter.values()])
 
 
+class Scratch:
+    """Memory for one matrix at a time, kept from one pass to the next: fresh memory costs as much as what fills it.
+
+    What it holds is overwritten before it is read.
+    """
+
+    MOST_KEPT = 64 * 2**20
+    """Bytes; a larger matrix is given back after its pass."""
+
+    def __init__(self) -> None:
+        self._kept: torch.Tensor | None = None
+
+    def matrix(self, records: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A matrix [records, width] with whatever is in it; the one before it must no longer be used."""
+        size = records * width
+        if size * dtype.itemsize > self.MOST_KEPT:
+            return torch.empty(records, width, dtype=dtype, device=device)
+        kept = self._kept
+        if kept is None or len(kept) < size or (kept.dtype, kept.device) != (dtype, device):
+            self._kept = kept = torch.empty(size, dtype=dtype, device=device)
+        return kept[:size].view(records, width)
+
+
 class GradRows:
     """The matrix of one backward pass, filled by the layers as it reaches them.
 
     A parameter used several times in the forward pass is written several times; the terms add up.
     """
 
-    def __init__(self, columns: Columns, records: int, device: torch.device) -> None:
+    def __init__(self, columns: Columns, records: int, device: torch.device, scratch: Scratch | None = None) -> None:
         self.columns = columns
         self.records = records
-        self.matrix_NW = torch.empty(records, columns.width, dtype=columns.dtype, device=device)
+        self.matrix_NW = (scratch or Scratch()).matrix(records, columns.width, columns.dtype, device)
         self.matrix_NW[:, columns.size :] = 0.0
         self._written: set[str] = set()
         self.misshapen: set[str] = set()

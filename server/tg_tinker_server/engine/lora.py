@@ -23,7 +23,7 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import LoRAConfig
 from tg_tinker_server.engine.forward import CausalLM
 from tg_tinker_server.engine.fused_lora import Rows, can_fuse, fuse
-from tg_tinker_server.engine.grad_rows import GradRows
+from tg_tinker_server.engine.grad_rows import GradRows, Scratch
 from tg_tinker_server.engine.models import LoadedModel
 
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
@@ -46,6 +46,7 @@ class AdaptedBase:
         self._switched: str | None = None
         self._language_model: CausalLM | None = None
         self._checkpointing = False
+        self.scratch = Scratch()
         # The table of modules as they were before anything was wrapped.
         self._modules = dict(loaded.module.named_modules())
         head = cast(Any, loaded.module).get_output_embeddings()
@@ -114,6 +115,7 @@ class AdaptedBase:
         self._adapters.add(name)
         self._fuse_layers()
         self._switch(name)
+        self.module.eval()  # what PEFT adds is in training mode
         return name
 
     def _switch(self, name: str) -> None:

@@ -14,7 +14,7 @@ from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from torch import nn
 
 from tg_tinker.errors import DPUnsupportedError
-from tg_tinker_server.engine.grad_rows import Columns, GradRows
+from tg_tinker_server.engine.grad_rows import Columns, GradRows, Scratch
 from tg_tinker_server.engine.taps import ModuleTap
 
 
@@ -26,6 +26,7 @@ class PerSampleGradients(AbstractGradSampleHooks):  # type: ignore[misc]
         parameters: the run's trained parameters by name, sorted.
         columns: where each lies in the matrix.
         fused: names of those with the fused rule.
+        scratch: memory for the matrix.
 
     Raises:
         DPUnsupportedError: a trained module keeps buffers, which no per-sample rule covers.
@@ -38,9 +39,11 @@ class PerSampleGradients(AbstractGradSampleHooks):  # type: ignore[misc]
         columns: Columns,
         *,
         fused: frozenset[str] = frozenset(),
+        scratch: Scratch | None = None,
     ) -> None:
         self._parameters = dict(parameters)
         self._columns = columns
+        self._scratch = scratch
         own = nn.ModuleList(_owning_modules(root, self._parameters))
         super().__init__(own, batch_first=True, loss_reduction="sum")
         self._now: GradRows | None = None
@@ -65,7 +68,8 @@ class PerSampleGradients(AbstractGradSampleHooks):  # type: ignore[misc]
             DPUnsupportedError: a parameter has none, or its leading dimension is not the records: clipping it would
                 clip something else than a record, and epsilon would be untrue.
         """
-        self._now = grads = GradRows(self._columns, records, next(iter(self._parameters.values())).device)
+        device = next(iter(self._parameters.values())).device
+        self._now = grads = GradRows(self._columns, records, device, self._scratch)
         try:
             yield grads
         finally:

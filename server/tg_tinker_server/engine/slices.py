@@ -50,17 +50,18 @@ def _mode(passes: Sequence[TorchPass]) -> Iterator[None]:
     session = one.session
     module = session.base.module
     if not one.request.train:
-        module.eval()
         with torch.no_grad():
             yield
         return
-    module.train()
+    if session.random or session.checkpoints:
+        module.train()  # for dropout and checkpointing; nothing else changes with it, and the change is slow
     session.base.set_checkpointing(session.checkpoints)
     try:
         with torch.enable_grad(), _randomness(one):
             yield
     finally:
-        module.eval()
+        if module.training:
+            module.eval()
         for each in passes:
             each.session.forget_gradients()
 
@@ -92,7 +93,7 @@ def _per_sample(passes: Sequence[TorchPass], counts: Sequence[int]) -> tuple[Rec
     session = passes[0].session
     adapters = [p.session.adapter for p in passes]
     with (
-        session.recording(sum(counts)) as rows,
+        session.recording(sum(counts), joined=len(passes) > 1) as rows,
         session.base.computing(*adapters, counts=tuple(counts), grads=rows),
     ):
         losses = _losses(passes)

@@ -32,6 +32,8 @@ class TorchBackend:
         performance: PerformanceConfig | None = None,
     ) -> None:
         self._performance = performance or PerformanceConfig()
+        # Products of float32 in fewer bits (TF32, bfloat16) would break what is promised of private runs.
+        torch.set_float32_matmul_precision("highest")
         self._models = BaseModels(models, torch.device(self._performance.device))
         self._shared: dict[tuple[str, torch.dtype], AdaptedBase] = {}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from tg_tinker.errors import DPUnsupportedError
 from tg_tinker.types import IGNORE_INDEX
 from tg_tinker_server.engine.backend import Ints, Pass, PassRequest, PassResult
 from tg_tinker_server.engine.dp_optimizer import ClippedRows
@@ -83,9 +84,11 @@ class TorchPass:
         joined = self._joined(others)
         try:
             run_slice([self, *joined])
-        except Exception:
+        except Exception as e:
             if not joined:
                 raise
+            if isinstance(e, DPUnsupportedError):
+                self.session.go_alone()
             run_slice([self])  # whoever is at fault, it is not the others' loss
             return []
         return list(joined)

@@ -74,6 +74,7 @@ class TorchSession(SessionCore):
         self.lm = base.language_model()
         self.random = self.lm.shortcuts.random or (config.lora_config is not None and config.lora_config.dropout > 0)
         fused = fused_parameters(base.module, adapter)
+        self._alone = False
         self._all_fused = len(fused) == len(self.parameters)
         self._columns = columns_of(self.parameters, fused)
         self._tokens = self._most_tokens(performance)
@@ -82,7 +83,9 @@ class TorchSession(SessionCore):
         self._per_sample: PerSampleGradients | None = None
         self.clipper: UnitClippingOptimizer | None = None
         if config.private and config.dp_config is not None:
-            self._per_sample = PerSampleGradients(base.module, self.parameters, self._columns, fused=fused)
+            self._per_sample = PerSampleGradients(
+                base.module, self.parameters, self._columns, fused=fused, scratch=base.scratch
+            )
             try:
                 probe(base, adapter, self.parameters, self._per_sample, self.lm, vocab_size=self.vocab_size)
             except BaseException:
@@ -113,7 +116,7 @@ class TorchSession(SessionCore):
 
         They have the same base in memory, adapters of the same shapes on the same layers, and nothing random.
         """
-        if self.adapter is None or not self._all_fused or self.random or not self.base.shareable:
+        if self._alone or self.adapter is None or not self._all_fused or self.random or not self.base.shareable:
             return None
         return (id(self.base), self.checkpoints, tuple(self.layout.shapes.items()))
 
@@ -143,15 +146,27 @@ class TorchSession(SessionCore):
         return TorchPass(self, request)
 
     @contextmanager
-    def recording(self, records: int) -> Iterator[GradRows]:
-        """A matrix for the per-sample gradients of the backward pass inside."""
-        if self._per_sample is not None:
+    def recording(self, records: int, *, joined: bool = False) -> Iterator[GradRows]:
+        """A matrix for the per-sample gradients of the backward pass inside.
+
+        Args:
+            records: rows of the pass.
+            joined: some of them are other sessions'.
+
+        Raises:
+            DPUnsupportedError: some gradient is not one per record.
+        """
+        if self._per_sample is not None and not joined:
             with self._per_sample.recording(records) as grads:
                 yield grads
             return
-        grads = GradRows(self._columns, records, self.device)
+        grads = GradRows(self._columns, records, self.device, self.base.scratch)
         yield grads
         check_complete(grads)
+
+    def go_alone(self) -> None:
+        """Share no slice from now on: rows of others were tried and do not work with this model."""
+        self._alone = True
 
     def forget_gradients(self) -> None:
         """Drop gradients of a slice that is over, or that failed half-way."""

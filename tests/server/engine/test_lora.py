@@ -141,6 +141,6 @@ def test_per_sample_memory_does_not_outlive_a_pass(fresh_bench, tools):
     for parameter in session.parameters.values():
         assert parameter.grad is None
         assert parameter.grad_sample is None
-    alive = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.shape == (6, session._columns.width)]
+    alive = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (6, session._columns.width)]
     assert alive == []
     assert result.contribution.grads_UP is None

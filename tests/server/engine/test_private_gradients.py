@@ -284,3 +284,29 @@ def test_an_empty_batch_folds_to_nothing(torch_bench, tools):
     contribution = tools.accumulate(session, BatchData(input_ids=[])).contribution
     assert not contribution.sum_P.any()
     assert tools.step(session).grad_norm == 0.0
+
+
+@pytest.mark.parametrize("units", [15, 16, 17, 255, 1024])
+def test_one_unit_more_moves_the_rounding_of_many_equal_ones_by_nothing_to_speak_of(units):
+    """A plain float32 sum is off by up to units^2 2^-24: at 1,024 equal rows twice the room that the noise has."""
+    row = np.random.default_rng(1).normal(size=(1, 3, 2)).astype(np.float32)
+    first, second = np.repeat(row, units + 1, axis=0), np.zeros((units + 1, 4), dtype=np.float32)
+    first[-1] = 0.0  # the unit that comes and goes has no gradient at all
+    with_it = clipped(first, second, np.arange(units + 1), 1.0).sum_P.numpy()
+    without = clipped(first[:-1], second[:-1], np.arange(units), 1.0).sum_P.numpy()
+    assert np.linalg.norm(with_it - without) < 1e-5
+    exact = row.astype(np.float64).ravel() / np.linalg.norm(row) * units
+    assert np.linalg.norm(with_it[:6] - exact) <= units * 1e-5
+
+
+def test_shifted_micro_batches_of_a_thousand_equal_records_move_the_sum_within_the_room(tools):
+    """One record more shifts every border between micro-batches, and with it how every other is rounded."""
+    backend = TorchBackend({"tiny": tools.loaders["tiny"]}, PerformanceConfig(micro_batch_tokens=2048))
+    session = backend.open(run_id="r", config=SMALL_CONFIG)
+    ids = np.tile(np.random.default_rng(0).integers(1, 50, 2), (1025, 1))
+    labels = ids.copy()
+    labels[0] = -100  # has no target, so no gradient
+    batch = BatchData(input_ids=ids, labels=labels, attention_mask=np.ones_like(ids))
+    everything = tools.run_pass(session, batch).contribution.sum_P
+    without = tools.run_pass(session, tools.rows(batch, range(1, 1025))).contribution.sum_P
+    assert np.linalg.norm(everything - without) <= 0.1 * ROUNDING_ROOM * SMALL_BOUND
