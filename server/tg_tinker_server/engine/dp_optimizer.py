@@ -122,12 +122,11 @@ def _weighted_sum(factors_U: torch.Tensor, rows_UW: torch.Tensor) -> torch.Tenso
     A float32 sum over U equal rows is off by up to U^2 2^-24 of one row, and one row more changes it all. So float32
     adds ``ROWS_AT_ONCE`` rows at a time, and float64 the rest.
     """
-    groups, width = len(rows_UW) // ROWS_AT_ONCE, rows_UW.shape[1]
-    whole = groups * ROWS_AT_ONCE
-    sums_GW = torch.bmm(
-        factors_U[:whole].view(groups, 1, ROWS_AT_ONCE), rows_UW[:whole].view(groups, ROWS_AT_ONCE, width)
-    ).squeeze(1)
-    return sums_GW.sum(dim=0, dtype=torch.float64) + factors_U[whole:] @ rows_UW[whole:]
+    total_W = rows_UW.new_zeros(rows_UW.shape[1], dtype=torch.float64)
+    for start in range(0, len(rows_UW), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
+        total_W += factors_U[some] @ rows_UW[some]
+    return total_W
 
 
 def _sum_by_unit(grads_NW: torch.Tensor, local_N: np.ndarray[Any, Any], units: int) -> torch.Tensor:
