@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.service`, one file per thing that is measured."""
