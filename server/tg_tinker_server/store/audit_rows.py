@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, bindparam, insert, select
 
 from tg_tinker_server.store import tables as t
+
+# Built once, as in `ledger_rows`: they run with every operation.
+_C = t.audit.c
+_INSERT_RECORD = insert(t.audit)
+_LAST_RECORD = (
+    select(_C.position, _C.record_hash).where(_C.tenant == bindparam("tenant")).order_by(_C.position.desc()).limit(1)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,14 +29,12 @@ class AuditRow:
 
 def insert_record(tx: Connection, row: AuditRow) -> None:
     """Append a record."""
-    tx.execute(insert(t.audit).values(**{c.name: getattr(row, c.name) for c in t.audit.columns}))
+    tx.execute(_INSERT_RECORD, {c.name: getattr(row, c.name) for c in t.audit.columns})
 
 
 def last_record(tx: Connection, tenant: str) -> tuple[int, bytes] | None:
     """Position and hash of a tenant's newest record."""
-    c = t.audit.c
-    query = select(c.position, c.record_hash).where(c.tenant == tenant).order_by(c.position.desc()).limit(1)
-    found = tx.execute(query).first()
+    found = tx.execute(_LAST_RECORD, {"tenant": tenant}).first()
     return (int(found[0]), bytes(found[1])) if found else None
 
 

@@ -6,12 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, bindparam, insert, select
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from tg_tinker_server.store import tables as t
 
 _BATCH = 500  # parameters of one IN list
+
+# Built once: what is built anew for each call costs as much again as running it.
+_C = t.ledger.c
+_OF_DATASET = (_C.tenant == bindparam("tenant"), _C.dataset_id == bindparam("dataset_id"))
+_OF_STEP = (*_OF_DATASET, _C.run_id == bindparam("run_id"), _C.seq == bindparam("seq"))
+_INSERT_ENTRY = insert(t.ledger)
+_LAST_ENTRY = select(_C.position, _C.entry_hash).where(*_OF_DATASET).order_by(_C.position.desc()).limit(1)
+_ENTRIES_FROM = select(t.ledger).where(*_OF_DATASET, _C.position >= bindparam("position")).order_by(_C.position)
+_ENTRIES_OF_STEP = select(t.ledger).where(*_OF_STEP).order_by(_C.position)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,29 +58,25 @@ def insert_dataset(tx: Connection, row: DatasetRow) -> None:
 
 def insert_entry(tx: Connection, row: LedgerRow) -> None:
     """Append an entry."""
-    tx.execute(insert(t.ledger).values(**{c.name: getattr(row, c.name) for c in t.ledger.columns}))
+    tx.execute(_INSERT_ENTRY, {c.name: getattr(row, c.name) for c in t.ledger.columns})
 
 
 def last_entry(tx: Connection, tenant: str, dataset_id: str) -> tuple[int, bytes] | None:
     """Position and hash of the newest entry."""
-    c = t.ledger.c
-    query = select(c.position, c.entry_hash).where(c.tenant == tenant, c.dataset_id == dataset_id)
-    found = tx.execute(query.order_by(c.position.desc()).limit(1)).first()
+    found = tx.execute(_LAST_ENTRY, {"tenant": tenant, "dataset_id": dataset_id}).first()
     return (int(found[0]), bytes(found[1])) if found else None
 
 
 def entries_from(tx: Connection, tenant: str, dataset_id: str, position: int) -> list[LedgerRow]:
     """Entries at a position and beyond, in order."""
-    c = t.ledger.c
-    query = select(t.ledger).where(c.tenant == tenant, c.dataset_id == dataset_id, c.position >= position)
-    return [LedgerRow(**r._mapping) for r in tx.execute(query.order_by(c.position))]
+    found = tx.execute(_ENTRIES_FROM, {"tenant": tenant, "dataset_id": dataset_id, "position": position})
+    return [LedgerRow(**r._mapping) for r in found]
 
 
 def entries_of_step(tx: Connection, tenant: str, dataset_id: str, run_id: str, seq: int) -> list[LedgerRow]:
     """Every entry about one step of one run, in order."""
-    c = t.ledger.c
-    query = select(t.ledger).where(c.tenant == tenant, c.dataset_id == dataset_id, c.run_id == run_id, c.seq == seq)
-    return [LedgerRow(**r._mapping) for r in tx.execute(query.order_by(c.position))]
+    step = {"tenant": tenant, "dataset_id": dataset_id, "run_id": run_id, "seq": seq}
+    return [LedgerRow(**r._mapping) for r in tx.execute(_ENTRIES_OF_STEP, step)]
 
 
 def participations(

@@ -6,9 +6,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from tg_tinker_server.store import tables as t
+
+# Built once, as in `ledger_rows`: they run with every step. SQLAlchemy keeps the names of columns for new values.
+_R, _C = t.runs.c, t.results.c
+_UPDATE_RUN = update(t.runs).where(
+    _R.tenant == bindparam("its_tenant"), _R.run_id == bindparam("its_run_id"), _R.status != "deleted"
+)
+_INSERT_RESULT = insert(t.results)
+_PRUNE_RESULTS = delete(t.results).where(
+    _C.tenant == bindparam("tenant"), _C.run_id == bindparam("run_id"), _C.seq <= bindparam("upto")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +93,7 @@ def count_active(tx: Connection, tenant: str) -> int:
 
 def update_run(tx: Connection, tenant: str, run_id: str, **values: Any) -> None:
     """Change columns of one run; a deleted one stays as it is."""
-    where = (t.runs.c.tenant == tenant) & (t.runs.c.run_id == run_id) & (t.runs.c.status != "deleted")
-    tx.execute(update(t.runs).where(where).values(**values))
+    tx.execute(_UPDATE_RUN, {"its_tenant": tenant, "its_run_id": run_id, **values})
 
 
 def referenced_states(tx: Connection) -> set[str]:
@@ -95,8 +104,8 @@ def referenced_states(tx: Connection) -> set[str]:
 
 def put_results(tx: Connection, rows: list[ResultRow]) -> None:
     """Keep the outcomes of operations."""
-    for row in rows:
-        tx.execute(insert(t.results).values(**{c.name: getattr(row, c.name) for c in t.results.columns}))
+    if rows:
+        tx.execute(_INSERT_RESULT, [{c.name: getattr(row, c.name) for c in t.results.columns} for row in rows])
 
 
 def get_result(tx: Connection, tenant: str, run_id: str, seq: int) -> ResultRow | None:
@@ -115,8 +124,7 @@ def results_after(tx: Connection, tenant: str, run_id: str, seq: int) -> list[Re
 
 def prune_results(tx: Connection, tenant: str, run_id: str, *, upto: int) -> None:
     """Forget outcomes up to a position."""
-    c = t.results.c
-    tx.execute(delete(t.results).where(c.tenant == tenant, c.run_id == run_id, c.seq <= upto))
+    tx.execute(_PRUNE_RESULTS, {"tenant": tenant, "run_id": run_id, "upto": upto})
 
 
 def delete_results(tx: Connection, tenant: str, run_id: str) -> None:
