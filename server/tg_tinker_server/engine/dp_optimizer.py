@@ -100,7 +100,7 @@ class UnitClippingOptimizer(DPOptimizer):  # type: ignore[misc]
         sum_W = _weighted_sum(factors_U.to(device=kept_UW.device, dtype=dtype), kept_UW.to(dtype))
         own = None
         if self._keep_units:
-            own = np.stack([(self._columns.flat(row_W) / scale).cpu().numpy() for row_W in grads_UW])
+            own = (self._columns.flat(grads_UW) / scale).cpu().numpy()
         return ClippedRows(units=units.tolist(), norms_U=norms_U, sum_P=self._columns.flat(sum_W), grads_UP=own)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:  # noqa: ARG002 - Opacus's signature
@@ -122,8 +122,8 @@ def _weighted_sum(factors_U: torch.Tensor, rows_UW: torch.Tensor) -> torch.Tenso
     A float32 sum over U equal rows is off by up to U^2 2^-24 of one row, and one row more changes it all. So float32
     adds ``ROWS_AT_ONCE`` rows at a time, and float64 the rest.
     """
-    total_W = rows_UW.new_zeros(rows_UW.shape[1], dtype=torch.float64)
-    for start in range(0, len(rows_UW), ROWS_AT_ONCE):
+    total_W = (factors_U[:ROWS_AT_ONCE] @ rows_UW[:ROWS_AT_ONCE]).double()
+    for start in range(ROWS_AT_ONCE, len(rows_UW), ROWS_AT_ONCE):
         some = slice(start, start + ROWS_AT_ONCE)
         total_W += factors_U[some] @ rows_UW[some]
     return total_W

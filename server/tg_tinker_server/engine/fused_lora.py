@@ -9,7 +9,8 @@ With g = dL/dy the backward pass computes dx = g W + s (g B) A, and per record n
 from products that a non-private step needs as well, only batched over records. No gradient of W, and under privacy
 no sum over records, is ever formed. Derivation and sources: docs/how-dp-lora-works.md.
 
-The rows of one pass may belong to several adapters: A and B are then [N, r, i] and [N, o, r], one per row.
+The rows of one pass may belong to several adapters: A and B are then [K, r, i] and [K, o, r], one for each of K equal
+blocks of rows, down to one row each.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ class Rows:
     counts: tuple[int, ...] = ()
     grads: GradRows | None = None
 
+    @property
+    def block_of_row(self) -> list[int] | None:
+        """Which block each row is in; ``None`` if all blocks are of one size, so that they can stay whole."""
+        if len(set(self.counts)) == 1:
+            return None
+        return [block for block, count in enumerate(self.counts) for _ in range(count)]
+
 
 class _FusedLoRA(torch.autograd.Function):
     """See the module. Without ``grads`` the gradients of A and B are summed over records and returned."""
@@ -59,7 +67,7 @@ class _FusedLoRA(torch.autograd.Function):
         grads: GradRows | None,
         owners: tuple[nn.Parameter, nn.Parameter],
     ) -> torch.Tensor:
-        rows = x if A.dim() == 3 else x.reshape(-1, x.shape[-1])
+        rows = _blocks(x, A)
         low = rows @ A.to(x.dtype).mT
         low *= scale
         if weight is None:
@@ -75,7 +83,7 @@ class _FusedLoRA(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, low, A, B, weight = ctx.saved_tensors
-        g_rows = g if A.dim() == 3 else g.reshape(-1, g.shape[-1])
+        g_rows = _blocks(g, A)
         g_low = g_rows @ B.to(g.dtype)
         g_low *= ctx.scale
         dx = None
@@ -99,6 +107,11 @@ class _FusedLoRA(torch.autograd.Function):
             ctx.grads.add_product(owner_A, g_low.view(per_record).mT, x.reshape(n, -1, x.shape[-1]))
             ctx.grads.add_product(owner_B, low.view(per_record).mT, g.reshape(n, -1, g.shape[-1]))
         return dx, dA, dB, None, None, None, None, None, None
+
+
+def _blocks(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """All tokens as rows of one matrix, or of one for each block that has an adapter of its own."""
+    return x.reshape(len(A), -1, x.shape[-1]) if A.dim() == 3 else x.reshape(-1, x.shape[-1])
 
 
 def _add_product(y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -144,20 +157,23 @@ def _forward(layer: Any, x: torch.Tensor, rows: Rows) -> torch.Tensor:
     if rows.grads is not None:
         A, B, anchor = A.detach(), B.detach(), owners[0]
     if len(rows.adapters) > 1:
-        A, B, scale = _per_row(layer, rows)
+        A, B, scale = _per_block(layer, rows)
     y: torch.Tensor = cast(Any, _FusedLoRA).apply(low_input, A, B, anchor, weight, bias, scale, rows.grads, owners)
     return y if base_output is None else base_output + y
 
 
-def _per_row(layer: Any, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A [N, r, i], B [N, o, r] and scale [N, 1, 1] of each row's own adapter."""
+def _per_block(layer: Any, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]:
+    """A [K, r, i], B [K, o, r] and the scale of each block, or of each row where blocks differ in size."""
     with torch.no_grad():
         A = torch.stack([layer.lora_A[name].weight for name in rows.adapters])
         B = torch.stack([layer.lora_B[name].weight for name in rows.adapters])
-        scales = torch.tensor([layer.scaling[name] for name in rows.adapters], device=A.device, dtype=A.dtype)
-        counts = torch.tensor(rows.counts, device=A.device)
-        index = torch.repeat_interleave(torch.arange(len(rows.counts), device=A.device), counts)
-        return A[index], B[index], scales[index].view(-1, 1, 1)
+        scales = [layer.scaling[name] for name in rows.adapters]
+        index = rows.block_of_row
+        if index is not None:
+            A, B, scales = A[index], B[index], [scales[block] for block in index]
+        if len(set(scales)) == 1:
+            return A, B, scales[0]
+        return A, B, torch.tensor(scales, device=A.device, dtype=A.dtype).view(-1, 1, 1)
 
 
 def _frozen(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:

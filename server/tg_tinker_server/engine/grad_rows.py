@@ -7,6 +7,7 @@ Shape suffixes: N records, P parameters, W columns (P and zeros up to a whole nu
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,14 @@ class Column:
         return view.transpose(-1, -2) if self.transposed else view
 
 
+@functools.lru_cache(maxsize=16)
+def _order(columns: tuple[tuple[int, torch.Size, bool], ...], device: torch.device) -> torch.Tensor:
+    """Where each number of a flat gradient lies in a row [P]; one table for all runs of a shape."""
+    width = max((start + math.prod(shape) for start, shape, _ in columns), default=0)
+    row = torch.arange(width, dtype=torch.int32, device=device)
+    return torch.cat([Column("", *column).of(row).reshape(-1) for column in columns])
+
+
 class Columns:
     """The columns of one run's trained parameters, in the order of their names.
 
@@ -68,9 +77,8 @@ class Columns:
 
     def flat(self, row_W: torch.Tensor) -> torch.Tensor:
         """One row [W] as a flat gradient [P] in the layout's order."""
-        if not any(c.transposed for c in self.by_parameter.values()):
-            return row_W[: self.size]
-        return torch.cat([c.of(row_W).reshape(-1) for c in self.by_parameter.values()])
+        order_P = _order(tuple((c.start, c.shape, c.transposed) for c in self.by_parameter.values()), row_W.device)
+        return row_W.index_select(-1, order_P)
 
 
 class Scratch:

@@ -227,9 +227,8 @@ class TorchSession(SessionCore):
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """The adapter active, dropout off, nothing recorded."""
+        """The adapter active, nothing recorded. Outside of a training slice the model is in evaluation mode."""
         self._ensure_open()
-        self.base.module.eval()
         with torch.no_grad(), self.base.computing(self.adapter):
             yield
 
