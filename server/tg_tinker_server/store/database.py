@@ -7,6 +7,7 @@ settings are read back when a connection is opened, and the database refuses to 
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -31,6 +32,7 @@ Transaction = Connection
 
 BUSY_TIMEOUT_S: Final = 30.0
 MAX_GROUP: Final = 64  # writes that may share one commit, and so one flush to disk
+COMPANY_S: Final = 0.005  # how long writes that nobody waits for look out for one whose flush they can share
 _FULL: Final = 2
 _MIGRATING: Final = threading.Lock()  # Alembic's context is one per process
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
@@ -95,9 +97,9 @@ class Database:
         return cast(T, self._enqueue(_Job(fn, awaited=True)).result())
 
     def submit(self, fn: Callable[[Connection], T]) -> Future[T]:
-        """As :meth:`write`, without waiting. Writes that wait together may share a commit; each keeps its own
-        savepoint, so one that raises rolls back only itself. A write that is lost is also remembered:
-        :meth:`check_healthy` raises from then on.
+        """As :meth:`write`, without waiting. Writes that wait together may share a commit, and this one looks out for
+        company for a few milliseconds; each keeps its own savepoint, so one that raises rolls back only itself. A
+        write that is lost is also remembered: :meth:`check_healthy` raises from then on.
         """
         return self._enqueue(_Job(fn, awaited=False))
 
@@ -150,14 +152,16 @@ class Database:
     def _gather(self) -> tuple[list[_Job], bool]:
         """Wait for work; the jobs that share the next commit, and whether they are the last."""
         group: list[_Job] = []
+        leave_s = math.inf
         while len(group) < MAX_GROUP:
             try:
-                job = self._jobs.get(block=not group)
+                job = self._jobs.get(timeout=max(0.0, leave_s - time.monotonic()) if group else None)
             except queue.Empty:
                 break
             if job is None:
                 return group, True
             group.append(job)
+            leave_s = min(leave_s, time.monotonic() + (0.0 if job.awaited else COMPANY_S))
         return group, False
 
     def _commit(self, group: list[_Job]) -> None:
