@@ -97,9 +97,12 @@ class Durability:
         """
         kept = [(o, o.status, o.result, o.error) for o in run.lane.unstored(operation.seq)]
         kept.append((operation, FAILED if error else COMPLETED, result, error))
-        rows = await self.executors.io(lambda: [self._row(run, *k) for k in kept])
 
-        def write(tx: Transaction) -> None:
+        def seal_and_write() -> None:
+            rows = [self._row(run, *k) for k in kept]
+            self.db.write(lambda tx: write(tx, rows))
+
+        def write(tx: Transaction, rows: list[run_rows.ResultRow]) -> None:
             if settle is not None:
                 settle(tx)
             run_rows.update_run(
@@ -115,7 +118,7 @@ class Durability:
             run_rows.put_results(tx, rows)
             run_rows.prune_results(tx, run.tenant, run.run_id, upto=operation.seq - self.kept_results)
 
-        await self.executors.io(self.db.write, write)
+        await self.executors.io(seal_and_write)
         old, run.state_id = run.state_id, state_id
         run.step, run.durable_seq = step, operation.seq
         if run.status != BROKEN:  # the row is sound, what is in memory is not
@@ -124,7 +127,7 @@ class Durability:
             ended.stored = True
         run.lane.forget(operation.seq)
         if old and old != state_id:
-            await self.executors.io(self.delete_state, run.tenant, old)
+            self.executors.io_later(self.delete_state, run.tenant, old)
 
     def delete_state(self, tenant: str, state_id: str) -> None:
         """Delete a snapshot that no row points to any more."""
@@ -145,15 +148,18 @@ class Durability:
     ) -> None:
         """Make the outcome of an operation durable, together with rows it wrote; it is not executed again."""
         status = FAILED if error else COMPLETED
-        row = await self.executors.io(self._row, run, operation, status, result, error)
 
-        def write(tx: Transaction) -> None:
+        def seal_and_write() -> None:
+            row = self._row(run, operation, status, result, error)
+            self.db.write(lambda tx: write(tx, row))
+
+        def write(tx: Transaction, row: run_rows.ResultRow) -> None:
             if also is not None:
                 also(tx)
             run_rows.put_results(tx, [row])
             run_rows.prune_results(tx, run.tenant, run.run_id, upto=operation.seq - self.kept_results)
 
-        await self.executors.io(self.db.write, write)
+        await self.executors.io(seal_and_write)
         operation.stored = True
         run.lane.forget(operation.seq)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -31,6 +32,11 @@ class Executors:
     async def io(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run on a disk thread: database, artifacts, keys."""
         return await asyncio.get_running_loop().run_in_executor(self._io, lambda: fn(*args, **kwargs))
+
+    def io_later(self, fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Run on a disk thread when one is free. Nobody waits for it, hears its errors, or misses it after a stop."""
+        with contextlib.suppress(RuntimeError):  # closed already
+            self._io.submit(fn, *args, **kwargs)
 
     async def accounting(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run long arithmetic (plans, forecasts, reports) where it keeps neither keys nor steps waiting."""

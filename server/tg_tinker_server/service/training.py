@@ -25,7 +25,7 @@ from tg_tinker.wire.calls import Pass, Step
 from tg_tinker_server.config import SharePasses
 from tg_tinker_server.dp.events import Unnoised
 from tg_tinker_server.dp.mechanism import GaussianMechanism
-from tg_tinker_server.engine.backend import PassRequest, PassResult, StepRequest, StepResult
+from tg_tinker_server.engine.backend import EngineState, PassRequest, PassResult, Session, StepRequest, StepResult
 from tg_tinker_server.engine.schedules import learning_rate_at
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import Reservation
@@ -37,6 +37,7 @@ from tg_tinker_server.service.run import ACTIVE, DONE, PrivateRun, Run
 from tg_tinker_server.store.database import Transaction
 
 NAN = float("nan")
+LARGE_BATCH = 1 << 12  # tokens with padding from which preparing a batch leaves the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,10 @@ class TrainingService:
         if request.train:
             run.require_active()
         self._check(run, request)
-        digest, engine_request = await self.executors.io(_prepare, run, request)
+        if request.batch.input_ids.size < LARGE_BATCH:
+            digest, engine_request = _prepare(run, request)
+        else:
+            digest, engine_request = await self.executors.io(_prepare, run, request)
         claimed = request.batch_hash or ""
         if claimed.startswith("sha256:") and claimed != "sha256:" + digest.hex():
             raise InvalidRequestError(
@@ -260,8 +264,7 @@ class TrainingService:
             mechanism = GaussianMechanism(paid.event.noise_multiplier, private.config.max_grad_norm, private.noise)
         request = StepRequest(learning_rate=rate, mechanism=mechanism, global_clip=run.config.optimizer.max_grad_norm)
         try:
-            done = await self.executors.compute(run.session.step, request)
-            engine = await self.executors.compute(run.session.export_state, optimizer=True)
+            done, engine = await self.executors.compute(_step, run.session, request)
             output = self._output(run, done, rate, paid, operation)
             state_id = await self.durability.write_state(run, engine, step=run.step + 1)
             await self.durability.advance(
@@ -355,6 +358,11 @@ class TrainingService:
 
 def _unit_macs(run: Run, units: tuple[str, ...]) -> tuple[bytes, ...]:
     return tuple(run.mac("unit", u.encode()) for u in units)
+
+
+def _step(session: Session, request: StepRequest) -> tuple[StepResult, EngineState]:
+    """A step and the state after it, in one visit to the compute thread."""
+    return session.step(request), session.export_state(optimizer=True)
 
 
 def _prepare(run: Run, request: Pass) -> tuple[bytes, PassRequest]:
