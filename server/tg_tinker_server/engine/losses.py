@@ -32,7 +32,8 @@ class Targets:
 
     def select(self, values_BTD: torch.Tensor) -> torch.Tensor:
         """Values [B, T, D] at the predicting positions [N, D]."""
-        return values_BTD[self.row_N, self.position_N]
+        flat_N = self.row_N * values_BTD.shape[1] + self.position_N
+        return values_BTD.reshape(-1, values_BTD.shape[-1]).index_select(0, flat_N)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

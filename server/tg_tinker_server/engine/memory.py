@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
+from torch import nn
 
 from tg_tinker_server.engine.forward import CausalLM
 from tg_tinker_server.engine.lora import AdaptedBase
@@ -40,13 +43,21 @@ def bytes_per_token(base: AdaptedBase, adapter: str | None, lm: CausalLM) -> flo
     return sum(kept.values()) / (_RECORDS * _TOKENS)
 
 
+def parameters_of_products(module: nn.Module) -> int:
+    """How many parameters a token is multiplied with: all but a table of embeddings that is only looked up."""
+    table = cast(Any, module).get_input_embeddings().weight
+    head = cast(Any, module).get_output_embeddings()
+    tied = head is not None and getattr(head, "weight", None) is table
+    return sum(p.numel() for p in module.parameters() if tied or p is not table)
+
+
 def tokens_within(memory: int, per_token: float, *, parameters: int, device: str) -> int:
     """Most tokens, padding included, of one run through the model.
 
     Args:
         memory: bytes for activations and their gradients.
         per_token: as measured.
-        parameters: of the base model; larger ones get shorter runs.
+        parameters: that each token is multiplied with; larger models get shorter runs.
         device: "cpu", "cuda", ...
     """
     kind = "cpu" if device == "cpu" else "cuda"

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types.info import ModelInfo
+from tg_tinker_server.engine.fused_norm import fuse_norms
 from tg_tinker_server.engine.tokenizers import Tokenizer
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's output is its log
@@ -121,6 +122,7 @@ class BaseModels:
         else:
             module, tokenizer = source()
         module = module.to(device=self._device, dtype=dtype).requires_grad_(False).eval()
+        fuse_norms(module)
         return LoadedModel(
             name=name,
             module=module,

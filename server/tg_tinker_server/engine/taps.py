@@ -56,8 +56,9 @@ class ModuleTap:
     def __init__(self, module: nn.Module, current: Callable[[], GradRows | None]) -> None:
         self._module = module
         self._current = current
-        # A second view of the module, on the same parameters, whose forward is the original one.
+        # A second view of the module, on the same parameters, whose forward is that of its class.
         self._plain = copy.copy(module)
+        self._plain.__dict__.pop("forward", None)
         self._sampler: Sampler = GradSampleHooks.GRAD_SAMPLERS.get(type(module), ft_compute_per_sample_gradient)
         if self._sampler is ft_compute_per_sample_gradient:
             prepare_layer(self._plain, batch_first=True)

@@ -21,7 +21,7 @@ from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
 from tg_tinker_server.engine.grad_rows import GradRows
 from tg_tinker_server.engine.gradients import ParamLayout
 from tg_tinker_server.engine.lora import AdaptedBase, fused_parameters, trainable_parameters
-from tg_tinker_server.engine.memory import bytes_per_token, tokens_within
+from tg_tinker_server.engine.memory import bytes_per_token, parameters_of_products, tokens_within
 from tg_tinker_server.engine.microbatch import Limits
 from tg_tinker_server.engine.per_sample import PerSampleGradients, check_complete, columns_of
 from tg_tinker_server.engine.performance import PerformanceConfig
@@ -126,7 +126,7 @@ class TorchSession(SessionCore):
         return tokens_within(
             performance.activation_bytes,
             bytes_per_token(self.base, self.adapter, self.lm),
-            parameters=sum(p.numel() for p in self.base.module.parameters()),
+            parameters=parameters_of_products(self.base.module),
             device=self.device.type,
         )
 
