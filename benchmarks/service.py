@@ -22,7 +22,7 @@ from benchmarks.service_parts.epsilon import epsilon_cost
 from benchmarks.service_parts.latency import control_calls, new_clients
 from benchmarks.service_parts.loops import loop_ratio, service_cost
 from benchmarks.service_parts.sampling import sampling
-from benchmarks.service_parts.topic import Topic, show
+from benchmarks.service_parts.topic import Topic, core_share, show
 
 TOPICS: dict[str, Callable[..., Topic]] = {
     "cost": service_cost,
@@ -48,10 +48,10 @@ def chosen(names: str | None) -> list[str]:
     return wanted
 
 
-def keep(path: Path, name: str, topic: Topic, *, quick: bool) -> None:
+def keep(path: Path, name: str, topic: Topic, *, quick: bool, core_share: float) -> None:
     """Keep one topic; those measured before stay, each with the machine and the moment of its measurement."""
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"topics": {}}
-    kept["topics"][name] = {"quick": quick, **topic.kept()}
+    kept["topics"][name] = {"quick": quick, "core_share": core_share, **topic.kept()}
     kept["topics"] = {n: kept["topics"][n] for n in TOPICS if n in kept["topics"]}
     write_json(path, kept)
 
@@ -72,12 +72,14 @@ def main(*, quick: bool, names: str | None, threads: int, no_save: bool) -> None
     path = results_path("service", facts)
     missed = []
     for name in chosen(names):
+        before = core_share()
         with tempfile.TemporaryDirectory() as folder:
             topic = TOPICS[name](Path(folder), quick=quick)
-        show(topic)
+        share = min(before, core_share())
+        show(topic, core_share=share)
         missed += [str(requirement) for requirement in topic.requirements if not requirement.met]
         if not no_save:
-            keep(path, name, topic, quick=quick)
+            keep(path, name, topic, quick=quick, core_share=share)
             if name == "clients":
                 path.with_suffix(".svg").write_text(chart(topic, where=where))
     print("\n".join(["not met:", *missed]) if missed else "every requirement was met")

@@ -49,7 +49,7 @@ def take_steps(clients: Sequence[TrainingClient], batch: BatchData, *, steps: in
 
 def concurrent_clients(folder: Path, *, quick: bool) -> Topic:
     """1 to 16 clients, each with a private run and two records a step, with and without shared passes."""
-    counts, steps, rounds = (QUICK_COUNTS, 3, 2) if quick else (COUNTS, 5, 7)
+    counts, steps, rounds = (QUICK_COUNTS, 3, 2) if quick else (COUNTS, 4, 5)
     batch = batch_of(SMALL)
     times = {mode: {count: Times() for count in counts} for mode in MODES}
     with ExitStack() as stack:

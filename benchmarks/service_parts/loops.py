@@ -78,7 +78,7 @@ def service_cost(folder: Path, *, quick: bool) -> Topic:
 
 def loop_ratio(folder: Path, *, quick: bool) -> Topic:
     """The time of a step through the service over that of a step in process, on the bundled model."""
-    steps, rounds = (2, 3) if quick else (5, 15)
+    steps, rounds = (2, 3) if quick else (2, 30)  # short blocks: whatever slows the machine slows whole rounds
     with ServerProcess(folder) as server:
         costs = interleave(BUNDLED, server, tuple(LOOPS), steps=steps, rounds=rounds)
     ratios = {name: paired_ratio([c.wall_s for c in costs[name]], [c.wall_s for c in costs[BARE]]) for name in LOOPS}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.report import machine, print_table
+
+FREE = 0.9  # of a core; below it the machine is busy with something else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +66,26 @@ class Topic:
         return {"title": self.title, "requirements": required, "figures": self.figures, "machine": self.machine}
 
 
-def show(topic: Topic) -> None:
-    """Print one topic, its requirements honestly beside its figures."""
+def show(topic: Topic, *, core_share: float) -> None:
+    """Print one topic, its requirements honestly beside its figures.
+
+    Args:
+        core_share: the smaller of two ``core_share``, before and after the measurement.
+    """
     print_table(topic.title, topic.columns, topic.rows, notes=topic.notes)
     for requirement in topic.requirements:
         print(f"  {requirement}")
-    print(f"  load average {', '.join(f'{load:g}' for load in topic.machine['load_average'])}\n", flush=True)
+    load = ", ".join(f"{load:g}" for load in topic.machine["load_average"])
+    busy = "; BUSY: what is measured by the clock says little" if core_share < FREE else ""
+    print(f"  load average {load}; a busy thread had {core_share:.0%} of a core{busy}\n", flush=True)
+
+
+def core_share(wall_s: float = 0.3) -> float:
+    """The share of a core that a thread gets which never waits: 1 on a machine with nothing else to do."""
+    began_s, cpu_s = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - began_s < wall_s:
+        pass
+    return (time.thread_time() - cpu_s) / (time.perf_counter() - began_s)
 
 
 def percentile(values: Sequence[float], percent: int) -> float:

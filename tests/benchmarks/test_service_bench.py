@@ -33,19 +33,24 @@ def test_a_requirement_says_whether_it_is_met():
 
 
 def test_a_topic_prints_its_requirements_beside_its_figures(capsys):
-    show(a_topic(requirements=[Requirement(what="p95", measured=12.5, limit=20.0, unit="ms")]))
+    topic = a_topic(requirements=[Requirement(what="p95", measured=12.5, limit=20.0, unit="ms")])
+    show(topic, core_share=1.0)
     printed = capsys.readouterr().out
+    assert "BUSY" not in printed
+    show(topic, core_share=0.5)
+    assert "50% of a core; BUSY" in capsys.readouterr().out
     assert "A topic" in printed
     assert "p95: at most 20 ms required, 12.5 measured: met" in printed
 
 
 def test_measuring_one_topic_keeps_the_others(tmp_path):
     path = tmp_path / "service.json"
-    keep(path, "sampling", a_topic(figures={"rate": 1.0}), quick=False)
-    keep(path, "cost", a_topic(), quick=True)
-    keep(path, "cost", a_topic(figures={"extra": 2.0}), quick=False)
+    keep(path, "sampling", a_topic(figures={"rate": 1.0}), quick=False, core_share=1.0)
+    keep(path, "cost", a_topic(), quick=True, core_share=1.0)
+    keep(path, "cost", a_topic(figures={"extra": 2.0}), quick=False, core_share=0.5)
     kept = json.loads(path.read_text())["topics"]
     assert list(kept) == ["cost", "sampling"]
+    assert kept["cost"]["core_share"] == 0.5
     assert kept["cost"]["figures"] == {"extra": 2.0}
     assert kept["sampling"]["machine"]["cores"]
 
