@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -47,6 +47,10 @@ class AdaptedBase:
         self._language_model: CausalLM | None = None
         self._checkpointing = False
         self.scratch = Scratch()
+        self.tried: set[Hashable] = set()
+        """Kinds of runs that the probe found sound on this base."""
+        self.bytes_per_token: dict[Hashable, float] = {}
+        """What a kind of run keeps for a token."""
         # The table of modules as they were before anything was wrapped.
         self._modules = dict(loaded.module.named_modules())
         head = cast(Any, loaded.module).get_output_embeddings()

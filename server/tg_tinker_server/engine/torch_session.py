@@ -75,6 +75,8 @@ class TorchSession(SessionCore):
         self.random = self.lm.shortcuts.random or (config.lora_config is not None and config.lora_config.dropout > 0)
         fused = fused_parameters(base.module, adapter)
         self._alone = False
+        # What decides whether gradients per record are right, and how much a token keeps: not the weights.
+        self._kind = (tuple(self.layout.shapes.items()), fused, self.random)
         self._all_fused = len(fused) == len(self.parameters)
         self._columns = columns_of(self.parameters, fused)
         self._tokens = self._most_tokens(performance)
@@ -86,11 +88,13 @@ class TorchSession(SessionCore):
             self._per_sample = PerSampleGradients(
                 base.module, self.parameters, self._columns, fused=fused, scratch=base.scratch
             )
-            try:
-                probe(base, adapter, self.parameters, self._per_sample, self.lm, vocab_size=self.vocab_size)
-            except BaseException:
-                self._per_sample.close()
-                raise
+            if self._kind not in base.tried:
+                try:
+                    probe(base, adapter, self.parameters, self._per_sample, self.lm, vocab_size=self.vocab_size)
+                except BaseException:
+                    self._per_sample.close()
+                    raise
+                base.tried.add(self._kind)
             self.clipper = UnitClippingOptimizer(
                 self._torch_optimizer,
                 columns=self._columns,
@@ -123,9 +127,11 @@ class TorchSession(SessionCore):
     def _most_tokens(self, performance: PerformanceConfig) -> int:
         if performance.micro_batch_tokens != "auto":
             return performance.micro_batch_tokens
+        if self._kind not in self.base.bytes_per_token:
+            self.base.bytes_per_token[self._kind] = bytes_per_token(self.base, self.adapter, self.lm)
         return tokens_within(
             performance.activation_bytes,
-            bytes_per_token(self.base, self.adapter, self.lm),
+            self.base.bytes_per_token[self._kind],
             parameters=parameters_of_products(self.base.module),
             device=self.device.type,
         )

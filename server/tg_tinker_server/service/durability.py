@@ -56,6 +56,7 @@ class Durability:
             kind=STATE,
             tensors=engine.tensors,
             state={"engine": engine.scalars, "step": step, "run_id": run.run_id},
+            hashed=False,
         )
         return state_id
 

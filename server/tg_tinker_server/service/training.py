@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,9 +78,13 @@ class TrainingService:
             group=sharing_group(run, self.share_passes),
             ensure_wanted=operation.ensure_wanted,
         )
-        if request.train:
-            await self._accumulate(run, operation, result)
-        return await self._describe(run, digest, result, operation)
+        describing = asyncio.ensure_future(self._describe(run, digest, result, operation))  # hashes on a disk thread
+        try:
+            if request.train:
+                await self._accumulate(run, operation, result)
+            return await describing
+        finally:
+            describing.cancel()
 
     def poison(self, run: Run, error: Exception) -> None:
         """A training pass failed, however: the logical batch is incomplete, so the next step is refused once."""
