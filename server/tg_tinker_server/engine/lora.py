@@ -128,6 +128,10 @@ class AdaptedBase:
             return
         self._peft.set_adapter(name)
         self._switched = name
+        self._keep_all_trainable()
+
+    def _keep_all_trainable(self) -> None:
+        """Undo that PEFT, whenever it makes an adapter the active one, freezes all others."""
         for path, parameter in self.module.named_parameters():
             if _ADAPTER.search(path):
                 parameter.requires_grad_(True)
@@ -176,6 +180,7 @@ class AdaptedBase:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft names the adapter it switches to
             self._peft.delete_adapter(name)
+            self._keep_all_trainable()
             if not self._adapters:
                 self._peft.unload()
                 self._peft = None

@@ -46,25 +46,47 @@ def used_lengths(request: PassRequest) -> Ints:
     return lengths
 
 
-def plan(lengths_B: Ints, unit_of_B: Ints, *, max_tokens: int, max_records: int) -> list[Ints]:
-    """Record indices of each micro-batch; the records of one unit stay together.
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """Records that go through the model together.
 
-    Units of similar length share a micro-batch, so little is computed on padding. A unit that is larger than
-    the bounds gets a micro-batch of its own.
+    Attributes:
+        index: which records of the call.
+        closes: whether every unit in it is complete with it; otherwise it is a part of one large unit.
+    """
+
+    index: Ints
+    closes: bool = True
+
+
+def plan(lengths_B: Ints, unit_of_B: Ints, *, max_tokens: int, max_records: int) -> list[MicroBatch]:
+    """Cut a batch; the records of one unit are in one micro-batch, or in several of its own that follow each other.
+
+    Units of similar length share a micro-batch, so little is computed on padding.
     """
     members: dict[int, list[int]] = {}
     for record, unit in enumerate(unit_of_B.tolist()):
         members.setdefault(unit, []).append(record)
     longest = {unit: max(int(lengths_B[i]) for i in records) for unit, records in members.items()}
-    batches: list[Ints] = []
+    batches: list[MicroBatch] = []
     current: list[int] = []
+
+    def close() -> None:
+        if current:
+            batches.append(MicroBatch(np.array(current, dtype=np.int64)))
+            current.clear()
+
     for unit in sorted(members, key=lambda u: (longest[u], u)):
-        size = len(current) + len(members[unit])
+        records = members[unit]
         # Units come in rising length, so this one sets the width of the micro-batch it joins.
-        if current and (size * longest[unit] > max_tokens or size > max_records):
-            batches.append(np.array(current, dtype=np.int64))
-            current = []
-        current.extend(members[unit])
-    if current:
-        batches.append(np.array(current, dtype=np.int64))
+        most = max(1, min(max_records, max_tokens // longest[unit]))
+        if len(current) + len(records) > most:
+            close()
+        if len(records) <= most:
+            current.extend(records)
+            continue
+        for start in range(0, len(records), most):
+            part = np.array(records[start : start + most], dtype=np.int64)
+            batches.append(MicroBatch(part, closes=start + most >= len(records)))
+    close()
     return batches

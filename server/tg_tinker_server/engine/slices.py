@@ -126,7 +126,7 @@ def _summed(one: TorchPass) -> tuple[RecordLosses, Gradients]:
         parameters = list(session.parameters.values())
         total = losses.mean_B.sum() * session.scale
         grads: Sequence[torch.Tensor | None] = [None] * len(parameters)
-        if total.requires_grad:
+        if bool(losses.targets_B.any()):
             grads = torch.autograd.grad(total, parameters, allow_unused=True)
     parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
     return losses, [torch.cat([g.reshape(-1).float() for g in parts])]

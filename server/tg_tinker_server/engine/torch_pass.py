@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tg_tinker.errors import DPUnsupportedError
@@ -27,6 +29,21 @@ from tg_tinker_server.engine.session_core import ensure_finite_pass
 
 if TYPE_CHECKING:
     from tg_tinker_server.engine.torch_session import TorchSession
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Part:
+    """What one slice adds to its pass.
+
+    Attributes:
+        sum_P: to the sum, float64 or float32.
+        open_W: the raw sum so far of a unit that goes on in the next slice.
+        clipped: the units that are complete.
+    """
+
+    sum_P: torch.Tensor | None = None  # noqa: N815 - shape suffix
+    open_W: torch.Tensor | None = None  # noqa: N815
+    clipped: ClippedRows | None = None
 
 
 class TorchPass:
@@ -49,7 +66,11 @@ class TorchPass:
         records = len(self._unit_of_B)
         self._means_B, self._sums_B, self._targets_B = (np.zeros(records) for _ in range(3))
         self._sum_P = torch.zeros(0, dtype=torch.float64)
-        self._clipped: list[ClippedRows] = []
+        # The raw sum of a unit too large for one slice, until its last one.
+        self._open_W: torch.Tensor | None = None
+        self._folded: list[int] = []
+        self._norms: list[Floats] = []
+        self._kept: list[npt.NDArray[Any]] = []
 
     @property
     def finished(self) -> bool:
@@ -59,7 +80,7 @@ class TorchPass:
     @property
     def index(self) -> Ints:
         """Records of the next slice [N]."""
-        return self._batches[self._next]
+        return self._batches[self._next].index
 
     @property
     def slice_number(self) -> int:
@@ -87,11 +108,14 @@ class TorchPass:
         except Exception as e:
             if not joined:
                 raise
-            if isinstance(e, DPUnsupportedError):
+            if isinstance(e, DPUnsupportedError | torch.OutOfMemoryError | MemoryError):
                 self.session.go_alone()
-            run_slice([self])  # whoever is at fault, it is not the others' loss
-            return []
-        return list(joined)
+            joined = []
+        else:
+            return list(joined)
+        # Whoever is at fault, it is not the others' loss. What the attempt held is free by now.
+        run_slice([self])
+        return []
 
     def _joined(self, others: Sequence[Pass]) -> list[TorchPass]:
         """Those of ``others`` whose next slice fits beside this one."""
@@ -130,29 +154,46 @@ class TorchPass:
         predicts = (labels_NT[:, 1:] != IGNORE_INDEX) & (mask_NT[:, :-1] == 0)
         return not ends_early(mask_NT) or bool(predicts.any())
 
-    def part(self, gradient: torch.Tensor | None) -> ClippedRows | torch.Tensor | None:
-        """What the next slice will add: its gradient, clipped under privacy. Changes nothing yet.
+    def part(self, gradient: torch.Tensor | None) -> Part | None:
+        """What the next slice will add. Changes nothing yet.
 
         Args:
             gradient: per-sample rows [N, W] under privacy, else their sum [P] in the layout's order.
         """
         if gradient is None:
             return None
-        if self.session.clipper is None:
-            return gradient / self.session.scale
-        return self.session.clipper.clip_and_sum(gradient, self._unit_of_B[self.index], scale=self.session.scale)
+        clipper = self.session.clipper
+        if clipper is None:
+            return Part(sum_P=gradient / self.session.scale)
+        batch = self._batches[self._next]
+        unit_of_N = self._unit_of_B[batch.index]
+        if not batch.closes or self._open_W is not None:
+            total_W = gradient.sum(dim=0, dtype=torch.float64)
+            total_W = total_W if self._open_W is None else self._open_W + total_W
+            if not batch.closes:
+                return Part(open_W=total_W)
+            gradient, unit_of_N = total_W.to(gradient.dtype)[None], unit_of_N[:1]
+        clipped = clipper.clip_and_sum(gradient, unit_of_N, scale=self.session.scale)
+        return Part(sum_P=clipped.sum_P, clipped=clipped)
 
-    def fold(self, losses: RecordLosses, rows: slice, part: ClippedRows | torch.Tensor | None) -> None:
+    def fold(self, losses: RecordLosses, rows: slice, part: Part | None) -> None:
         """Take in the next slice: ``rows`` of its losses and what ``part`` returned."""
-        index = self.index
-        if isinstance(part, ClippedRows):
-            self._clipped.append(part)
-            part = part.sum_P
+        means_N, sums_N, targets_N = (
+            values_B[rows].detach().cpu().numpy() for values_B in (losses.mean_B, losses.sum_B, losses.targets_B)
+        )
         if part is not None:
-            self._sum_P = self._sum_P + part if len(self._sum_P) else part.double()
-        self._means_B[index] = losses.mean_B[rows].detach().cpu().numpy()
-        self._sums_B[index] = losses.sum_B[rows].detach().cpu().numpy()
-        self._targets_B[index] = losses.targets_B[rows].cpu().numpy()
+            if part.sum_P is not None and len(self._sum_P):
+                self._sum_P += part.sum_P
+            elif part.sum_P is not None:
+                self._sum_P = part.sum_P.double()
+            self._open_W = part.open_W
+            if part.clipped is not None:
+                self._folded.extend(part.clipped.units)
+                self._norms.append(part.clipped.norms_U)
+                if part.clipped.grads_UP is not None:
+                    self._kept.append(part.clipped.grads_UP)
+        index = self.index
+        self._means_B[index], self._sums_B[index], self._targets_B[index] = means_N, sums_N, targets_N
         self._next += 1
 
     def result(self) -> PassResult:
@@ -177,15 +218,13 @@ class TorchPass:
         sum_P: Floats = self._sum_P.cpu().numpy() if len(self._sum_P) else np.zeros(layout.size)
         if not self.session.private:
             return GradientContribution(layout=layout, num_records=len(self._unit_of_B), sum_P=sum_P, private=False)
-        units = [i for clipped in self._clipped for i in clipped.units]
-        kept = [clipped.grads_UP for clipped in self._clipped if clipped.grads_UP is not None]
         empty = np.zeros((0, layout.size), dtype=np.float32)
         return GradientContribution(
             layout=layout,
-            units=tuple(self._units[i] for i in units),
+            units=tuple(self._units[i] for i in self._folded),
             num_records=len(self._unit_of_B),
             sum_P=sum_P,
-            norms_U=np.concatenate([np.zeros(0), *(clipped.norms_U for clipped in self._clipped)]),
-            grads_UP=np.concatenate([empty, *kept]) if self.session.keeps_units else None,
+            norms_U=np.concatenate([np.zeros(0), *self._norms]),
+            grads_UP=np.concatenate([empty, *self._kept]) if self.session.keeps_units else None,
             private=True,
         )

@@ -16,6 +16,7 @@ from tg_tinker_server.engine.backend import StepRequest
 from tg_tinker_server.engine.losses import record_losses
 from tg_tinker_server.engine.performance import PerformanceConfig
 from tg_tinker_server.engine.torch_backend import TorchBackend
+from tg_tinker_server.engine.torch_pass import TorchPass
 
 FAMILIES = {
     "tiny": ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"],
@@ -118,6 +119,38 @@ def test_the_clipped_sum_of_a_logical_batch_is_that_of_the_loop_in_float64(torch
     released = session._pending.release(StepRequest(learning_rate=0.0))
     # Units whose records came in several calls are kept in float32 until the step, and the release is float32.
     assert relative_error(released.grad_P * session._config.expected_batch_size, expected) < 1e-5
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, "auto"])
+def test_a_unit_larger_than_a_slice_is_clipped_once_over_all_of_them(tools, micro_batch_size, merge):
+    config = tools.config(
+        dp={"max_grad_norm": 0.5, "merge_units": merge}, micro_batch_size=micro_batch_size, loss_scale=1.0
+    )
+    session = float64_session(tools, config, micro_batch_tokens=30)
+    batch, units = tools.batch(12, padded=True), list("aabaacaaadaa")
+    expected = clipped_sum(one_by_one(session, batch), units, 0.5)
+    result = tools.run_pass(session, batch, units=units)
+    assert relative_error(result.contribution.sum_P, expected) < 1e-9
+    assert sorted(result.contribution.units) == list("abcd")
+    assert len(result.contribution.norms_U) == 4
+
+
+def test_a_large_unit_that_is_not_finite_adds_exactly_zero(tools, monkeypatch):
+    session = float64_session(tools, tools.config(dp={"max_grad_norm": 0.5}, micro_batch_size=2))
+    batch, units = tools.batch(6), list("aaaabc")
+    expected = clipped_sum(one_by_one(session, batch)[4:], "bc", 0.5)
+    part = TorchPass.part
+
+    def poisoned(self, gradient):
+        if self.slice_number == 1:
+            gradient[0, 0] = float("nan")
+        return part(self, gradient)
+
+    monkeypatch.setattr(TorchPass, "part", poisoned)
+    result = tools.run_pass(session, batch, units=units)
+    assert relative_error(result.contribution.sum_P, expected) < 1e-9
+    assert np.isnan(result.contribution.norms_U).sum() == 1
 
 
 @pytest.mark.parametrize("model", FAMILIES)

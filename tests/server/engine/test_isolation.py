@@ -204,3 +204,16 @@ def test_a_batch_of_none_in_eval_is_refused_too(fresh_bench):
     session = fresh_bench.open()
     with pytest.raises(TGTinkerError):
         session.forward_backward(PassRequest.of_batch(BatchData(input_ids=[]), train=False))
+
+
+@pytest.mark.parametrize("leaver", [0, 1, 2])
+@pytest.mark.parametrize("settings", [{}, {"dp": {"max_grad_norm": 0.1}}, {"gradient_checkpointing": True}], ids=str)
+def test_a_run_that_leaves_takes_nobody_s_gradient_with_it(fresh_bench, tools, settings, leaver):
+    """PEFT freezes all adapters but one when it deletes one."""
+    sessions = [fresh_bench.open(**settings) for _ in range(3)]
+    gone = sessions.pop(leaver)
+    before = [tools.run_pass(s, tools.batch(2)).contribution.sum_P for s in sessions]
+    gone.close()
+    for session, expected in zip(sessions, before, strict=True):
+        assert expected.any()
+        np.testing.assert_array_equal(tools.run_pass(session, tools.batch(2)).contribution.sum_P, expected)

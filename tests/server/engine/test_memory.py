@@ -6,6 +6,7 @@ import torch
 
 from tg_tinker.types import BatchData
 from tg_tinker_server.engine import torch_pass
+from tg_tinker_server.engine.backend import PassRequest
 from tg_tinker_server.engine.memory import bytes_per_token, tokens_within
 from tg_tinker_server.engine.performance import PerformanceConfig
 from tg_tinker_server.engine.torch_backend import TorchBackend
@@ -73,3 +74,33 @@ def test_the_user_s_micro_batch_size_bounds_records_and_changes_no_number(monkey
     assert sizes == [2, 2, 2, 1]
     expected = tools.run_pass(free, batch).contribution.sum_P
     np.testing.assert_allclose(found.contribution.sum_P, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_pass_of_many_slices_keeps_one_sum(torch_bench, tools):
+    """Counts what lives between slices, not what is resident: that is the machine's."""
+    session = torch_bench.open(dp={"max_grad_norm": 0.5}, micro_batch_size=1)
+    work = session.start(PassRequest.of_batch(tools.batch(40), units=[f"u{i // 3}" for i in range(40)]))
+    alive = []
+    while not work.finished:
+        work.advance()
+        alive.append(sum(t.numel() >= session.layout.size for t in tensors_of(work)))
+    assert max(alive) <= 2, "the sum, and that of one unit which goes on"
+    assert len(alive) == 40
+
+
+def tensors_of(work):
+    found, seen, stack = [], set(), [vars(work)]
+    while stack:
+        value = stack.pop()
+        if id(value) in seen or value is work.session:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            stack.extend(v for k, v in value.items() if k != "session")
+        elif isinstance(value, list | tuple):
+            stack.extend(value)
+        elif hasattr(value, "__dataclass_fields__"):
+            stack.extend(getattr(value, f) for f in value.__dataclass_fields__)
+    return found
