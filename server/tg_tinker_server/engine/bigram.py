@@ -22,11 +22,11 @@ from tg_tinker_server.dp.clipping import clip_and_sum
 from tg_tinker_server.engine import numpy_optimizers
 from tg_tinker_server.engine.backend import EngineState, PassRequest, PassResult
 from tg_tinker_server.engine.gradients import Floats, GradientContribution, ParamLayout
-from tg_tinker_server.engine.passes import WholePass
 from tg_tinker_server.engine.requests import units_of
 from tg_tinker_server.engine.session_core import SessionCore, derived_seed, ensure_finite, ensure_finite_pass
 from tg_tinker_server.engine.state import OPTIMIZER, WEIGHTS, checked_optimizer, checked_weights
 from tg_tinker_server.engine.tokenizers import ByteTokenizer
+from tg_tinker_server.engine.whole_pass import WholePass
 
 MODEL_NAME = "bigram"
 _TABLE = "table"

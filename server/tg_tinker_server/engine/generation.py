@@ -15,6 +15,10 @@ from tg_tinker_server.engine.sampler import TokenCounts, choose
 from tg_tinker_server.engine.text import TextStream
 from tg_tinker_server.engine.tokenizers import Tokenizer
 
+PREFILL_TOKENS = 2048
+"""Most prompt tokens, padding included, that one group reads: the longest turn of a sampling run. Only a single
+prompt may be longer."""
+
 
 class Decoder(Protocol):
     """A model with a cache for one group of sequences. Shape suffixes: B sequences, V vocabulary."""
@@ -122,15 +126,18 @@ def generate(
     max_positions: int,
     slice_tokens: int,
     group_size: int,
+    prefill_tokens: int = PREFILL_TOKENS,
 ) -> Iterator[list[TokenEvent]]:
-    """Generate in groups of at most ``group_size`` sequences, yielding after each slice. See ``Session.generate``."""
+    """Generate in groups of at most ``group_size`` sequences, yielding after each slice. See ``Session.generate``.
+
+    The first slice of a group reads its prompts and chooses one token of each; ``prefill_tokens`` bounds it.
+    """
     checked = check_prompts(prompts, tokenizer, vocab_size=vocab_size, max_positions=max_positions)
     seed = secrets.randbits(63) if params.seed is None else params.seed
     rngs = [np.random.default_rng([seed & (2**64 - 1), i]) for i in range(len(checked))]
 
     def run() -> Iterator[list[TokenEvent]]:
-        for start in range(0, len(checked), group_size):
-            group = list(range(start, min(start + group_size, len(checked))))
+        for group in _groups([len(p) for p in checked], most_rows=group_size, most_tokens=prefill_tokens):
             sequences = [_Sequence(i, checked[i], params, tokenizer, max_positions - len(checked[i])) for i in group]
             yield from _run_group(
                 make_decoder(),
@@ -144,6 +151,19 @@ def generate(
             )
 
     return run()
+
+
+def _groups(lengths: Sequence[int], *, most_rows: int, most_tokens: int) -> Iterator[list[int]]:
+    """Indices in order, cut so that no group has too many rows, nor too many tokens once padded to its longest."""
+    group: list[int] = []
+    for index, length in enumerate(lengths):
+        longest = max([length, *(lengths[i] for i in group)])
+        if group and (len(group) == most_rows or (len(group) + 1) * longest > most_tokens):
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
 
 
 def _run_group(
@@ -160,7 +180,7 @@ def _run_group(
     counts = TokenCounts(prompts, vocab_size, params)
     rows = list(range(len(sequences)))
     logits = decoder.start(prompts)
-    since_yield = 0
+    since_yield = slice_tokens - 1  # reading the prompts was work enough for one turn
     while True:
         tokens = choose(logits, counts, rows, params, [rngs[row] for row in rows])
         keep = []

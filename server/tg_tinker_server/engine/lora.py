@@ -79,6 +79,17 @@ class AdaptedBase:
         self._checkpointing = on
 
     @contextmanager
+    def training(self, on: bool = True) -> Iterator[None]:
+        """The model in training mode, if ``on``; afterwards in evaluation mode."""
+        if on:
+            self.module.train()  # slow: only where dropout or checkpointing want it
+        try:
+            yield
+        finally:
+            if self.module.training:
+                self.module.eval()
+
+    @contextmanager
     def by_peft(self, adapter: str | None) -> Iterator[None]:
         """Within it PEFT computes this adapter alone, without the fused rule: a second, independent answer."""
         if adapter is not None:

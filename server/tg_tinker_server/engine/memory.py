@@ -19,8 +19,15 @@ _WORK = {"cpu": 5e10, "cuda": 5e13}
 _MOST = {"cpu": 2048, "cuda": 2**17}
 
 
-def bytes_per_token(base: AdaptedBase, adapter: str | None, lm: CausalLM) -> float:
-    """Memory that a training pass keeps for each token until its backward pass, in bytes, by trying a short one."""
+def bytes_per_token(base: AdaptedBase, adapter: str | None, lm: CausalLM, *, checkpoints: bool) -> float:
+    """Memory that a training pass keeps for each token until its backward pass, in bytes, by trying a short one.
+
+    Args:
+        base: the model.
+        adapter: the run's, or ``None``.
+        lm: how its losses are computed.
+        checkpoints: layers keep their inputs alone.
+    """
     parameters = list(base.module.parameters())
     known = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, int] = {}
@@ -32,8 +39,11 @@ def bytes_per_token(base: AdaptedBase, adapter: str | None, lm: CausalLM) -> flo
         return tensor
 
     ids_BT = torch.ones(_RECORDS, _TOKENS, dtype=torch.int64, device=parameters[0].device)
+    base.set_checkpointing(checkpoints)
     with (
         torch.enable_grad(),
+        torch.random.fork_rng(),
+        base.training(checkpoints),
         base.computing(adapter),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):

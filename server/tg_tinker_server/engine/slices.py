@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ import torch
 from tg_tinker_server.engine.grad_rows import GradRows
 from tg_tinker_server.engine.losses import RecordLosses
 from tg_tinker_server.engine.session_core import derived_seed
-from tg_tinker_server.engine.torch_pass import TorchPass
+
+if TYPE_CHECKING:
+    from tg_tinker_server.engine.torch_pass import TorchPass
 
 Gradients = list[torch.Tensor | None]
 
@@ -48,20 +51,15 @@ def _mode(passes: Sequence[TorchPass]) -> Iterator[None]:
     """Training or evaluation, random numbers under the pass's own seed; whatever happens, no trace is left."""
     one = passes[0]
     session = one.session
-    module = session.base.module
     if not one.request.train:
         with torch.no_grad():
             yield
         return
-    if session.random or session.checkpoints:
-        module.train()  # for dropout and checkpointing; nothing else changes with it, and the change is slow
     session.base.set_checkpointing(session.checkpoints)
     try:
-        with torch.enable_grad(), _randomness(one):
+        with torch.enable_grad(), _randomness(one), session.base.training(session.random or session.checkpoints):
             yield
     finally:
-        if module.training:
-            module.eval()
         for each in passes:
             each.session.forget_gradients()
 

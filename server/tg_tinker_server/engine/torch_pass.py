@@ -26,6 +26,7 @@ from tg_tinker_server.engine.losses import RecordLosses
 from tg_tinker_server.engine.microbatch import joins, plan, used_lengths
 from tg_tinker_server.engine.requests import units_of
 from tg_tinker_server.engine.session_core import ensure_finite_pass
+from tg_tinker_server.engine.slices import run_slice
 
 if TYPE_CHECKING:
     from tg_tinker_server.engine.torch_session import TorchSession
@@ -100,8 +101,6 @@ class TorchPass:
 
     def advance(self, others: Sequence[Pass] = ()) -> list[Pass]:
         """See ``backend.Pass``."""
-        from tg_tinker_server.engine.slices import run_slice
-
         joined = self._joined(others)
         try:
             run_slice([self, *joined])

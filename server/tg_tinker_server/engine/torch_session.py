@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import TrainingConfig
 from tg_tinker_server.engine import optimizers
 from tg_tinker_server.engine.backend import EngineState, PassRequest
@@ -66,6 +67,13 @@ class TorchSession(SessionCore):
             base_dtype=str(loaded.dtype).removeprefix("torch."),
             group_size=performance.generation_rows,
         )
+        if config.gradient_checkpointing and not getattr(base.module, "supports_gradient_checkpointing", False):
+            raise InvalidRequestError(
+                f"{loaded.name} cannot compute its activations again; leave gradient_checkpointing out, and take a "
+                "smaller micro_batch_size if memory is short",
+                field="gradient_checkpointing",
+                constraint="false for this model",
+            )
         self.private = config.private
         self.keeps_units = config.private and config.dp_config is not None and config.dp_config.merge_units
         self.scale = float(config.loss_scale) if _needs_scale(config, loaded.dtype) else 1.0
@@ -76,7 +84,7 @@ class TorchSession(SessionCore):
         fused = fused_parameters(base.module, adapter)
         self._alone = False
         # What decides whether gradients per record are right, and how much a token keeps: not the weights.
-        self._kind = (tuple(self.layout.shapes.items()), fused, self.random)
+        self._kind = (tuple(self.layout.shapes.items()), fused, self.random, self.checkpoints)
         self._all_fused = len(fused) == len(self.parameters)
         self._columns = columns_of(self.parameters, fused)
         self._tokens = self._most_tokens(performance)
@@ -128,7 +136,9 @@ class TorchSession(SessionCore):
         if performance.micro_batch_tokens != "auto":
             return performance.micro_batch_tokens
         if self._kind not in self.base.bytes_per_token:
-            self.base.bytes_per_token[self._kind] = bytes_per_token(self.base, self.adapter, self.lm)
+            self.base.bytes_per_token[self._kind] = bytes_per_token(
+                self.base, self.adapter, self.lm, checkpoints=self.checkpoints
+            )
         return tokens_within(
             performance.activation_bytes,
             self.base.bytes_per_token[self._kind],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import BatchData
 from tg_tinker_server.engine import torch_pass
 from tg_tinker_server.engine.backend import PassRequest
@@ -30,8 +31,23 @@ def kept_by(session, records, tokens):
 
 def test_what_a_token_keeps_predicts_what_a_large_batch_keeps(torch_bench):
     session = torch_bench.open(lora={"target_modules": "all-linear"})
-    per_token = bytes_per_token(session.base, session.adapter, session.lm)
+    per_token = bytes_per_token(session.base, session.adapter, session.lm, checkpoints=False)
     assert kept_by(session, 20, 50) == pytest.approx(1000 * per_token, rel=0.1)
+
+
+def test_checkpointing_keeps_less_of_a_token_and_so_more_tokens_fit(torch_bench):
+    kept = [
+        bytes_per_token(s.base, s.adapter, s.lm, checkpoints=s.checkpoints)
+        for s in (torch_bench.open(gradient_checkpointing=on) for on in (False, True))
+    ]
+    assert kept[1] < kept[0] / 2
+
+
+def test_a_model_that_cannot_checkpoint_says_so(tools, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
+    backend = TorchBackend({"tiny": tools.loaders["tiny"]})
+    with pytest.raises(InvalidRequestError, match="gradient_checkpointing"):
+        backend.open(run_id="r", config=tools.config(gradient_checkpointing=True))
 
 
 def test_more_memory_larger_models_and_small_tokens_decide():
