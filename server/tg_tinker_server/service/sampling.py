@@ -15,7 +15,7 @@ from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
 from tg_tinker_server.service.run import Run
 
-SLICE_TOKENS = 8  # tokens per turn on the compute thread: other runs wait no longer than this
+SLICE_TOKENS = 8  # new tokens per turn on the compute thread; reading the prompts takes turns of its own
 MAX_COMPLETIONS = 512
 
 

@@ -200,32 +200,25 @@ def test_more_prompts_than_rows_are_generated_in_groups(tools):
     assert results[0] == results[1]
 
 
-class CountingDecoder:
-    """Notes each call: the shape of the prompts it read, or the rows it went on with."""
+def test_no_turn_reads_more_prompt_tokens_than_the_limit_nor_generates_beside_it(bench):
+    session, turn, turns = bench.open(), [], []
 
-    calls: list = []
+    class Noting:
+        def start(self, prompts):
+            turn.append((len(prompts), max(map(len, prompts))))
+            return np.zeros((len(prompts), 260))
 
-    def start(self, prompts):
-        self.calls.append((len(prompts), max(map(len, prompts))))
-        return np.zeros((len(prompts), 260))
+        def advance(self, tokens, keep):
+            turn.append("advance")
+            return np.zeros((len(keep), 260))
 
-    def advance(self, tokens, keep):
-        self.calls.append(len(keep))
-        return np.zeros((len(keep), 260))
-
-
-def test_no_turn_reads_more_prompt_tokens_than_the_limit_nor_does_more_beside_it(bench, monkeypatch):
-    session = bench.open()
-    monkeypatch.setattr(CountingDecoder, "calls", [])
-    session._decoder = CountingDecoder
-    session.model_positions = 4096
-    turns, seen = [], 0
+    session._decoder, session.model_positions = Noting, 4096
     prompts = [[1] * 479] * 9 + [[1] * 3000] + [[1] * 3] * 80
     for _ in session.generate(prompts, SamplingParams(max_tokens=20, seed=1), slice_tokens=8):
-        turns.append(CountingDecoder.calls[seen:])
-        seen = len(CountingDecoder.calls)
-    reading = [t for t in turns if any(isinstance(c, tuple) for c in t)]
-    assert reading == [[(4, 479)], [(4, 479)], [(1, 479)], [(1, 3000)], [(64, 3)], [(16, 3)]]
+        turns.append(tuple(turn))
+        turn.clear()
+    reading = [t for t in turns if set(t) != {"advance"}]
+    assert reading == [((4, 479),), ((4, 479),), ((1, 479),), ((1, 3000),), ((64, 3),), ((16, 3),)]
     assert max(len(t) for t in turns) == 8
 
 
