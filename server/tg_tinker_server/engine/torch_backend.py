@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import TrainingConfig
 from tg_tinker.types.info import ModelInfo
 from tg_tinker_server.engine.lora import AdaptedBase
@@ -24,6 +25,9 @@ class TorchBackend:
     Args:
         models: what is offered, by name: a folder, a hub id, or a function that builds the model.
         performance: device, precision, memory bounds.
+
+    Raises:
+        InvalidRequestError: the device, or the folder of a model, is not there.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class TorchBackend:
         performance: PerformanceConfig | None = None,
     ) -> None:
         self._performance = performance or PerformanceConfig()
+        _require_device(self._performance.device)
         # Products of float32 in fewer bits (TF32, bfloat16) would break what is promised of private runs.
         torch.set_float32_matmul_precision("highest")
         self._models = BaseModels(models, torch.device(self._performance.device))
@@ -78,3 +83,16 @@ class TorchBackend:
         if key not in self._shared:
             self._shared[key] = AdaptedBase(self._models.load(name, dtype))
         return self._shared[key]
+
+
+def _require_device(name: str) -> None:
+    device = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type != "cuda" or (device.index or 0) < count:
+        return
+    seen = {0: "no GPU", 1: "one GPU, cuda:0,"}.get(count, f"GPUs cuda:0 to cuda:{count - 1}")
+    raise InvalidRequestError(
+        f'device = "{name}", but torch sees {seen} here; set device = "cpu" or "auto"',
+        field="device",
+        constraint="a device of this machine",
+    )
