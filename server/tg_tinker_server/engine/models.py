@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +20,7 @@ from tg_tinker_server.engine.tokenizers import Tokenizer
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's output is its log
 
+log = structlog.get_logger()
 ModelLoader = Callable[[], tuple[nn.Module, Tokenizer]]
 ModelSource = str | Path | ModelLoader
 """A folder, a hub id, or a function that builds a new causal language model and its tokenizer."""
@@ -64,17 +66,28 @@ class BaseModels:
     Args:
         sources: by public name. Nothing else can be loaded: a name from a request is only ever looked up here.
         device: where models live.
+
+    Raises:
+        InvalidRequestError: a source is a folder that is not there, or no model.
     """
 
     def __init__(self, sources: Mapping[str, ModelSource], device: torch.device) -> None:
+        for name, source in sources.items():
+            _require_model(name, source)
         self._sources = dict(sources)
         self._device = device
         self._infos: dict[str, ModelInfo] = {}
         self._widths: dict[str, int] = {}
 
     def infos(self) -> list[ModelInfo]:
-        """What is offered, by name."""
-        return [self._info(name) for name in sorted(self._sources)]
+        """What is offered, by name. A model that cannot be read is left out, and the log says why."""
+        infos = []
+        for name in sorted(self._sources):
+            try:
+                infos.append(self._info(name))
+            except Exception as e:  # noqa: BLE001 - of any kind: the hub is away, a file is damaged, code is missing
+                log.error("model_not_offered", model=name, error=type(e).__name__, reason=str(e))
+        return infos
 
     def hidden_size(self, name: str) -> int:
         """Width of a model; 0 if it is not offered or does not say."""
@@ -130,6 +143,21 @@ class BaseModels:
             vocab_size=int(module.get_input_embeddings().num_embeddings),
             max_positions=_max_positions(module.config),
             dtype=dtype,
+        )
+
+
+def _require_model(name: str, source: ModelSource) -> None:
+    """Refuse a folder without a model. Whatever is no folder is taken for a hub id, which only its use can check."""
+    if not isinstance(source, str | Path):
+        return
+    path = Path(source)
+    local = isinstance(source, Path) or path.is_dir() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if local and not (path / "config.json").is_file():
+        raise InvalidRequestError(
+            f'models: "{name}" is "{source}", which is {"a folder without" if path.is_dir() else "no folder with"} '
+            "a config.json; give the folder of a model in the format of transformers, or a hub id",
+            field="models",
+            constraint="folders with a config.json, or hub ids",
         )
 
 
