@@ -89,12 +89,12 @@ class BigramSession(SessionCore):
 
     def start(self, request: PassRequest) -> WholePass:
         """See ``backend.Session``."""
-        self._ensure_open()
+        self.ensure_open()
         self.check(request)
         return WholePass(lambda: self._compute(request))
 
     def _compute(self, request: PassRequest) -> PassResult:
-        self._ensure_open()
+        self.ensure_open()
         units, unit_of_B = units_of(request)
         drops_BT = self._dropout(request)
         labels_BT = request.labels_BT[:, 1:]
@@ -130,7 +130,7 @@ class BigramSession(SessionCore):
 
     def export_state(self, *, optimizer: bool) -> EngineState:
         """See ``backend.Session``."""
-        self._ensure_open()
+        self.ensure_open()
         tensors = {WEIGHTS + _TABLE: self._weights_VV.copy()}
         if optimizer:
             tensors |= {f"{OPTIMIZER}{_TABLE}/{k}": v.copy() for k, v in self._optimizer_state.items()}
@@ -139,7 +139,7 @@ class BigramSession(SessionCore):
 
     def import_state(self, state: EngineState, *, optimizer: bool) -> None:
         """See ``backend.Session``."""
-        self._ensure_open()
+        self.ensure_open()
         weights = checked_weights(state, self._layout)
         name = self._config.optimizer.name
         saved = checked_optimizer(state, self._layout, optimizer=name) if optimizer else {}
@@ -207,7 +207,7 @@ class BigramSession(SessionCore):
 
     def next_logits(self, tokens: Sequence[int]) -> npt.NDArray[Any]:
         """Logits after each token [B, V], with the weights of now."""
-        self._ensure_open()
+        self.ensure_open()
         index = np.asarray(tokens, dtype=np.int64)
         logits: npt.NDArray[Any] = self._base_VV[index] + self._weights_VV[index]
         return logits

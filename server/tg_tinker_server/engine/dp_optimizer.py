@@ -23,7 +23,7 @@ from tg_tinker_server.engine.backend import Ints
 from tg_tinker_server.engine.grad_rows import Columns, row_norms
 from tg_tinker_server.engine.gradients import Floats
 
-ROWS_AT_ONCE = 16
+ROWS_AT_ONCE = 8
 _SMALL_BOUND = 1e-12
 """Below it float32 squares of gradients near the bound would vanish."""
 

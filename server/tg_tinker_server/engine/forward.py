@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tg_tinker_server.engine.backend import Ints
 from tg_tinker_server.engine.chunked_head import chunked_cross_entropy
 from tg_tinker_server.engine.losses import RecordLosses, Targets, record_losses
 
@@ -31,11 +30,16 @@ class Shortcuts:
         split_head: logits are its last layer on its body's last hidden state, nothing more.
         maskless: the mask of records that end early may be left out.
         random: it draws random numbers in training mode, as dropout does.
+        by_length: its positions are coded by how wide the whole batch is.
     """
 
     split_head: bool = False
     maskless: bool = False
     random: bool = True
+    by_length: bool = False
+
+
+_LARGE_LOGITS = 300.0
 
 
 class CausalLM:
@@ -70,11 +74,6 @@ class CausalLM:
         hidden_ND = targets.select(_hidden(self.model, ids_BT, mask_BT))
         losses_N = chunked_cross_entropy(hidden_ND, head.weight, head.bias, targets.token_N)
         return RecordLosses.of_tokens(losses_N, targets, len(labels_BT))
-
-
-def ends_early(mask_BT: Ints) -> bool:
-    """Whether in every row the real tokens come first, so that causal attention never sees the others."""
-    return bool((mask_BT[:, 1:] <= mask_BT[:, :-1]).all())
 
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:
@@ -113,11 +112,38 @@ def _try_shortcuts(model: nn.Module, vocab_size: int) -> Shortcuts:
         head = _plain_head(model)
         split_head = False
         if head is not None and getattr(model, "base_model", model) is not model:
+            kept = head.weight.clone()
             try:
-                split_head = equal(head(_hidden(model, ids_BT, mask_BT))[real])
+                # Large logits, so that whatever caps or bends them shows.
+                head.weight *= _LARGE_LOGITS / scale
+                large = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[real]
+                found = head(_hidden(model, ids_BT, mask_BT))[real]
+                error, most = (float((a).float().abs().max()) for a in (found - large, large))
+                split_head = found.shape == large.shape and error <= (3e-2 if half else 1e-5) * max(most, 1.0)
             except (AttributeError, TypeError, ValueError):
                 split_head = False  # a body of another form; the model's own logits are always right
-        return Shortcuts(split_head=split_head, maskless=maskless, random=_draws(model, ids_BT))
+            finally:
+                head.weight.copy_(kept)
+        return Shortcuts(
+            split_head=split_head,
+            maskless=maskless,
+            random=_draws(model, ids_BT),
+            by_length=bool(position_codings(model) & {"dynamic", "longrope"}),
+        )
+
+
+def position_codings(model: nn.Module) -> set[str]:
+    """Names of the rotary codings in a model's configuration."""
+    config: Any = getattr(model, "config", None)
+    stack: list[Any] = [config.to_dict()] if hasattr(config, "to_dict") else []
+    found = set()
+    while stack:
+        for key, value in stack.pop().items():
+            if isinstance(value, dict):
+                stack.append(value)
+            elif key in ("rope_type", "type") and isinstance(value, str):
+                found.add(value)
+    return found
 
 
 def _draws(model: nn.Module, ids_BT: torch.Tensor) -> bool:

@@ -44,7 +44,6 @@ class AdaptedBase:
         # Layers that only PEFT can compute: it has to be told which adapter is meant, one at a time.
         self._unfused = False
         self._switched: str | None = None
-        self._language_model: CausalLM | None = None
         self._checkpointing = False
         self.scratch = Scratch()
         self.tried: set[Hashable] = set()
@@ -53,6 +52,8 @@ class AdaptedBase:
         """What a kind of run keeps for a token."""
         # The table of modules as they were before anything was wrapped.
         self._modules = dict(loaded.module.named_modules())
+        self.language_model = CausalLM(self.module, vocab_size=loaded.vocab_size)
+        """The model up to its losses; how to run it was tried out before anything was put on it."""
         head = cast(Any, loaded.module).get_output_embeddings()
         self._output = next((path for path, module in self._modules.items() if module is head), "")
 
@@ -60,12 +61,6 @@ class AdaptedBase:
     def module(self) -> nn.Module:
         """The model to call, inside ``computing``."""
         return self.loaded.module
-
-    def language_model(self) -> CausalLM:
-        """The model up to its losses. How to run it is tried out once, before anything is trained."""
-        if self._language_model is None:
-            self._language_model = CausalLM(self.module, vocab_size=self.loaded.vocab_size)
-        return self._language_model
 
     def set_checkpointing(self, on: bool) -> None:
         """Whether layers compute their activations again in the backward pass instead of keeping them."""

@@ -30,9 +30,13 @@ class Limits:
     records: int
 
 
-def joins(shapes: Sequence[tuple[int, int]], shape: tuple[int, int], limits: Limits) -> bool:
+def joins(
+    shapes: Sequence[tuple[int, int]], shape: tuple[int, int], limits: Limits, *, same_width: bool = False
+) -> bool:
     """Whether rows of one more shape (records, tokens) fit beside others, without much being spent on padding."""
     every = [*shapes, shape]
+    if same_width and len({w for _, w in every}) > 1:
+        return False
     records, width = sum(r for r, _ in every), max(w for _, w in every)
     useful = sum(r * w for r, w in every)
     return records <= limits.records and records * width <= min(limits.tokens, MOST_PADDING * useful)
@@ -59,29 +63,54 @@ class MicroBatch:
     closes: bool = True
 
 
-def plan(lengths_B: Ints, unit_of_B: Ints, *, max_tokens: int, max_records: int) -> list[MicroBatch]:
+def rung(length: int, most: int) -> int:
+    """The width that a record of this length is computed at, whoever its neighbours are: 16, 24, 32, 48, 64, 96, ...
+
+    Args:
+        length: in tokens.
+        most: of the model; no width is larger.
+    """
+    width = 16
+    while width < length:
+        width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
+    return max(length, min(width, most))
+
+
+def plan(
+    lengths_B: Ints, unit_of_B: Ints, *, max_tokens: int, max_records: int, kind_of_B: Ints | None = None
+) -> list[MicroBatch]:
     """Cut a batch; the records of one unit are in one micro-batch, or in several of its own that follow each other.
 
     Units of similar length share a micro-batch, so little is computed on padding.
+
+    Args:
+        lengths_B: columns each record needs.
+        unit_of_B: each record's unit.
+        max_tokens: of a micro-batch, padding included.
+        max_records: of a micro-batch.
+        kind_of_B: records of different kinds never share a micro-batch; all records of a unit are of one kind.
     """
     members: dict[int, list[int]] = {}
     for record, unit in enumerate(unit_of_B.tolist()):
         members.setdefault(unit, []).append(record)
     longest = {unit: max(int(lengths_B[i]) for i in records) for unit, records in members.items()}
+    kind = {unit: 0 if kind_of_B is None else int(kind_of_B[records[0]]) for unit, records in members.items()}
     batches: list[MicroBatch] = []
     current: list[int] = []
+    current_kind = 0
 
     def close() -> None:
         if current:
             batches.append(MicroBatch(np.array(current, dtype=np.int64)))
             current.clear()
 
-    for unit in sorted(members, key=lambda u: (longest[u], u)):
+    for unit in sorted(members, key=lambda u: (kind[u], longest[u], u)):
         records = members[unit]
-        # Units come in rising length, so this one sets the width of the micro-batch it joins.
+        # Units of a kind come in rising length, so this one sets the width of the micro-batch it joins.
         most = max(1, min(max_records, max_tokens // longest[unit]))
-        if len(current) + len(records) > most:
+        if len(current) + len(records) > most or kind[unit] != current_kind:
             close()
+        current_kind = kind[unit]
         if len(records) <= most:
             current.extend(records)
             continue

@@ -68,6 +68,8 @@ class PendingBatch:
         """
         if not isinstance(contribution, GradientContribution) or contribution.layout is not self._layout:
             raise ServerError("a contribution was handed to a session that did not compute it")
+        if len(set(contribution.units)) != len(contribution.units):
+            raise ServerError("a pass counted a privacy unit twice; it was not accumulated")
         self._refuse_half_named(contribution.units)
         if self._dp is not None and not self.merges:
             twice = [unit for unit in contribution.units if unit in self._units]

@@ -5,6 +5,7 @@ Shape suffixes: B records, T tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
 
@@ -105,3 +106,31 @@ def _named_by_content(request: PassRequest) -> tuple[str, ...]:
         names.append(f"{UNNAMED}{content} {seen[content]}")
         seen[content] += 1
     return tuple(names)
+
+
+def without_leading_padding(request: PassRequest) -> PassRequest:
+    """The same records, each beginning at its first real token.
+
+    A record then means the same however wide the batch is that it came in: models that count positions from the
+    first column would see it shifted by the longest of its neighbours. Padding in front predicts nothing any more.
+    """
+    mask_BT = request.attention_mask_BT != 0
+    starts_B = (
+        np.where(mask_BT.any(axis=1), mask_BT.argmax(axis=1), 0) if mask_BT.size else np.zeros(0, dtype=np.int64)
+    )
+    if not starts_B.any():
+        return request
+    tokens = mask_BT.shape[1]
+    columns_BT = np.arange(tokens) + starts_B[:, None]
+    inside_BT = columns_BT < tokens
+
+    def shifted(array_BT: Ints, fill: int) -> Ints:
+        moved: Ints = np.where(inside_BT, np.take_along_axis(array_BT, columns_BT % tokens, axis=1), fill)
+        return moved
+
+    return dataclasses.replace(
+        request,
+        input_ids_BT=shifted(request.input_ids_BT, 0),
+        attention_mask_BT=shifted(request.attention_mask_BT, 0),
+        labels_BT=shifted(request.labels_BT, IGNORE_INDEX),
+    )

@@ -90,7 +90,7 @@ class SessionCore(ABC):
 
     def accumulate(self, contribution: Contribution) -> None:
         """See ``backend.Session``."""
-        self._ensure_open()
+        self.ensure_open()
         self._pending.add(contribution)
 
     def discard_pending(self) -> None:
@@ -99,7 +99,7 @@ class SessionCore(ABC):
 
     def step(self, request: StepRequest) -> StepResult:
         """See ``backend.Session``."""
-        self._ensure_open()
+        self.ensure_open()
         if not 0 <= request.learning_rate <= float(np.finfo(np.float32).max):
             raise InvalidRequestError(
                 f"learning_rate {request.learning_rate} is not possible",
@@ -117,7 +117,7 @@ class SessionCore(ABC):
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, slice_tokens: int
     ) -> Iterator[list[TokenEvent]]:
         """See ``backend.Session``. Prompts are checked at once, before the first slice is asked for."""
-        self._ensure_open()
+        self.ensure_open()
         return generate(
             self._decoder,
             prompts,
@@ -149,7 +149,12 @@ class SessionCore(ABC):
     def _decoder(self) -> Decoder:
         """A decoder with an empty cache."""
 
-    def _ensure_open(self) -> None:
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def ensure_open(self) -> None:
         if self._closed:
             raise ServerError("the session is closed; open the run again")
 

@@ -20,11 +20,10 @@ from tg_tinker.errors import DPUnsupportedError
 from tg_tinker.types import IGNORE_INDEX
 from tg_tinker_server.engine.backend import Ints, Pass, PassRequest, PassResult
 from tg_tinker_server.engine.dp_optimizer import ClippedRows
-from tg_tinker_server.engine.forward import ends_early
 from tg_tinker_server.engine.gradients import Floats, GradientContribution
 from tg_tinker_server.engine.losses import RecordLosses
-from tg_tinker_server.engine.microbatch import joins, plan, used_lengths
-from tg_tinker_server.engine.requests import units_of
+from tg_tinker_server.engine.microbatch import joins, plan, rung, used_lengths
+from tg_tinker_server.engine.requests import units_of, without_leading_padding
 from tg_tinker_server.engine.session_core import ensure_finite_pass
 from tg_tinker_server.engine.slices import run_slice
 
@@ -56,13 +55,21 @@ class TorchPass:
     """
 
     def __init__(self, session: TorchSession, request: PassRequest) -> None:
-        self.session, self.request = session, request
+        self.session = session
         self._units, self._unit_of_B = units_of(request)
+        self.request = request = without_leading_padding(request)
+        self._masked_B = _needs_mask(request)
         self._lengths_B = used_lengths(request)
+        limits = session.limits(train=request.train)
+        kind_of_B = None
+        if session.private:
+            self._lengths_B, self._masked_B = self._alike_whoever_is_beside()
+            kind_of_B = 2 * self._lengths_B + self._masked_B
         # Only the clip needs the records of a unit together.
         together_B = self._unit_of_B if session.private else np.arange(len(self._unit_of_B))
-        limits = session.limits(train=request.train)
-        self._batches = plan(self._lengths_B, together_B, max_tokens=limits.tokens, max_records=limits.records)
+        self._batches = plan(
+            self._lengths_B, together_B, max_tokens=limits.tokens, max_records=limits.records, kind_of_B=kind_of_B
+        )
         self._next = 0
         records = len(self._unit_of_B)
         self._means_B, self._sums_B, self._targets_B = (np.zeros(records) for _ in range(3))
@@ -72,6 +79,18 @@ class TorchPass:
         self._folded: list[int] = []
         self._norms: list[Floats] = []
         self._kept: list[npt.NDArray[Any]] = []
+
+    def _alike_whoever_is_beside(self) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """Width and need of a mask for each record, the same for all of a unit and decided by that unit alone.
+
+        How a record is rounded depends on both. So no unit may decide them for another (docs/how-dp-lora-works.md).
+        """
+        widths_B, masked_B = np.zeros_like(self._lengths_B), np.zeros_like(self._masked_B)
+        for unit in range(len(self._units)):
+            own = self._unit_of_B == unit
+            widths_B[own] = rung(int(self._lengths_B[own].max()), self.session.max_positions)
+            masked_B[own] = self._masked_B[own].any()
+        return widths_B, masked_B
 
     @property
     def finished(self) -> bool:
@@ -97,11 +116,12 @@ class TorchPass:
     def share_key(self) -> Hashable | None:
         """Passes with equal keys can go through the model together; ``None`` goes alone."""
         key = self.session.share_key
-        return None if key is None else (key, self.request.train)
+        return None if key is None else (key, self.request.train, self.session.private)
 
     def advance(self, others: Sequence[Pass] = ()) -> list[Pass]:
         """See ``backend.Pass``."""
-        joined = self._joined(others)
+        self.session.ensure_open()
+        joined, before = self._joined(others), self._next
         try:
             run_slice([self, *joined])
         except Exception as e:
@@ -113,7 +133,8 @@ class TorchPass:
         else:
             return list(joined)
         # Whoever is at fault, it is not the others' loss. What the attempt held is free by now.
-        run_slice([self])
+        if self._next == before:
+            run_slice([self])
         return []
 
     def _joined(self, others: Sequence[Pass]) -> list[TorchPass]:
@@ -127,7 +148,10 @@ class TorchPass:
             if not isinstance(other, TorchPass) or other.finished or other.share_key != key:
                 continue
             shape = (len(other.index), other.width)
-            if id(other.session) in sessions or not joins(shapes, shape, limits):
+            # Not even a neighbour run may decide how a private record is rounded.
+            alike = not self.session.private or self.needs_mask() == other.needs_mask()
+            fits = joins(shapes, shape, limits, same_width=self.session.private)
+            if id(other.session) in sessions or other.session.closed or not alike or not fits:
                 continue
             joined.append(other)
             shapes.append(shape)
@@ -136,7 +160,8 @@ class TorchPass:
 
     def tokens(self, width: int) -> tuple[Ints, Ints, Ints]:
         """Token ids, mask and labels of the next slice, filled up to ``width`` columns with padding."""
-        own, fill = self.width, width - self.width
+        own = min(self.width, self.request.input_ids_BT.shape[1])
+        fill = width - own
         parts = []
         for array, padding in (
             (self.request.input_ids_BT, 0),
@@ -149,9 +174,7 @@ class TorchPass:
 
     def needs_mask(self) -> bool:
         """Whether the next slice has masked tokens that a later one could see, or that predict something."""
-        _, mask_NT, labels_NT = self.tokens(self.width)
-        predicts = (labels_NT[:, 1:] != IGNORE_INDEX) & (mask_NT[:, :-1] == 0)
-        return not ends_early(mask_NT) or bool(predicts.any())
+        return bool(self._masked_B[self.index].any())
 
     def part(self, gradient: torch.Tensor | None) -> Part | None:
         """What the next slice will add. Changes nothing yet.
@@ -227,3 +250,12 @@ class TorchPass:
             grads_UP=np.concatenate([empty, *self._kept]) if self.session.keeps_units else None,
             private=True,
         )
+
+
+def _needs_mask(request: PassRequest) -> npt.NDArray[np.bool_]:
+    """Which records have masked tokens that a later one could see, or that predict something [B]."""
+    mask_BT, labels_BT = request.attention_mask_BT, request.labels_BT
+    holes_B = (mask_BT[:, 1:] > mask_BT[:, :-1]).any(axis=1)
+    predicts_B = ((labels_BT[:, 1:] != IGNORE_INDEX) & (mask_BT[:, :-1] == 0)).any(axis=1)
+    needed: npt.NDArray[np.bool_] = holes_B | predicts_B
+    return needed

@@ -79,7 +79,7 @@ class TorchSession(SessionCore):
         self.scale = float(config.loss_scale) if _needs_scale(config, loaded.dtype) else 1.0
         # Under privacy the masks of a record must not be computable by others: one more secret part of the seed.
         self.seeds = (config.seed or 0, os.urandom(16).hex() if config.private else "")
-        self.lm = base.language_model()
+        self.lm = base.language_model
         self.random = self.lm.shortcuts.random or (config.lora_config is not None and config.lora_config.dropout > 0)
         fused = fused_parameters(base.module, adapter)
         self._alone = False
@@ -126,9 +126,11 @@ class TorchSession(SessionCore):
     def share_key(self) -> Hashable | None:
         """Sessions with equal keys can go through the model together; ``None`` goes alone.
 
-        They have the same base in memory, adapters of the same shapes on the same layers, and nothing random.
+        They have the same base in memory, adapters of the same shapes on the same layers, and nothing that makes a
+        row depend on how it is batched.
         """
-        if self._alone or self.adapter is None or not self._all_fused or self.random or not self.base.shareable:
+        lonely = self._alone or self.random or self.lm.shortcuts.by_length
+        if lonely or self.adapter is None or not self._all_fused or not self.base.shareable:
             return None
         return (id(self.base), self.checkpoints, tuple(self.layout.shapes.items()))
 
@@ -157,7 +159,7 @@ class TorchSession(SessionCore):
 
     def start(self, request: PassRequest) -> TorchPass:
         """See ``backend.Session``."""
-        self._ensure_open()
+        self.ensure_open()
         self.check(request)
         return TorchPass(self, request)
 
@@ -191,7 +193,7 @@ class TorchSession(SessionCore):
 
     def export_state(self, *, optimizer: bool) -> EngineState:
         """See ``backend.Session``."""
-        self._ensure_open()
+        self.ensure_open()
         tensors = {WEIGHTS + n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters.items()}
         if optimizer:
             for name, values in optimizers.state_of(self._torch_optimizer, self.parameters).items():
@@ -207,7 +209,7 @@ class TorchSession(SessionCore):
 
     def import_state(self, state: EngineState, *, optimizer: bool) -> None:
         """See ``backend.Session``."""
-        self._ensure_open()
+        self.ensure_open()
         weights = checked_weights(state, self._layout)
         saved = checked_optimizer(state, self._layout, optimizer=self._config.optimizer.name) if optimizer else {}
         with torch.no_grad():
@@ -244,7 +246,7 @@ class TorchSession(SessionCore):
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """The adapter active, nothing recorded. Outside of a training slice the model is in evaluation mode."""
-        self._ensure_open()
+        self.ensure_open()
         with torch.no_grad(), self.base.computing(self.adapter):
             yield
 

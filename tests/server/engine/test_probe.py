@@ -6,12 +6,22 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tg_tinker.errors import DPUnsupportedError
 from tg_tinker.types import DPConfig, LoRAConfig, TrainingConfig
 from tg_tinker_server.engine.torch_backend import TorchBackend
 
 WIDTH = 8
+SMALL = {
+    "vocab_size": 260,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
 
 
 class ToyConfig:
@@ -217,3 +227,55 @@ def test_a_refusal_takes_the_adapter_and_its_hooks_off_again(fresh_bench, tools)
     assert not any(m._forward_hooks or m._backward_hooks for m in base.module.modules())
     assert not any("lora" in name for name, _ in base.module.named_modules())
     fresh_bench.open(dp={})
+
+
+class Coupled(nn.Module):
+    """Adds a little of the batch's mean to every record, from some length on."""
+
+    def __init__(self, strength, from_tokens=0):
+        super().__init__()
+        self.strength, self.from_tokens = strength, from_tokens
+
+    def forward(self, x):
+        return x + self.strength * x.mean(0, keepdim=True) if x.shape[1] >= self.from_tokens else x
+
+
+@pytest.mark.parametrize(("strength", "from_tokens"), [(1e-2, 0), (0.5, 9), (0.5, 30)])
+def test_weak_mixing_and_mixing_that_begins_later_are_found(tools, strength, from_tokens):
+    with pytest.raises(DPUnsupportedError, match="mixes"):
+        open_toy(Coupled(strength, from_tokens), tools)
+
+
+def test_a_module_that_remembers_what_it_saw_is_refused(tools):
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(WIDTH))
+
+        def forward(self, x):
+            if self.training:
+                self.seen += x.detach().mean((0, 1))
+            return x
+
+    with pytest.raises(DPUnsupportedError, match=r"changes .*seen"):
+        open_toy(Remembers(), tools)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (
+            lambda: LlamaForCausalLM(
+                LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+            ),
+            "dynamic",
+        ),
+        (lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4)), "experts"),
+    ],
+    ids=["dynamic rotary positions", "mixture of experts"],
+)
+def test_models_that_couple_records_by_design_are_refused_for_private_runs_only(tools, build, reason):
+    backend = TorchBackend({"tiny": tools.seeded(build)})
+    with pytest.raises(DPUnsupportedError, match=reason):
+        backend.open(run_id="r", config=tools.config(dp={}))
+    assert tools.run_pass(backend.open(run_id="p", config=tools.config()), tools.batch(2)).loss > 0

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.types import BatchData
-from tg_tinker_server.engine import slices
+from tg_tinker_server.engine import slices, torch_pass
 from tg_tinker_server.engine.backend import PassRequest
 from tg_tinker_server.engine.microbatch import Limits, joins
 from tg_tinker_server.engine.performance import PerformanceConfig
@@ -66,8 +66,8 @@ DP = {"max_grad_norm": 0.5}
 MIXES = {
     "private": [{"dp": DP}, {"dp": DP}, {"dp": DP}],
     "public": [{}, {}, {}],
-    "private among public": [{}, {"dp": DP}, {"dp": {"max_grad_norm": 1e-3, "merge_units": True}}],
-    "different scales": [{"lora": {**ALL, "alpha": 1}}, {"lora": {**ALL, "alpha": 64}}, {"dp": DP}],
+    "different bounds": [{"dp": DP}, {"dp": {"max_grad_norm": 1e-3, "merge_units": True}}, {"dp": DP}],
+    "different scales": [{"lora": {**ALL, "alpha": 1}}, {"lora": {**ALL, "alpha": 64}}, {}],
 }
 
 
@@ -109,6 +109,7 @@ def test_a_long_pass_takes_others_along_slice_by_slice(roomy, tools):
         {"model_ref": "gpt2-dropout", "lora": {"target_modules": ["c_attn"]}},
         {"lora": {"bias": "all", **ALL}},
         {"lora": {"target_modules": ["embed_tokens", "q_proj"]}},
+        {"dp": DP},
     ],
     ids=str,
 )
@@ -128,13 +129,13 @@ def test_training_and_evaluation_do_not_mix_and_a_run_never_joins_itself(roomy, 
 
 
 def test_nan_weights_of_one_run_stay_its_own(roomy, tools):
-    sick, healthy, public = roomy(0, dp=DP), roomy(1, dp=DP), roomy(2)
+    sick, *healthy = roomy(0, dp=DP), roomy(1, dp=DP), roomy(2, dp=DP)
     requests = [request(tools, n, seed=n) for n in (2, 3, 2)]
-    alone = [s.forward_backward(r) for s, r in zip((healthy, public), requests[1:], strict=True)]
+    alone = [s.forward_backward(r) for s, r in zip(healthy, requests[1:], strict=True)]
     with torch.no_grad():
         for parameter in sick.parameters.values():
             parameter.fill_(float("nan"))
-    passes = [s.start(r) for s, r in zip((sick, healthy, public), requests, strict=True)]
+    passes = [s.start(r) for s, r in zip((sick, *healthy), requests, strict=True)]
     passes[0].advance(passes[1:])
     poisoned = passes[0].result()
     assert not poisoned.contribution.sum_P.any(), "its units are not finite: they add exactly zero"
@@ -214,3 +215,43 @@ def test_room_is_measured_in_rows_tokens_and_padding():
     assert not joins([(2, 10)], (7, 2), limits), "rows"
     assert not joins([(5, 10)], (4, 15), limits), "tokens"
     assert not joins([(4, 2)], (1, 20), limits), "padding"
+
+
+def test_private_runs_share_only_at_one_width_and_with_masks_alike(roomy, tools):
+    """Else a neighbour's longest record would decide how this run's records are rounded."""
+    first, second = roomy(0, dp=DP), roomy(1, dp=DP)
+
+    def moved(one, other):
+        return len(first.start(PassRequest.of_batch(one)).advance([second.start(PassRequest.of_batch(other))]))
+
+    short, long = tools.batch(2, 9), tools.batch(2, 30)
+    holes = BatchData(input_ids=short.input_ids, attention_mask=[[1, 0, 1, 1, 1, 1, 1, 1, 1]] * 2)
+    assert (moved(short, tools.batch(3, 12)), moved(short, long), moved(short, holes)) == (1, 0, 0)
+
+
+def test_a_closed_run_is_neither_head_nor_companion(roomy, tools):
+    first, second = roomy(0), roomy(1)
+    passes = [s.start(request(tools, 2, train=False)) for s in (first, second)]
+    first.close()
+    assert passes[1].advance([passes[0]]) == []
+    with pytest.raises(ServerError, match="closed"):
+        passes[0].advance()
+
+
+def test_a_failure_while_folding_counts_nobody_twice(roomy, tools, monkeypatch):
+    sessions = roomy(0, dp=DP), roomy(1, dp=DP)
+    passes = [s.start(request(tools, 2, seed=i)) for i, s in enumerate(sessions)]
+    fold = torch_pass.TorchPass.fold
+
+    def late(self, losses, rows, part):
+        if self is passes[1]:
+            monkeypatch.undo()
+            raise MemoryError
+        fold(self, losses, rows, part)
+
+    monkeypatch.setattr(torch_pass.TorchPass, "fold", late)
+    assert passes[0].advance([passes[1]]) == []
+    while not passes[1].finished:
+        passes[1].advance()
+    for i, (one, session) in enumerate(zip(passes, sessions, strict=True)):
+        assert_same(one.result(), session.forward_backward(request(tools, 2, seed=i)))
