@@ -20,8 +20,8 @@ def place_of(error: BaseException) -> str:
     return f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}" if last else "unknown"
 
 
-def crash_to_error(operation: Operation, error: Exception) -> TGTinkerError:
-    """A defect of ours becomes a ServerError without content; the traceback's place goes to the log."""
+def log_crash(operation: Operation, error: BaseException) -> str:
+    """Write type and place of what failed to the log; returns a reference by which an answer can be found there."""
     reference = secrets.token_hex(6)
     # The exception's text can quote a batch, so only its type and place are written.
     log.error(
@@ -32,6 +32,12 @@ def crash_to_error(operation: Operation, error: Exception) -> TGTinkerError:
         at=place_of(error),
         reference=reference,
     )
+    return reference
+
+
+def crash_to_error(operation: Operation, error: Exception) -> TGTinkerError:
+    """A defect of ours becomes a ServerError without content; the traceback's place goes to the log."""
+    reference = log_crash(operation, error)
     return ServerError(
         f"{operation.name} failed inside the server (reference {reference}); the session goes on",
         details={"reference": reference},

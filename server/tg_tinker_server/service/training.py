@@ -30,6 +30,7 @@ from tg_tinker_server.engine.backend import EngineState, PassRequest, PassResult
 from tg_tinker_server.engine.schedules import learning_rate_at
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import Reservation
+from tg_tinker_server.service.crashes import log_crash
 from tg_tinker_server.service.durability import Durability
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
@@ -282,7 +283,7 @@ class TrainingService:
                 settle=self._settlement(paid, "released", self._update_hash(run, paid, done)) if paid else None,
             )
         except Exception as e:
-            await self._undo(run, paid, e)
+            await self._undo(run, operation, paid, e)
             raise
         run.drop_pending()
         return output
@@ -318,17 +319,21 @@ class TrainingService:
 
         return settle
 
-    async def _undo(self, run: Run, paid: Reservation | None, cause: Exception) -> None:
+    async def _undo(self, run: Run, operation: Operation, paid: Reservation | None, cause: Exception) -> None:
         """Nothing was released: go back to the last durable weights. What was paid stays paid."""
+        ours = not isinstance(cause, TGTinkerError)
+        # An error for people is told to its caller; what lies behind a ServerError, a disk or a key, only to the log.
+        reference = log_crash(operation, cause.__cause__ or cause) if ours or isinstance(cause, ServerError) else ""
         run.drop_pending()
         await self.durability.rewind(run)
         if paid is not None:
             await self.executors.io(self.durability.db.write, self._settlement(paid, "failed", ""))
-        if not isinstance(cause, TGTinkerError):
+        if ours:
             raise ServerError(
-                "the step failed inside the server; weights are as before"
+                f"the step failed inside the server (reference {reference}); weights are as before"
                 + (", the charge stays" if paid else "")
-                + "; send the batch again"
+                + "; send the batch again",
+                details={"reference": reference},
             ) from cause
 
     def _output(
