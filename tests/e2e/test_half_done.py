@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from tests.server.rpc.raw_client import RawClient, batch
 from tg_tinker.errors import (
@@ -90,6 +91,22 @@ def test_a_step_whose_old_snapshot_stays_is_a_step(client: RawClient, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Vault, "delete", broken(ServerError("input/output error")))
         assert client.call(run_id, 2, Step()).result.step == 1
+
+
+@pytest.mark.parametrize("config", [CONFIG, private()], ids=["plain", "private"])
+def test_the_answer_to_a_step_that_crashed_leads_to_its_line_in_the_log(
+    client: RawClient, monkeypatch: pytest.MonkeyPatch, config: TrainingConfig
+) -> None:
+    run_id = client.create(config).run_id
+    client.call(run_id, 1, batch(1))
+    with monkeypatch.context() as patch, structlog.testing.capture_logs() as lines:
+        patch.setattr(BigramSession, "_apply", broken(KeyError("secret text")))
+        error = client.call(run_id, 2, Step()).error
+    (line,) = [found for found in lines if found["event"] == "operation_crashed"]
+    assert (line["operation"], line["error"]) == ("optim_step", "KeyError")
+    assert __file__ in line["at"]
+    assert f"reference {line['reference']}" in str(error)
+    assert "secret" not in str(line) + str(error)
 
 
 @pytest.mark.parametrize("config", [CONFIG, private()], ids=["plain", "private"])
@@ -307,6 +324,27 @@ def test_an_unload_that_cannot_be_written_leaves_a_working_run(
         with pytest.raises(ServerError):
             client.send(runs_pb2.UnloadModelRequest(run_id=run_id))
     assert client.call(run_id, 1, batch(1)).status == "completed"
+
+
+def test_passes_answer_after_an_unload_with_what_came_of_them(
+    client: RawClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = client.create(CONFIG).run_id
+    work = BigramSession._compute
+
+    def slow(self: BigramSession, request: Any) -> Any:
+        time.sleep(0.5)
+        return work(self, request)
+
+    first = client.call(run_id, 1, batch(1)).result
+    with monkeypatch.context() as patch:
+        patch.setattr(BigramSession, "_compute", slow)
+        for seq in (2, 3):
+            client.send(call_to_proto(batch(1), Position(run_id=run_id, seq=seq)))
+        client.send(runs_pb2.UnloadModelRequest(run_id=run_id))
+    assert client.wait(run_id, 1).result == first
+    assert client.wait(run_id, 2).result.loss == first.loss
+    assert "was unloaded" in str(client.wait(run_id, 3).error)
 
 
 def test_looking_at_an_ended_run_loads_nothing(server: EmbeddedServer, client: RawClient) -> None:

@@ -164,6 +164,11 @@ class Durability:
         operation.stored = True
         run.lane.forget(operation.seq)
 
+    def unkept_rows(self, run: Run) -> Callable[[], list[run_rows.ResultRow]]:
+        """What ended and is not kept yet, as of now; sealed when called, which takes time."""
+        ended = [(o, o.status, o.result, o.error) for o in run.lane.unstored(run.lane.highest)]
+        return lambda: [self._row(run, *e) for e in ended]
+
     def operation_from_row(self, row: run_rows.ResultRow) -> Operation:
         """An ended operation as it was kept."""
         plain = self.keyring.open_value(row.tenant, "result", row.sealed, row.future_id.encode())

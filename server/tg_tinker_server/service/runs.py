@@ -143,7 +143,7 @@ class RunRegistry:
         return await self.executors.io(self.db.read, read)
 
     async def unload(self, tenant: str, run_id: str) -> run_rows.RunRow:
-        """Free the run's memory and complete it. Checkpoints and the ledger stay."""
+        """Free the run's memory and complete it. Checkpoints, the ledger and the results stay."""
         await self.row(tenant, run_id)
 
         def write(tx: Transaction) -> None:
@@ -295,15 +295,29 @@ class RunRegistry:
         )
 
     async def _end(self, tenant: str, run_id: str, write: Callable[[Transaction], None]) -> None:
-        """Close the lane, write the row, then free the memory: until then nobody restores a second copy."""
+        """Close the lane, write the row, then free the memory: until then nobody restores a second copy.
+
+        Together with the row goes what came of every operation, those that were waiting included.
+        """
+        outcomes: Callable[[], list[run_rows.ResultRow]] = list
         run = self._runs.get((tenant, run_id))
         if run is not None:
             ended = InvalidRequestError(
                 f"training client {run_id} was unloaded", field="training_client_id", constraint="active"
             )
             await run.lane.close(ended, grace_s=MAX_OPERATION_S)
+            outcomes = self.durability.unkept_rows(run)
+
+        def seal_and_write() -> None:
+            rows = outcomes()
+            self.db.write(lambda tx: write_all(tx, rows))
+
+        def write_all(tx: Transaction, rows: list[run_rows.ResultRow]) -> None:
+            run_rows.put_results(tx, rows)
+            write(tx)
+
         try:
-            await self.executors.io(self.db.write, write)
+            await self.executors.io(seal_and_write)
         finally:  # also where the row could not be written: the next call restores the run from disk
             if run is not None and self._runs.pop((tenant, run_id), None) is not None:
                 await self.executors.compute(run.session.close)
