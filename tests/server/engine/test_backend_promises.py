@@ -519,3 +519,17 @@ def test_the_session_states_its_limits(bench):
     assert session.eos_token_ids == (257,)
     assert session.trainable_parameters == sum(t.size for t in session.export_state(optimizer=False).tensors.values())
     assert session.decode(session.encode("grüße")) == "grüße"
+
+
+def test_a_step_that_failed_leaves_no_noise_in_the_batch(bench, tools, monkeypatch):
+    session = bench.open(dp=DP)
+    tools.accumulate(session, tools.batch(3))
+    before = session._pending.release(StepRequest(learning_rate=0.1)).grad_P
+
+    def broken(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(session, "_apply", broken)
+    with pytest.raises(MemoryError):
+        tools.step(session, mechanism=tools.mechanism(1.0, DP["max_grad_norm"]))
+    np.testing.assert_array_equal(session._pending.release(StepRequest(learning_rate=0.1)).grad_P, before)

@@ -255,3 +255,31 @@ def test_a_failure_while_folding_counts_nobody_twice(roomy, tools, monkeypatch):
         passes[1].advance()
     for i, (one, session) in enumerate(zip(passes, sessions, strict=True)):
         assert_same(one.result(), session.forward_backward(request(tools, 2, seed=i)))
+
+
+def test_a_companion_s_mask_counts_as_the_head_s_does(roomy, tools):
+    plain, holed = roomy(0), roomy(1)
+    batch = tools.batch(2)
+    mask = np.ones_like(batch.input_ids)
+    mask[:, 2:4] = 0
+    with_holes = PassRequest.of_batch(BatchData(input_ids=batch.input_ids, attention_mask=mask))
+    alone = holed.forward_backward(with_holes)
+    _, found = together(plain.start(request(tools, 2)), holed.start(with_holes))
+    assert_same(found, alone)
+
+
+def test_dropout_differs_from_slice_to_slice(roomy):
+    session = roomy(0, lora={**ALL, "dropout": 0.5}, micro_batch_size=1)
+    record = BatchData(input_ids=[[1, 2, 3, 4, 5, 6]] * 2)
+    work = session.start(PassRequest.of_batch(record))
+    while not work.finished:
+        work.advance()
+    assert work._sums_B[0] != work._sums_B[1]
+
+
+def test_the_memory_for_per_sample_gradients_bounds_the_records_of_a_slice(tools):
+    bytes_per_record = 4 * 1856
+    backend = TorchBackend(tools.loaders, PerformanceConfig(per_sample_bytes=3 * bytes_per_record + 1000))
+    session = backend.open(run_id="r", config=tools.config(lora=ALL, dp=DP))
+    assert session._columns.width == 1920
+    assert session.limits(train=True).records == 3
