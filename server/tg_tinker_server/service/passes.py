@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -89,7 +90,10 @@ class PassQueue:
         self._queue.append(waiting)
         if self._worker is None:
             self._worker = asyncio.create_task(self._work(), name="passes")
-        return await outcome
+        try:
+            return await outcome
+        finally:
+            del waiting, outcome  # an error would lead to this frame, and from here back to itself
 
     async def close(self) -> None:
         """Cancel whoever waits; return when the slice under way has ended."""
@@ -101,6 +105,7 @@ class PassQueue:
         try:
             while company := self._next_company():
                 self._settle(await self._executors.compute(_take_turn, company))
+                company.clear()
                 await asyncio.sleep(0)  # what the ended ones do next queues up before the next slice
         finally:  # also where the compute thread is gone: nobody waits for ever
             self._worker = None
@@ -119,6 +124,8 @@ class PassQueue:
         self._queue = stay + [w for w in turn.moved if w in self._queue]
         for waiting, outcome in turn.ended:
             _end(waiting, outcome)
+        turn.ended.clear()
+        turn.moved.clear()
 
     def _cancel_all(self) -> None:
         for waiting in self._queue:
@@ -139,6 +146,8 @@ def _end(waiting: _Waiting, outcome: PassResult | Exception) -> None:
     if waiting.outcome.done():  # cancelled during the slice
         return
     if isinstance(outcome, Exception):
+        # Its frames lead back to it, and would keep the batch until a garbage collection. Their lines stay readable.
+        traceback.clear_frames(outcome.__traceback__)
         waiting.outcome.set_exception(outcome)
     else:
         waiting.outcome.set_result(outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
 import time
@@ -301,6 +302,26 @@ def test_sixteen_runs_of_all_sizes_each_wait_a_bounded_number_of_slices(room: in
         assert all(ends[name] <= 16 * size + 1 for name, size in sizes.items())
 
     bench_run(scenario)
+
+
+@pytest.mark.parametrize("fails", ["start", "advance", "result"])
+def test_a_failed_pass_is_freed_without_a_garbage_collection(fails: str) -> None:
+    async def scenario(bench: Bench) -> None:
+        work = bench.make("failing", 1, fails=fails)
+        freed = weakref.ref(work)
+        session: Any = FakeSession(work)
+        del work
+        with contextlib.suppress(InvalidRequestError):
+            await bench.queue.run(session, object())  # type: ignore[arg-type]
+        del session
+        await asyncio.sleep(0.01)  # the threads let go too
+        assert freed() is None
+
+    gc.disable()
+    try:
+        bench_run(scenario)
+    finally:
+        gc.enable()
 
 
 def test_closing_with_passes_waiting_ends_all_of_them_and_leaves_no_task() -> None:
