@@ -178,13 +178,13 @@ class TrainingConfig(_Config):
         gradient_accumulation_steps: calls per step; ``batch_size`` times this is the public divisor under
             differential privacy.
         max_sequence_length: longer records are refused, never cut.
-        mixed_precision: precision of the frozen base; "bf16" is used where the hardware has it. Adapters,
-            norms and sums are always float32.
+        mixed_precision: precision of the frozen base; "bf16" is used without privacy only, and where it is faster.
+            Adapters, norms and sums are always float32.
         loss_scale: static; "dynamic" is refused under DP, because skipping a step depends on data.
         max_steps: planned steps; the run is completed when they are done.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         micro_batch_size: most records in one run through the model; "auto" goes by the server's memory. A batch of
-            any size is cut by itself, with the same result up to rounding.
+            any size is cut by itself, with the same result up to rounding; with dropout each piece draws other masks.
         seed: governs initialisation and dropout, never noise.
         model_kwargs: reserved; no server offers any yet, so it must be empty.
     """
