@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types.configs import CountOrAuto
 
 ENVIRONMENT_PREFIX = "TG_TINKER_SERVER_"
 SharePasses = Literal["tenant", "everyone", "off"]
@@ -56,19 +58,26 @@ class ServerConfig(BaseModel):
     allow_plaintext_network: bool = False
     backend: Literal["torch", "bigram"] = "torch"
     models: dict[str, str] = Field(default_factory=dict)
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = "auto"
     base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_queue: int = Field(256, ge=1)
     max_runs_per_tenant: int = Field(64, ge=1)
     max_batch_records: int = Field(4096, ge=1)
     max_batch_tokens: int = Field(2**19, ge=1)
     max_request_bytes: int = Field(64 * 2**20, ge=2**16)
-    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    micro_batch_tokens: CountOrAuto = "auto"
     share_passes: SharePasses = "tenant"
     kept_results: int = Field(1000, ge=10)
     drain_s: float = Field(30.0, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "console"
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value):
+            raise ValueError(f'"auto", "cpu", "cuda" or "cuda:1"; got {value!r}')
+        return value
 
     @model_validator(mode="after")
     def _listener_is_safe(self) -> Self:
@@ -112,13 +121,22 @@ class ServerConfig(BaseModel):
             except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
                 raise InvalidRequestError(f"cannot read {path}: {e}", field="config", constraint="TOML") from e
         for name, text in environ.items():
+            if name == ENVIRONMENT_PREFIX + "MODELS":
+                raise InvalidRequestError(
+                    f"{name}: models is a table, which only the TOML file can hold; write [models] there",
+                    field="models",
+                    constraint="in the TOML file",
+                )
             if name.startswith(ENVIRONMENT_PREFIX):
                 values[name.removeprefix(ENVIRONMENT_PREFIX).lower()] = text
         values.update({k: v for k, v in overrides.items() if v is not None})
         try:
             return cls.model_validate(values)
         except ValidationError as e:
-            problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'config'}: {p['msg']}" for p in e.errors())
+            problems = "; ".join(
+                f"{'.'.join(map(str, p['loc'])) or 'config'}: {p['msg'].removeprefix('Value error, ')}"
+                for p in e.errors()
+            )
             raise InvalidRequestError(
                 f"server configuration: {problems}", field="config", constraint="known settings only"
             ) from e

@@ -6,11 +6,23 @@ import math
 import unicodedata
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 MANY = 10**9  # no count in a configuration is larger
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor")
 LR_SCHEDULERS = ("constant", "linear", "cosine", "cosine_with_restarts")
+
+
+def _count_or_auto(value: object) -> object:
+    if isinstance(value, str) and value.isdecimal():  # from the environment
+        value = int(value)
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MANY):
+        raise ValueError(f'a whole number from 1, or "auto"; got {value!r}')
+    return value
+
+
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
+"""A whole number from 1, or "auto"; whatever else is refused in one line."""
 
 
 class _Config(BaseModel):
@@ -199,7 +211,7 @@ class TrainingConfig(_Config):
     mixed_precision: Literal["bf16", "fp32", "no"] = "bf16"
     loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["dynamic"] = 128.0
     gradient_checkpointing: bool = False
-    micro_batch_size: Annotated[int, Field(ge=1, le=MANY)] | Literal["auto"] = "auto"
+    micro_batch_size: CountOrAuto = "auto"
     max_steps: int | None = Field(None, ge=1, le=MANY)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     model_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=0)
