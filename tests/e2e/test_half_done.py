@@ -386,3 +386,15 @@ def test_two_folders_do_not_share_a_database_or_artifacts(tmp_path: Path) -> Non
             config = ServerConfig(port=0, backend="bigram", data_dir=other, **shared)  # type: ignore[arg-type]
             with pytest.raises(InvalidRequestError, match="another server uses"):
                 EmbeddedServer(config).start()
+
+
+def test_a_completed_run_that_made_room_answers_again_where_it_left_off(client: RawClient) -> None:
+    """What ended without a row of its own, as refused and cancelled calls do, must not leave a gap in the numbers."""
+    done = client.create(CONFIG.model_copy(update={"max_steps": 1})).run_id
+    client.call(done, 1, batch(1))
+    client.call(done, 2, Step())
+    for seq in (3, 4):
+        assert isinstance(client.call(done, seq, batch(seq)).error, InvalidRequestError)
+    others = [client.create(CONFIG).run_id for _ in range(5)]  # the last of them needs the room
+    client.send(runs_pb2.UnloadModelRequest(run_id=others[0]))
+    assert loss(client, done, 5) > 0

@@ -327,14 +327,24 @@ class RunRegistry:
         mine = [r for (owner, _), r in self._runs.items() if owner == tenant]
         if len(mine) < self.max_runs_per_tenant:
             return
-        idle = [r for r in mine if r.status != ACTIVE and r.lane.idle]
+        busy = {key for key, lock in self._locks.items() if lock.locked()}
+        idle = [r for r in mine if r.status != ACTIVE and r.lane.idle and (tenant, r.run_id) not in busy]
         if not idle:
             raise RateLimitedError(
                 f"{len(mine)} training clients of this tenant are in memory; unload some", retry_after=30.0
             )
-        run = self._runs.pop((tenant, idle[0].run_id))
-        await run.lane.close(None)
-        await self.executors.compute(run.session.close)
+        run, key = idle[0], (tenant, idle[0].run_id)
+        # Nobody holds this lock, so it is taken at once; who asks for the run meanwhile waits until it is put away.
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            del self._runs[key]
+            await run.lane.close(None)
+            await self.executors.io(self._keep_outcomes, run)
+            await self.executors.compute(run.session.close)
+
+    def _keep_outcomes(self, run: Run) -> None:
+        """Its client need not send again what ended only in memory, and would not: the server is the same."""
+        rows = self.durability.unkept_rows(run)()
+        self.db.write(lambda tx: run_rows.put_results(tx, rows))
 
 
 async def _whole(work: Coroutine[Any, Any, T]) -> T:
