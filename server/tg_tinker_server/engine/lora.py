@@ -255,6 +255,6 @@ def fused_parameters(module: nn.Module, adapter: str | None) -> frozenset[str]:
     """Names, as above, of the parameters with the fused per-sample rule."""
     if adapter is None:
         return frozenset()
-    layers: list[Any] = [m for m in module.modules() if can_fuse(m)]
+    layers: list[Any] = [m for m in module.modules() if can_fuse(m) and adapter not in cast(Any, m).lora_variant]
     owned = {id(part[adapter].weight) for m in layers for part in (m.lora_A, m.lora_B) if adapter in part}
     return frozenset(name for name, p in trainable_parameters(module, adapter).items() if id(p) in owned)

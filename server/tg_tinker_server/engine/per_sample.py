@@ -41,6 +41,9 @@ class PerSampleGradients(AbstractGradSampleHooks):  # type: ignore[misc]
         fused: frozenset[str] = frozenset(),
         scratch: Scratch | None = None,
     ) -> None:
+        ruleless = [name for name in parameters if ".lora_" in name and name not in fused]
+        if ruleless:  # adapters on embeddings, DoRA and other variants
+            raise _no_rule(ruleless, "have no per-sample gradient")
         self._parameters = dict(parameters)
         self._columns = columns
         self._scratch = scratch

@@ -1,6 +1,9 @@
 """Per-sample gradients against a loop that knows nothing of them: one record at a time, PEFT and autograd alone."""
 
+import functools
+
 import numpy as np
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -288,3 +291,14 @@ def test_dropout_on_the_adapter_differs_by_record_and_is_exact_for_the_mask_draw
     session.base.module.eval()
     assert relative_error(total.numpy(), torch.cat([g.reshape(-1) for g in theirs]).numpy()) < 1e-9
     assert not np.allclose(total.numpy(), one_by_one(session, batch).sum(axis=0))
+
+
+def test_a_variant_of_lora_has_no_rule_of_ours(tools, monkeypatch):
+    """No setting asks for DoRA yet; were PEFT to make one, it must not be taken for plain LoRA."""
+    monkeypatch.setattr("peft.LoraConfig", functools.partial(peft.LoraConfig, use_dora=True))
+    backend = TorchBackend({"tiny": tools.loaders["tiny"]})
+    with pytest.raises(DPUnsupportedError, match="lora_magnitude_vector"):
+        backend.open(run_id="r", config=tools.config(dp={}))
+    session, batch = backend.open(run_id="p", config=tools.config()), tools.batch(2)
+    found = tools.run_pass(session, batch).contribution.sum_P
+    assert relative_error(found, one_by_one(session, batch).sum(axis=0)) < 1e-5

@@ -120,3 +120,11 @@ def tensors_of(work):
         elif hasattr(value, "__dataclass_fields__"):
             stack.extend(getattr(value, f) for f in value.__dataclass_fields__)
     return found
+
+
+def test_what_one_kind_of_run_keeps_is_not_taken_for_another_s(tools):
+    backend = TorchBackend({"tiny": tools.loaders["tiny"]}, PerformanceConfig(activation_bytes=2**21))
+    plain, frugal = (
+        backend.open(run_id=str(on), config=tools.config(gradient_checkpointing=on)) for on in (False, True)
+    )
+    assert plain.limits(train=True).tokens < frugal.limits(train=True).tokens

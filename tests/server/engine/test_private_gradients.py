@@ -1,5 +1,7 @@
 """The clipped sum of the torch engine against a float64 loop that treats every record alone."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
+from tg_tinker.errors import ServerError
 from tg_tinker.types import BatchData, DPConfig, LoRAConfig, TrainingConfig
 from tg_tinker_server.dp.mechanism import ROUNDING_ROOM
-from tg_tinker_server.engine.backend import StepRequest
+from tg_tinker_server.engine.backend import PassRequest, StepRequest
 from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
 from tg_tinker_server.engine.grad_rows import Columns, GradRows
 from tg_tinker_server.engine.performance import PerformanceConfig
@@ -310,3 +313,48 @@ def test_shifted_micro_batches_of_a_thousand_equal_records_move_the_sum_within_t
     everything = tools.run_pass(session, batch).contribution.sum_P
     without = tools.run_pass(session, tools.rows(batch, range(1, 1025))).contribution.sum_P
     assert np.linalg.norm(everything - without) <= 0.1 * ROUNDING_ROOM * SMALL_BOUND
+
+
+def one_more(tools, extra_ids, *, extra_mask=None):
+    """The clipped sum of four short records with and without one more unit that has no gradient."""
+    backend = TorchBackend({"tiny": tools.loaders["tiny"]}, PerformanceConfig(micro_batch_tokens=2048))
+    session = backend.open(run_id="r", config=SMALL_CONFIG)
+    ids = np.zeros((5, 30), dtype=np.int64)
+    ids[:4, :6] = np.random.default_rng(0).integers(1, 256, (4, 6))
+    ids[4, : len(extra_ids)] = extra_ids
+    mask = (ids != 0).astype(np.int64)
+    if extra_mask is not None:
+        mask[4, : len(extra_mask)] = extra_mask
+    labels = np.where(mask == 1, ids, -100)
+    labels[4] = -100
+    batch = BatchData(input_ids=ids, attention_mask=mask, labels=labels)
+    return [tools.run_pass(session, tools.rows(batch, range(n))).contribution.sum_P for n in (4, 5)]
+
+
+@pytest.mark.parametrize("extra", [{"extra_ids": [7] * 25}, {"extra_ids": [7] * 6, "extra_mask": [1, 0, 1, 1, 1, 1]}])
+def test_a_longer_or_masked_unit_leaves_the_others_bit_for_bit_as_they_were(tools, extra):
+    """It is computed apart, so that it decides neither their width nor their kind of attention."""
+    without, with_it = one_more(tools, **extra)
+    assert without.any()
+    np.testing.assert_array_equal(with_it, without)
+
+
+def test_a_unit_is_of_one_kind_whichever_of_its_records_needs_a_mask(torch_bench, tools):
+    session = torch_bench.open(dp={"max_grad_norm": BOUND})
+    batch = BatchData(input_ids=[[1, 2, 3, 4]] * 3, attention_mask=[[1] * 4, [1, 0, 1, 1], [1] * 4])
+    work = session.start(PassRequest.of_batch(batch, units=["a", "a", "b"]))
+    assert sorted(b.index.tolist() for b in work._batches) == [[0, 1], [2]]
+
+
+def test_a_pass_that_counted_a_unit_twice_is_not_accumulated(torch_bench, tools):
+    session = torch_bench.open(dp={"max_grad_norm": BOUND})
+    contribution = tools.run_pass(session, tools.batch(2), units=["a", "b"]).contribution
+    with pytest.raises(ServerError, match="twice"):
+        session.accumulate(dataclasses.replace(contribution, units=("a", "a")))
+    assert session.pending_calls == 0
+
+
+def test_products_of_float32_keep_all_their_bits(tools):
+    torch.set_float32_matmul_precision("medium")
+    TorchBackend({"tiny": tools.loaders["tiny"]})
+    assert torch.get_float32_matmul_precision() == "highest"
