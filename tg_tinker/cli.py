@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import click
 
+from tg_tinker.commands.plugins import PluginGroup
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.ledger import PrivacyLedger
 
-GROUP = "tg_tinker.commands"
+# Command groups of the SDK, each imported when called for.
+MODULES: dict[str, str] = {}
 
 
-class PluginGroup(click.Group):
-    """A group whose further commands are entry points, imported only when called for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Own commands and those of installed entry points."""
-        return sorted({*super().list_commands(ctx), *(e.name for e in entry_points(group=GROUP))})
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """An own command, or the entry point's."""
-        own = super().get_command(ctx, cmd_name)
-        if own is not None:
-            return own
-        found = entry_points(group=GROUP, name=cmd_name)
-        return _load(next(iter(found))) if found else None
-
-
-def _load(entry: EntryPoint) -> click.Command:
-    try:
-        command = entry.load()
-    except ModuleNotFoundError as e:
-        missing = e.name or "a package"
-
-        @click.command(entry.name, context_settings={"ignore_unknown_options": True})
-        @click.argument("args", nargs=-1)
-        def needs_server(args: tuple[str, ...]) -> None:  # noqa: ARG001 - takes whatever the real command takes
-            """Needs the server's dependencies (pip install 'tg-tinker[server]')."""
-            raise click.ClickException(
-                f"`tg-tinker {entry.name}` needs {missing}, which comes with the server: "
-                "pip install 'tg-tinker[server]'"
-            )
-
-        return needs_server
-    assert isinstance(command, click.Command)
-    return command
-
-
-@click.group(cls=PluginGroup)
+@click.group(cls=PluginGroup, modules=MODULES)
 @click.version_option(package_name="tg-tinker")
 def main() -> None:
     """Fine-tune language models on data they must not leak."""

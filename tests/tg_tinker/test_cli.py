@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import click
 import pytest
 from click.testing import CliRunner
 
@@ -84,18 +82,6 @@ def test_a_binary_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_head_that_is_no_hash_is_a_usage_error(tmp_path: Path, lines: list[str]) -> None:
     assert verify(tmp_path, "\n".join(lines), "--head", "xyz")[0] == 2
-
-
-def test_without_the_server_its_commands_say_what_to_install() -> None:
-    missing = EntryPoint("serve", "a_package_that_is_not_here:serve", cli.GROUP)
-    done = CliRunner().invoke(cli._load(missing), ["--port", "0"])
-    assert done.exit_code == 1
-    assert "pip install 'tg-tinker[server]'" in done.output
-
-
-def test_the_servers_commands_are_listed_without_being_imported() -> None:
-    listed = cli.main.list_commands(click.Context(cli.main))
-    assert {"ledger", "serve", "keys", "demo", "privacy"} <= set(listed)
 
 
 def test_verifying_needs_none_of_the_servers_packages(tmp_path: Path, lines: list[str]) -> None:
