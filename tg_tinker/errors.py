@@ -10,6 +10,7 @@
     ├── DPBudgetExceededError     current_epsilon, max_epsilon, delta
     ├── FutureTimeoutError        future_id, timeout; the operation goes on
     ├── FutureCancelledError      future_id
+    ├── LogVerificationError      the server's log does not fit what it showed before; kind
     └── ServerError               the server's fault, or it cannot be reached
 
 Messages never contain batch content.
@@ -228,6 +229,28 @@ class FutureCancelledError(TGTinkerError):
     ) -> None:
         super().__init__(message, details={**(details or {}), "future_id": future_id}, request_id=request_id)
         self.future_id = future_id
+
+
+class LogVerificationError(TGTinkerError):
+    """What the server shows of its transparency log is not true, or not what it showed before. Do not go on with it.
+
+    Attributes:
+        kind: ``"rolled_back"`` (the log is shorter than it was), ``"forked"`` (its history was rewritten),
+            ``"identity_changed"`` (another log answers at this address), ``"bad_signature"`` or ``"bad_proof"``.
+    """
+
+    code = "LOG_VERIFICATION"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str = "",
+        details: Mapping[str, Any] | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message, details={**(details or {}), "kind": kind}, request_id=request_id)
+        self.kind = kind
 
 
 class ServerError(TGTinkerError):

@@ -24,6 +24,7 @@ from tg_tinker.errors import (
     FutureCancelledError,
     FutureTimeoutError,
     InvalidRequestError,
+    LogVerificationError,
     RateLimitedError,
     ResourceNotFoundError,
     ServerError,
@@ -59,6 +60,7 @@ TABLE: dict[type[TGTinkerError], tuple[grpc.StatusCode, tuple[str, ...]]] = {
     ),
     FutureTimeoutError: (grpc.StatusCode.DEADLINE_EXCEEDED, ("future_id", "timeout")),
     FutureCancelledError: (grpc.StatusCode.CANCELLED, ("future_id",)),
+    LogVerificationError: (grpc.StatusCode.DATA_LOSS, ("kind",)),
     ServerError: (grpc.StatusCode.INTERNAL, ()),
     TGTinkerError: (grpc.StatusCode.UNKNOWN, ()),
 }
