@@ -5,6 +5,9 @@ after the largest power of two below n (RFC 6962 §2.1). ``verify_*`` and ``root
 The rest makes proofs: ``*_nodes`` says which hashes of complete subtrees are needed, so that a store can fetch all
 of them at once, and ``root_from`` and ``*_proof`` join them. Node (l, i) is the subtree over leaves i * 2**l to
 (i + 1) * 2**l - 1; once complete its hash never changes. The two halves share the hash functions and no more.
+
+A proof does not prove the size: trees of 13 and 14 leaves can give leaf 0 the same path. The size is true because the
+log signed it together with the root, and consistency proofs hold it to both.
 """
 
 from __future__ import annotations
