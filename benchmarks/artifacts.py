@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from tg_tinker.streaming import Bytes, encrypt_segments
 from tg_tinker_server.artifacts.blobs import LocalBlobs
 from tg_tinker_server.artifacts.vault import Vault
 from tg_tinker_server.crypto.envelope import TenantKeyring
 from tg_tinker_server.crypto.key_rows import MemoryKeyRows
 from tg_tinker_server.crypto.keys import LocalKeyProvider
-from tg_tinker_server.crypto.streaming import Bytes, encrypt_segments
 
 TENSOR = np.random.default_rng(0).standard_normal(2**26, np.float32)
 TENSOR_BYTES = TENSOR.nbytes

@@ -4,7 +4,7 @@
     prefix   = "TGTINKER" | format version (2, big-endian) | header length (4, big-endian)
     header   = JSON of `Header`, in RFC 8785 form
     tag      = HMAC-SHA256 over prefix and header, under a key derived from the data key (32)
-    body     = a stream of crypto.streaming, its associated data `scope`
+    body     = a stream of tg_tinker.streaming, its associated data `scope`
 
     slots    = "TGTSLOTS" | version (2) | length (4) | JSON list of slots | tag
 

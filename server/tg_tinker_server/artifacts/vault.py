@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.streaming import Bytes, decrypt_segments, encrypt_segments, plaintext_size
 from tg_tinker_server.artifacts.blobs import BlobNotFoundError, BlobStore
 from tg_tinker_server.artifacts.format import (
     ALGORITHM,
@@ -24,7 +25,6 @@ from tg_tinker_server.artifacts.format import (
 from tg_tinker_server.artifacts.tensors import Array, FormatError, parse, serialize
 from tg_tinker_server.crypto.aead import DecryptionError, new_key
 from tg_tinker_server.crypto.envelope import TenantKeyring, WrappedKey
-from tg_tinker_server.crypto.streaming import Bytes, decrypt_segments, encrypt_segments, plaintext_size
 
 SLOTS_SUFFIX = ".slots"
 T = TypeVar("T")

@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 
 from tg_tinker.errors import InvalidRequestError, ServerError
+from tg_tinker.streaming import SEGMENT_BYTES, decrypt_stream, encrypt_stream
 from tg_tinker_server.artifacts import format as artifact_format
 from tg_tinker_server.artifacts.blobs import LocalBlobs, MemoryBlobs
 from tg_tinker_server.artifacts.format import DataKeys, Header, Scope, header_bytes, parse_header
@@ -25,7 +26,6 @@ from tg_tinker_server.artifacts.vault import Vault
 from tg_tinker_server.crypto.envelope import TenantKeyring
 from tg_tinker_server.crypto.key_rows import MemoryKeyRows
 from tg_tinker_server.crypto.keys import LocalKeyProvider
-from tg_tinker_server.crypto.streaming import SEGMENT_BYTES, decrypt_stream, encrypt_stream
 
 A, B = "ck_00000000000000000000000a", "ck_00000000000000000000000b"
 TENSORS: dict[str, Array] = {

@@ -20,15 +20,41 @@ from collections.abc import Iterable, Iterator
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from tg_tinker_server.crypto.aead import KEY_BYTES, TAG_BYTES, DecryptionError, derive_key
-
+KEY_BYTES = 32
+TAG_BYTES = 16
 SEGMENT_BYTES = 2**20
 SALT_BYTES = 32
 PREFIX_BYTES = 7
 HEADER_BYTES = 1 + SALT_BYTES + PREFIX_BYTES
 
 Bytes = bytes | bytearray | memoryview
+
+
+class DecryptionError(Exception):
+    """Some bytes are not what was sealed under this key and associated data; it never says which or why.
+
+    Not for users: callers turn it into the error of what they were opening.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("verification failed")
+
+
+def associated_data(domain: str, *fields: str | bytes) -> bytes:
+    """Encode a domain tag and fields so that no two different lists give the same bytes.
+
+    Each part is preceded by its length in bytes (4 bytes, big-endian); text is UTF-8.
+    """
+    parts = [domain.encode()] + [f.encode() if isinstance(f, str) else bytes(f) for f in fields]
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def derive_key(secret: bytes, info: bytes, *, salt: bytes | None = None) -> bytes:
+    """32 bytes by HKDF-SHA256 (RFC 5869); independent for different ``info``."""
+    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=info).derive(secret)
 
 
 def ciphertext_size(plaintext_bytes: int) -> int:

@@ -18,10 +18,11 @@ from tink.proto import (  # type: ignore[import-untyped]
     tink_pb2,
 )
 
-from tg_tinker_server.crypto.aead import TAG_BYTES, DecryptionError
-from tg_tinker_server.crypto.streaming import (
+from tg_tinker.streaming import (
     HEADER_BYTES,
     SEGMENT_BYTES,
+    TAG_BYTES,
+    DecryptionError,
     ciphertext_size,
     decrypt_stream,
     encrypt_segments,
