@@ -282,6 +282,8 @@ class _Budget:
         body = entry.body
         if entry.kind == "open":
             return self._opened(float(body["target_epsilon"]), float(body["target_delta"]), str(body["unit"]))
+        if entry.kind == "report":
+            return self._reported(float(body["epsilon"]), float(body["delta"]))
         step = (str(body["run_id"]), int(body["seq"]))
         if entry.kind == "charge":
             return self._charged(entry.position, step, float(body["epsilon_after"]), float(body["delta"]))
@@ -294,6 +296,11 @@ class _Budget:
         if self.terms is None:
             self.terms = terms
         return "" if self.terms == terms else "it changes the budget"
+
+    def _reported(self, epsilon: float, delta: float) -> str:
+        if self.terms is None:
+            return "it reports on a dataset that was not opened"
+        return "" if delta == self.terms[1] and epsilon >= 0.0 else "it reports at another delta"
 
     def _charged(self, position: int, step: tuple[str, int], epsilon_after: float, delta: float) -> str:
         if self.terms is None:

@@ -10,9 +10,11 @@ from typing import Self
 from tg_tinker.errors import ServerError
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.crypto import api_keys
+from tg_tinker_server.crypto.signing import TenantSigner
 from tg_tinker_server.engine.backend import Backend
 from tg_tinker_server.foundation import DEFAULT_ROLES, Foundation
 from tg_tinker_server.ledger.audit import AuditLog
+from tg_tinker_server.ledger.log import TransparencyLog
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.logs import configure_logging
 from tg_tinker_server.rpc.artifacts import ArtifactServicer
@@ -28,6 +30,7 @@ from tg_tinker_server.service.caller import Authenticator
 from tg_tinker_server.service.checkpoints import CheckpointService
 from tg_tinker_server.service.durability import Durability, now
 from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.log import LogService
 from tg_tinker_server.service.operations import OperationService
 from tg_tinker_server.service.passes import PassQueue
 from tg_tinker_server.service.privacy import PrivacyService
@@ -65,6 +68,7 @@ class Server:
         db, vault, keyring = foundation.db, foundation.vault, foundation.keyring
         executors = self._executors
         ledger = PrivacyLedger(db, clock=now)
+        log = LogService(db, TransparencyLog(db, TenantSigner(keyring)), executors)
         texts = SealedText(keyring)
         durability = Durability(db, vault, keyring, executors, config.kept_results)
         checkpoints = CheckpointService(db, vault, ledger, durability, executors, texts)
@@ -86,6 +90,7 @@ class Server:
         self._passes = PassQueue(executors)
         training = TrainingService(
             ledger,
+            log,
             durability,
             executors,
             self._passes,
@@ -104,7 +109,7 @@ class Server:
                 RunServicer(submitting, privacy, config),
                 FutureServicer(operations),
                 ArtifactServicer(checkpoints, executors),
-                PrivacyServicer(self._registry, privacy, audit, executors),
+                PrivacyServicer(self._registry, privacy, audit, log, executors),
             ],
             endpoint,
         )

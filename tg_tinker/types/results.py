@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Self
 
+from tg_tinker.types.log import LogReceipt
+
 
 class _Ready:
     """Lets a value that is already here be used like a future: ``result()`` and ``await`` return it."""
@@ -94,9 +96,10 @@ class OptimStepResult:
 
 @dataclass
 class OptimStepOutput(OptimStepResult):
-    """With further metrics by name."""
+    """With further metrics by name, and the proof that the charge is in the log; ``None`` without privacy."""
 
     metrics: dict[str, float] = field(default_factory=dict)
+    receipt: LogReceipt | None = None
 
 
 @dataclass

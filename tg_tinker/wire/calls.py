@@ -55,10 +55,12 @@ class Step:
     Attributes:
         incomplete: why a pass of this logical batch never arrived, as only the client knows; the server then
             drops the batch and refuses the step. Empty otherwise.
+        known_log_size: of the newest log tree that the client verified; the receipt is proven from there.
     """
 
     apply_dp_noise: bool = True
     incomplete: str = ""
+    known_log_size: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +124,10 @@ def call_to_proto(call: Call, position: Position) -> Message:
             return _pass_to_proto(call, key)
         case Step():
             return training_pb2.OptimStepRequest(
-                key=key, apply_dp_noise=call.apply_dp_noise, incomplete=call.incomplete
+                key=key,
+                apply_dp_noise=call.apply_dp_noise,
+                incomplete=call.incomplete,
+                known_log_size=call.known_log_size,
             )
         case Save():
             return training_pb2.SaveStateRequest(
@@ -151,7 +156,11 @@ def call_from_proto(request: Message) -> Call:
         case training_pb2.ForwardBackwardRequest():
             return _pass_from_proto(request)
         case training_pb2.OptimStepRequest():
-            return Step(apply_dp_noise=request.apply_dp_noise, incomplete=request.incomplete)
+            return Step(
+                apply_dp_noise=request.apply_dp_noise,
+                incomplete=request.incomplete,
+                known_log_size=request.known_log_size,
+            )
         case training_pb2.SaveStateRequest():
             return Save(
                 include_optimizer=request.include_optimizer,

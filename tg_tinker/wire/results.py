@@ -20,6 +20,7 @@ from tg_tinker.types import (
     StreamChunk,
 )
 from tg_tinker.wire.calls import json_from_text, json_to_text
+from tg_tinker.wire.log import receipt_from_proto, receipt_to_proto
 from tg_tinker.wire.times import time_from_proto, time_to_proto
 
 Result = ForwardBackwardOutput | OptimStepOutput | SampleResult | SavedState | LoadStateResult
@@ -59,6 +60,7 @@ def optim_step_to_proto(result: OptimStepOutput) -> training_pb2.OptimStepReply:
         dp_metrics=None if dp is None else dp_metrics_to_proto(dp),
         latency_ms=result.latency_ms,
         metrics=result.metrics,
+        receipt=None if result.receipt is None else receipt_to_proto(result.receipt),
     )
 
 
@@ -71,6 +73,7 @@ def optim_step_from_proto(reply: training_pb2.OptimStepReply) -> OptimStepOutput
         dp_metrics=dp_metrics_from_proto(reply.dp_metrics) if reply.HasField("dp_metrics") else None,
         latency_ms=reply.latency_ms,
         metrics=dict(reply.metrics),
+        receipt=receipt_from_proto(reply.receipt) if reply.HasField("receipt") else None,
     )
 
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 from tg_tinker.errors import ServerError
 from tg_tinker.ledger import AUDIT_DOMAIN, START, ChainEntry
+from tg_tinker_server.ledger import log
 from tg_tinker_server.store import audit_rows
 from tg_tinker_server.store.database import Database, Transaction
 
@@ -69,14 +70,16 @@ class AuditLog:
         def write(tx: Transaction) -> None:
             position, head = audit_rows.last_record(tx, tenant) or (-1, START)
             entry = ChainEntry.make(AUDIT_DOMAIN, body, position=position + 1, prev_hash=head)
+            text = entry.body_json()
             audit_rows.insert_record(
                 tx,
                 audit_rows.AuditRow(
                     tenant=tenant,
                     position=entry.position,
-                    body_json=entry.body_json(),
+                    body_json=text,
                     prev_hash=entry.prev_hash,
                     record_hash=entry.entry_hash,
+                    leaf_index=log.append(tx, tenant, text),
                 ),
             )
 

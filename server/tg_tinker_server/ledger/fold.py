@@ -105,6 +105,8 @@ class Fold:
                 return self._charged(moved, body)
             case "settle" if body["outcome"] in ("released", "failed"):
                 return moved
+            case "report" if self.terms is not None:
+                return moved
         raise ValueError(f"kind {body['kind']!r} cannot stand here")
 
     def opened(self, body: Mapping[str, Any]) -> Fold:

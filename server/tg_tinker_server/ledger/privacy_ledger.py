@@ -14,11 +14,11 @@ from tg_tinker.ledger import LEDGER_DOMAIN, ChainEntry, LedgerEntry
 from tg_tinker_server.dp.accounting import cost
 from tg_tinker_server.dp.calibration import Forecast
 from tg_tinker_server.dp.events import Event, ParticipationGaussian, event_to_json
-from tg_tinker_server.ledger import pricing
+from tg_tinker_server.ledger import log, pricing
 from tg_tinker_server.ledger.fold import Fold, Terms, entry_of
 from tg_tinker_server.ledger.folds import Folds
 from tg_tinker_server.ledger.participation import participate
-from tg_tinker_server.ledger.reservation import MINT, NEIGHBOURS, DatasetScope, Reservation, Spent
+from tg_tinker_server.ledger.reservation import MINT, NEIGHBOURS, DatasetScope, Leaf, Reservation, Spent
 from tg_tinker_server.store import ledger_rows as rows
 from tg_tinker_server.store.database import Database, Transaction
 
@@ -153,7 +153,7 @@ class PrivacyLedger:
                 "delta": repr(terms.target_delta),
                 "epsilon_after": repr(found.after),
             }
-            entry = self._append(tx, scope, fold, "charge", body)
+            leaf = self._append(tx, scope, fold, "charge", body)
             return Reservation(
                 scope=scope,
                 run_id=run_id,
@@ -161,8 +161,7 @@ class PrivacyLedger:
                 attempt=attempt + 1,
                 event=charged,
                 accountant=found.accountant,
-                position=entry.position,
-                entry_hash=entry.entry_hash,
+                leaf=leaf,
                 epsilon_before=found.before,
                 epsilon_after=found.after,
                 delta=terms.target_delta,
@@ -211,6 +210,28 @@ class PrivacyLedger:
             )
 
         return self._db.read(read)
+
+    def attest(self, scope: DatasetScope) -> list[Leaf]:
+        """Close a report: append an entry that states epsilon now; every entry of the dataset, that one last.
+
+        The report is signed over the tree that ends with this entry, so that one which leaves out the newest entries
+        needs a lie in the log itself.
+        """
+
+        def write(tx: Transaction) -> list[Leaf]:
+            fold, terms = self._opened(tx, scope)
+            body = {
+                "run_id": "",
+                "seq": fold.position + 1,
+                "epsilon": repr(pricing.epsilon_now(fold, terms)),
+                "delta": repr(terms.target_delta),
+                "charges": fold.charges,
+            }
+            earlier = rows.entries_from(tx, scope.tenant, scope.dataset_id, 0)
+            last = self._append(tx, scope, fold, "report", body)
+            return [*(Leaf(entry=entry_of(r), index=r.leaf_index) for r in earlier), last]
+
+        return self._db.write(write)
 
     def forecast(
         self,
@@ -269,11 +290,11 @@ class PrivacyLedger:
             )
         return fold, fold.terms
 
-    def _append(
-        self, tx: Transaction, scope: DatasetScope, fold: Fold, kind: str, body: Mapping[str, Any]
-    ) -> ChainEntry:
+    def _append(self, tx: Transaction, scope: DatasetScope, fold: Fold, kind: str, body: Mapping[str, Any]) -> Leaf:
         whole = {**body, "kind": kind, "dataset_id": scope.dataset_id, "time": self._clock().isoformat()}
         entry = ChainEntry.make(LEDGER_DOMAIN, whole, position=fold.position + 1, prev_hash=fold.head)
+        text = entry.body_json()
+        leaf_index = log.append(tx, scope.tenant, text)
         rows.insert_entry(
             tx,
             rows.LedgerRow(
@@ -284,12 +305,13 @@ class PrivacyLedger:
                 run_id=str(body["run_id"]),
                 seq=int(body.get("seq", 0)),
                 attempt=int(body.get("attempt", 0)),
-                body_json=entry.body_json(),
+                body_json=text,
                 prev_hash=entry.prev_hash,
                 entry_hash=entry.entry_hash,
+                leaf_index=leaf_index,
             ),
         )
-        return entry
+        return Leaf(entry=entry, index=leaf_index)
 
 
 def _attempts(step: Sequence[rows.LedgerRow]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, dataclass
 
+from tg_tinker.ledger import ChainEntry
 from tg_tinker_server.dp.events import Event
 
 NEIGHBOURS = "add-or-remove-one"
@@ -19,11 +20,19 @@ class DatasetScope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Leaf:
+    """An entry of a dataset's chain and its place in the tenant's tree."""
+
+    entry: ChainEntry
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reservation:
     """Proof that one release was paid for. Only the ledger makes it; noise is drawn from its ``event``.
 
     Attributes:
-        position, entry_hash: the charge's place in the ledger.
+        leaf: the charge as the ledger keeps it.
         epsilon_before, epsilon_after: of the dataset, at ``delta``, by ``accountant``.
         attempt: 1, or more where a crash came between an earlier charge and its settlement.
     """
@@ -34,8 +43,7 @@ class Reservation:
     attempt: int
     event: Event
     accountant: str
-    position: int
-    entry_hash: bytes
+    leaf: Leaf
     epsilon_before: float
     epsilon_after: float
     delta: float
@@ -44,6 +52,11 @@ class Reservation:
     def __post_init__(self, mint: object) -> None:
         if mint is not MINT:
             raise TypeError("only the ledger makes reservations")
+
+    @property
+    def position(self) -> int:
+        """The charge's place in its dataset's chain."""
+        return self.leaf.entry.position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import rfc8785
 
 from tg_tinker.proto.v1 import privacy_pb2
+from tg_tinker.wire.log import checkpoint_to_proto
 from tg_tinker.wire.times import time_from_proto
 from tg_tinker_server.ledger.audit import AuditLog
 from tg_tinker_server.rpc.endpoint import Call
 from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.log import LogService
 from tg_tinker_server.service.privacy import PrivacyService
 from tg_tinker_server.service.runs import RunRegistry
 
@@ -24,6 +26,7 @@ class PrivacyServicer:
     registry: RunRegistry
     privacy: PrivacyService
     audit: AuditLog
+    log: LogService
     executors: Executors
 
     async def GetLedger(  # noqa: N802
@@ -60,6 +63,19 @@ class PrivacyServicer:
             delta=forecast.delta,
             ledger_head=spent.head if spent else b"",
         )
+
+    async def GetCheckpoint(  # noqa: N802
+        self, call: Call, request: privacy_pb2.GetCheckpointRequest
+    ) -> privacy_pb2.GetCheckpointReply:
+        """The log as it stands, signed."""
+        return checkpoint_to_proto(await self.log.states(call.tenant, request.known_sizes))
+
+    async def GetLogEntries(  # noqa: N802
+        self, call: Call, request: privacy_pb2.GetLogEntriesRequest
+    ) -> privacy_pb2.GetLogEntriesReply:
+        """A stretch of the whole log."""
+        entries = await self.log.entries(call.tenant, request.start, request.count)
+        return privacy_pb2.GetLogEntriesReply(entries_json=entries)
 
     async def GetAuditLog(  # noqa: N802
         self, call: Call, request: privacy_pb2.GetAuditLogRequest

@@ -34,6 +34,7 @@ from tg_tinker_server.service.crashes import log_crash
 from tg_tinker_server.service.durability import Durability
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
+from tg_tinker_server.service.log import LogService
 from tg_tinker_server.service.passes import PassQueue, sharing_group
 from tg_tinker_server.service.run import ACTIVE, DONE, PrivateRun, Run
 from tg_tinker_server.store.database import Transaction
@@ -47,6 +48,7 @@ class TrainingService:
     """The two operations that training is made of. Each runs inside the run's lane."""
 
     ledger: PrivacyLedger
+    log: LogService
     durability: Durability
     executors: Executors
     passes: PassQueue
@@ -235,7 +237,7 @@ class TrainingService:
             self._refuse_unlikely_draw(run, run.private)
             paid = await self._charge(run, run.private, operation, request.apply_dp_noise)
         async with run.weights:
-            return await self._release(run, operation, rate, paid)
+            return await self._release(run, operation, rate, paid, request.known_log_size)
 
     async def _charge(self, run: Run, private: PrivateRun, operation: Operation, apply_dp_noise: bool) -> Reservation:
         config = private.config
@@ -261,9 +263,10 @@ class TrainingService:
         )
 
     async def _release(
-        self, run: Run, operation: Operation, rate: float, paid: Reservation | None
+        self, run: Run, operation: Operation, rate: float, paid: Reservation | None, known_log_size: int
     ) -> OptimStepOutput:
         private = run.private
+        proving = None if paid is None else asyncio.ensure_future(self.log.receipt(paid, known_log_size))
         mechanism = None
         if paid is not None and private is not None and not isinstance(paid.event, Unnoised):
             # The scale comes from what the ledger recorded, never from the configuration.
@@ -272,6 +275,7 @@ class TrainingService:
         try:
             done, engine = await self.executors.compute(_step, run.session, request)
             output = self._output(run, done, rate, paid, operation)
+            output.receipt = await proving if proving is not None else None
             state_id = await self.durability.write_state(run, engine, step=run.step + 1)
             await self.durability.advance(
                 run,
@@ -285,6 +289,9 @@ class TrainingService:
         except Exception as e:
             await self._undo(run, operation, paid, e)
             raise
+        finally:
+            if proving is not None:
+                proving.cancel()
         run.drop_pending()
         return output
 

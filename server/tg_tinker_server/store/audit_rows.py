@@ -25,6 +25,7 @@ class AuditRow:
     body_json: str
     prev_hash: bytes
     record_hash: bytes
+    leaf_index: int
 
 
 def insert_record(tx: Connection, row: AuditRow) -> None:

@@ -49,6 +49,7 @@ class LedgerRow:
     body_json: str
     prev_hash: bytes
     entry_hash: bytes
+    leaf_index: int
 
 
 def insert_dataset(tx: Connection, row: DatasetRow) -> None:

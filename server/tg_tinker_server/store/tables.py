@@ -11,6 +11,7 @@ from sqlalchemy import (
     DateTime,
     Dialect,
     Float,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -141,7 +142,9 @@ ledger = Table(
     Column("body_json", Text, nullable=False),
     Column("prev_hash", LargeBinary, nullable=False),
     Column("entry_hash", LargeBinary, nullable=False),
+    Column("leaf_index", BigInteger, nullable=False),
     UniqueConstraint("tenant", "dataset_id", "run_id", "seq", "attempt", "kind", name="uq_ledger_once"),
+    Index("ix_ledger_leaf", "tenant", "leaf_index"),
 )
 
 participations = Table(
@@ -163,4 +166,17 @@ audit = Table(
     Column("body_json", Text, nullable=False),
     Column("prev_hash", LargeBinary, nullable=False),
     Column("record_hash", LargeBinary, nullable=False),
+    Column("leaf_index", BigInteger, nullable=False),
+    Index("ix_audit_leaf", "tenant", "leaf_index"),
+)
+
+# Append-only. Every entry of ledger and audit log is a leaf (level 0) of its tenant's tree.
+log_nodes = Table(
+    "log_nodes",
+    metadata,
+    _key("tenant"),
+    Column("level", Integer, primary_key=True, autoincrement=False),
+    Column("idx", BigInteger, primary_key=True, autoincrement=False),
+    Column("hash", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
 )

@@ -16,6 +16,7 @@ from tg_tinker.errors import ResourceNotFoundError, ServerError
 from tg_tinker.ledger import LEDGER_DOMAIN, ChainEntry
 from tg_tinker_server.dp.accounting import cost, epsilon, repeated
 from tg_tinker_server.ledger import folds as folds_module
+from tg_tinker_server.ledger import log
 from tg_tinker_server.ledger.fold import Fold
 from tg_tinker_server.store import ledger_rows as rows
 from tg_tinker_server.store.database import Database
@@ -147,6 +148,7 @@ def test_an_entry_that_is_not_understood_stops_the_dataset_instead_of_costing_ze
             body_json=entry.body_json(),
             prev_hash=entry.prev_hash,
             entry_hash=entry.entry_hash,
+            leaf_index=log.append(tx, "t", entry.body_json()),
         )
         rows.insert_entry(tx, row)
 

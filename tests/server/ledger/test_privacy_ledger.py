@@ -147,8 +147,8 @@ def test_only_the_ledger_makes_reservations(db: Database) -> None:
     paid = reserve(opened(db), 1)
     with pytest.raises(TypeError):
         Reservation(
-            scope=SCOPE, run_id="r", seq=1, attempt=1, event=EVENT, accountant="rdp", position=0,
-            entry_hash=b"", epsilon_before=0.0, epsilon_after=0.0, delta=DELTA, mint=object(),
+            scope=SCOPE, run_id="r", seq=1, attempt=1, event=EVENT, accountant="rdp", leaf=paid.leaf,
+            epsilon_before=0.0, epsilon_after=0.0, delta=DELTA, mint=object(),
         )  # fmt: skip
     assert paid.event == EVENT
 

@@ -14,6 +14,7 @@ from alembic.migration import MigrationContext
 
 from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker_server.store import database as database_module
+from tg_tinker_server.store import log_rows
 from tg_tinker_server.store.database import Database
 from tg_tinker_server.store.tables import audit, datasets, ledger, metadata
 
@@ -231,6 +232,7 @@ def _append(conn: sa.Connection, position: int, name: str = "d", run: str = "r")
             body_json="{}",
             prev_hash=b"",
             entry_hash=b"",
+            leaf_index=position,
         )
     )
 
@@ -241,7 +243,7 @@ def _append(conn: sa.Connection, position: int, name: str = "d", run: str = "r")
         "UPDATE ledger SET body_json = 'x'",
         "DELETE FROM ledger",
         "INSERT OR REPLACE INTO ledger SELECT * FROM ledger WHERE position = 0",
-        "INSERT INTO ledger SELECT tenant, dataset_id, 5, kind, run_id, 5, attempt, body_json, prev_hash, entry_hash "
+        "INSERT INTO ledger SELECT tenant, dataset_id, 5, kind, run_id, 5, attempt, body_json, prev_hash, entry_hash, 5 "
         "FROM ledger WHERE position = 0",
     ],
 )
@@ -257,9 +259,25 @@ def test_the_ledger_can_only_be_added_to_at_its_end(db: Database, statement: str
 def test_the_audit_log_can_only_be_added_to(db: Database, statement: str) -> None:
     db.write(
         lambda c: c.execute(
-            audit.insert().values(tenant="t", position=0, body_json="{}", prev_hash=b"", record_hash=b"")
+            audit.insert().values(tenant="t", position=0, body_json="{}", prev_hash=b"", record_hash=b"", leaf_index=0)
         )
     )
+    with pytest.raises(ServerError, match="append-only"):
+        db.write(lambda c: c.exec_driver_sql(statement))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE log_nodes SET hash = x'00'",
+        "DELETE FROM log_nodes",
+        "INSERT OR REPLACE INTO log_nodes SELECT tenant, level, idx, x'00' FROM log_nodes WHERE idx = 0",
+        "INSERT INTO log_nodes SELECT tenant, level, 7, hash FROM log_nodes WHERE idx = 0",
+    ],
+)
+def test_the_tree_can_only_grow_at_its_end(db: Database, statement: str) -> None:
+    db.write(lambda c: log_rows.insert_nodes(c, "t", {(0, 0): b"a"}))
+    db.write(lambda c: log_rows.insert_nodes(c, "t", {(0, 1): b"b", (1, 0): b"ab"}))
     with pytest.raises(ServerError, match="append-only"):
         db.write(lambda c: c.exec_driver_sql(statement))
 

@@ -25,19 +25,23 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftg_tinker/proto/v1/common.proto\x12\x0ctg_tinker.v1\x1a google/protobuf/descriptor.proto\"4\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\";\n\x0cOperationKey\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x0e\n\x06handle\x18\x03 \x01(\t*\x86\x01\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSCOPE_PUBLIC\x10\x01\x12\x0e\n\nSCOPE_READ\x10\x02\x12\x0f\n\x0bSCOPE_TRAIN\x10\x03\x12\x10\n\x0cSCOPE_SAMPLE\x10\x04\x12\x10\n\x0cSCOPE_EXPORT\x10\x05\x12\x0f\n\x0bSCOPE_AUDIT\x10\x06*\xea\x01\n\x0fOperationStatus\x12 \n\x1cOPERATION_STATUS_UNSPECIFIED\x10\x00\x12\x1c\n\x18OPERATION_STATUS_PENDING\x10\x01\x12\x1c\n\x18OPERATION_STATUS_RUNNING\x10\x02\x12\x1e\n\x1aOPERATION_STATUS_COMPLETED\x10\x03\x12\x1b\n\x17OPERATION_STATUS_FAILED\x10\x04\x12\x1e\n\x1aOPERATION_STATUS_CANCELLED\x10\x05\x12\x1c\n\x18OPERATION_STATUS_UNKNOWN\x10\x06:D\n\x05scope\x12\x1e.google.protobuf.MethodOptions\x18\xf1\x8c\x03 \x01(\x0e\x32\x13.tg_tinker.v1.Scopeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftg_tinker/proto/v1/common.proto\x12\x0ctg_tinker.v1\x1a google/protobuf/descriptor.proto\"4\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\";\n\x0cOperationKey\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x0e\n\x06handle\x18\x03 \x01(\t\"]\n\x08LogState\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x14\n\x0cverifier_key\x18\x02 \x01(\t\x12\x12\n\nknown_size\x18\x03 \x01(\x04\x12\x13\n\x0b\x63onsistency\x18\x04 \x03(\x0c\"i\n\x07Receipt\x12\x12\n\nentry_json\x18\x01 \x01(\t\x12\x12\n\nleaf_index\x18\x02 \x01(\x04\x12\x11\n\tinclusion\x18\x03 \x03(\x0c\x12#\n\x03log\x18\x04 \x01(\x0b\x32\x16.tg_tinker.v1.LogState*\x98\x01\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSCOPE_PUBLIC\x10\x01\x12\x0e\n\nSCOPE_READ\x10\x02\x12\x0f\n\x0bSCOPE_TRAIN\x10\x03\x12\x10\n\x0cSCOPE_SAMPLE\x10\x04\x12\x10\n\x0cSCOPE_EXPORT\x10\x05\x12\x0f\n\x0bSCOPE_AUDIT\x10\x06\x12\x10\n\x0cSCOPE_BUDGET\x10\x07*\xea\x01\n\x0fOperationStatus\x12 \n\x1cOPERATION_STATUS_UNSPECIFIED\x10\x00\x12\x1c\n\x18OPERATION_STATUS_PENDING\x10\x01\x12\x1c\n\x18OPERATION_STATUS_RUNNING\x10\x02\x12\x1e\n\x1aOPERATION_STATUS_COMPLETED\x10\x03\x12\x1b\n\x17OPERATION_STATUS_FAILED\x10\x04\x12\x1e\n\x1aOPERATION_STATUS_CANCELLED\x10\x05\x12\x1c\n\x18OPERATION_STATUS_UNKNOWN\x10\x06:D\n\x05scope\x12\x1e.google.protobuf.MethodOptions\x18\xf1\x8c\x03 \x01(\x0e\x32\x13.tg_tinker.v1.Scopeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tg_tinker.proto.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOPE']._serialized_start=199
-  _globals['_SCOPE']._serialized_end=333
-  _globals['_OPERATIONSTATUS']._serialized_start=336
-  _globals['_OPERATIONSTATUS']._serialized_end=570
+  _globals['_SCOPE']._serialized_start=401
+  _globals['_SCOPE']._serialized_end=553
+  _globals['_OPERATIONSTATUS']._serialized_start=556
+  _globals['_OPERATIONSTATUS']._serialized_end=790
   _globals['_TENSOR']._serialized_start=83
   _globals['_TENSOR']._serialized_end=135
   _globals['_OPERATIONKEY']._serialized_start=137
   _globals['_OPERATIONKEY']._serialized_end=196
+  _globals['_LOGSTATE']._serialized_start=198
+  _globals['_LOGSTATE']._serialized_end=291
+  _globals['_RECEIPT']._serialized_start=293
+  _globals['_RECEIPT']._serialized_end=398
 # @@protoc_insertion_point(module_scope)

@@ -83,3 +83,29 @@ class GetAuditLogReply(_message.Message):
     ENTRIES_JSON_FIELD_NUMBER: _ClassVar[int]
     entries_json: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, entries_json: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class GetCheckpointRequest(_message.Message):
+    __slots__ = ("known_sizes",)
+    KNOWN_SIZES_FIELD_NUMBER: _ClassVar[int]
+    known_sizes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, known_sizes: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GetCheckpointReply(_message.Message):
+    __slots__ = ("states",)
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    states: _containers.RepeatedCompositeFieldContainer[_common_pb2.LogState]
+    def __init__(self, states: _Optional[_Iterable[_Union[_common_pb2.LogState, _Mapping]]] = ...) -> None: ...
+
+class GetLogEntriesRequest(_message.Message):
+    __slots__ = ("start", "count")
+    START_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    count: int
+    def __init__(self, start: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class GetLogEntriesReply(_message.Message):
+    __slots__ = ("entries_json",)
+    ENTRIES_JSON_FIELD_NUMBER: _ClassVar[int]
+    entries_json: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, entries_json: _Optional[_Iterable[str]] = ...) -> None: ...

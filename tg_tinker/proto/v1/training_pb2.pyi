@@ -33,7 +33,7 @@ class Submitted(_message.Message):
     def __init__(self, future_id: _Optional[str] = ..., server_epoch: _Optional[str] = ..., expected_seq: _Optional[int] = ..., durable_seq: _Optional[int] = ...) -> None: ...
 
 class ForwardBackwardRequest(_message.Message):
-    __slots__ = ("key", "mode", "input_ids", "attention_mask", "labels", "privacy_unit_ids", "batch_hash")
+    __slots__ = ("key", "mode", "input_ids", "attention_mask", "labels", "privacy_unit_ids", "batch_hash", "dataset_id")
     KEY_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class ForwardBackwardRequest(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     PRIVACY_UNIT_IDS_FIELD_NUMBER: _ClassVar[int]
     BATCH_HASH_FIELD_NUMBER: _ClassVar[int]
+    DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     key: _common_pb2.OperationKey
     mode: PassMode
     input_ids: _common_pb2.Tensor
@@ -48,7 +49,8 @@ class ForwardBackwardRequest(_message.Message):
     labels: _common_pb2.Tensor
     privacy_unit_ids: _containers.RepeatedScalarFieldContainer[str]
     batch_hash: str
-    def __init__(self, key: _Optional[_Union[_common_pb2.OperationKey, _Mapping]] = ..., mode: _Optional[_Union[PassMode, str]] = ..., input_ids: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., privacy_unit_ids: _Optional[_Iterable[str]] = ..., batch_hash: _Optional[str] = ...) -> None: ...
+    dataset_id: str
+    def __init__(self, key: _Optional[_Union[_common_pb2.OperationKey, _Mapping]] = ..., mode: _Optional[_Union[PassMode, str]] = ..., input_ids: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., privacy_unit_ids: _Optional[_Iterable[str]] = ..., batch_hash: _Optional[str] = ..., dataset_id: _Optional[str] = ...) -> None: ...
 
 class ForwardBackwardReply(_message.Message):
     __slots__ = ("loss", "batch_hash", "gradient_hash", "num_tokens", "latency_ms", "metrics")
@@ -74,14 +76,16 @@ class ForwardBackwardReply(_message.Message):
     def __init__(self, loss: _Optional[float] = ..., batch_hash: _Optional[str] = ..., gradient_hash: _Optional[str] = ..., num_tokens: _Optional[int] = ..., latency_ms: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class OptimStepRequest(_message.Message):
-    __slots__ = ("key", "apply_dp_noise", "incomplete")
+    __slots__ = ("key", "apply_dp_noise", "known_log_size", "incomplete")
     KEY_FIELD_NUMBER: _ClassVar[int]
     APPLY_DP_NOISE_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_LOG_SIZE_FIELD_NUMBER: _ClassVar[int]
     INCOMPLETE_FIELD_NUMBER: _ClassVar[int]
     key: _common_pb2.OperationKey
     apply_dp_noise: bool
+    known_log_size: int
     incomplete: str
-    def __init__(self, key: _Optional[_Union[_common_pb2.OperationKey, _Mapping]] = ..., apply_dp_noise: _Optional[bool] = ..., incomplete: _Optional[str] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[_common_pb2.OperationKey, _Mapping]] = ..., apply_dp_noise: _Optional[bool] = ..., known_log_size: _Optional[int] = ..., incomplete: _Optional[str] = ...) -> None: ...
 
 class DPMetrics(_message.Message):
     __slots__ = ("noise_applied", "epsilon_spent", "total_epsilon", "delta", "grad_norm_before_clip", "grad_norm_after_clip", "num_clipped")
@@ -102,7 +106,7 @@ class DPMetrics(_message.Message):
     def __init__(self, noise_applied: _Optional[bool] = ..., epsilon_spent: _Optional[float] = ..., total_epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., grad_norm_before_clip: _Optional[float] = ..., grad_norm_after_clip: _Optional[float] = ..., num_clipped: _Optional[int] = ...) -> None: ...
 
 class OptimStepReply(_message.Message):
-    __slots__ = ("grad_norm", "learning_rate", "step", "dp_metrics", "latency_ms", "metrics", "ledger_head")
+    __slots__ = ("grad_norm", "learning_rate", "step", "dp_metrics", "latency_ms", "metrics", "ledger_head", "receipt")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +121,7 @@ class OptimStepReply(_message.Message):
     LATENCY_MS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     LEDGER_HEAD_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
     grad_norm: float
     learning_rate: float
     step: int
@@ -124,7 +129,8 @@ class OptimStepReply(_message.Message):
     latency_ms: float
     metrics: _containers.ScalarMap[str, float]
     ledger_head: bytes
-    def __init__(self, grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., step: _Optional[int] = ..., dp_metrics: _Optional[_Union[DPMetrics, _Mapping]] = ..., latency_ms: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., ledger_head: _Optional[bytes] = ...) -> None: ...
+    receipt: _common_pb2.Receipt
+    def __init__(self, grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., step: _Optional[int] = ..., dp_metrics: _Optional[_Union[DPMetrics, _Mapping]] = ..., latency_ms: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., ledger_head: _Optional[bytes] = ..., receipt: _Optional[_Union[_common_pb2.Receipt, _Mapping]] = ...) -> None: ...
 
 class SaveStateRequest(_message.Message):
     __slots__ = ("key", "include_optimizer", "metadata_json", "name")
