@@ -21,19 +21,24 @@ Books = Callable[..., Any]
 
 def run(script: str, *args: str) -> dict[str, int]:
     done = subprocess.run(
-        [sys.executable, str(HERE / script), *args], capture_output=True, text=True, timeout=500, check=False
+        [sys.executable, str(HERE / script), *args], capture_output=True, text=True, timeout=1700, check=False
     )
     assert done.returncode == 0, done.stderr
     seen: dict[str, int] = json.loads(done.stdout)
     return seen
 
 
-@pytest.mark.parametrize("kills", [25, pytest.param(200, marks=pytest.mark.slow)])
-def test_no_reservation_that_was_handed_out_is_lost_when_the_process_is_killed(tmp_path: Path, kills: int) -> None:
-    seen = run("kill_loop.py", str(tmp_path / "l.db"), str(kills), "20260102")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("writers", [1, 2])
+@pytest.mark.parametrize("kills", [20, pytest.param(2000, marks=pytest.mark.slow)])
+def test_no_reservation_that_was_handed_out_is_lost_when_its_process_is_killed(
+    tmp_path: Path, kills: int, writers: int
+) -> None:
+    seen = run("kill_loop.py", str(tmp_path), str(kills), "20260102", str(writers))
+    assert seen["kills"] == kills
     assert seen["told"] > kills  # each spender was killed somewhere inside a stream of reservations
     assert seen["lost"] == 0
-    assert seen["unheard"] <= 1  # charged, and killed before the caller heard of it: over-counted, never under
+    assert seen["most_unheard"] <= 1  # charged, and killed before the caller heard of it: over-counted, never under
 
 
 def test_a_full_disk_hands_out_nothing_that_is_not_on_it(tmp_path: Path) -> None:
