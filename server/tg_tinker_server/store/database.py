@@ -34,6 +34,7 @@ BUSY_TIMEOUT_S: Final = 30.0
 MAX_GROUP: Final = 64  # writes that may share one commit, and so one flush to disk
 COMPANY_S: Final = 0.005  # how long writes that nobody waits for look out for one whose flush they can share
 _FULL: Final = 2
+_TRUNCATE_TRIES: Final = 2
 _MIGRATING: Final = threading.Lock()  # Alembic's context is one per process
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 
@@ -107,6 +108,29 @@ class Database:
         """Run ``fn`` on a read-only connection that sees one consistent state of the database."""
         with _server_errors(), self._reader_engine.connect() as connection, connection.begin():
             return fn(connection)
+
+    def forget_deleted(self) -> None:
+        """Bring the write-ahead log into the database file and empty it: older versions of pages are gone then.
+
+        Together with ``secure_delete`` nothing that was deleted before is left in either file. Blocks.
+
+        Raises:
+            ServerError: somebody reads an older state all the time; try again.
+        """
+        with _server_errors(), self._writer_engine.connect() as connection:
+            raw = connection.connection.dbapi_connection
+            assert raw is not None
+            for _ in range(_TRUNCATE_TRIES):
+                busy = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[
+                    0
+                ]  # waits BUSY_TIMEOUT_S for readers
+                if not busy:
+                    return
+        raise ServerError(
+            "what was erased is gone from the database, but its write-ahead log could not be emptied because "
+            "somebody keeps reading; call it again",
+            details={"component": "database"},
+        )
 
     def check_healthy(self) -> None:
         """Raise ServerError if a write that nobody waited for was lost; a restart is then needed."""
@@ -273,8 +297,8 @@ def make_durable(dbapi_connection: Any, *, read_only: bool) -> None:
                     raise
                 time.sleep(0.01)
         cursor.execute("PRAGMA synchronous=FULL")
-        if read_only:
-            cursor.execute("PRAGMA query_only=ON")
+        # What is deleted is overwritten with zeros: erased records must not be read from free pages.
+        cursor.execute("PRAGMA query_only=ON" if read_only else "PRAGMA secure_delete=ON")
         synchronous = int(cursor.execute("PRAGMA synchronous").fetchone()[0])
     finally:
         cursor.close()

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 
 metadata = MetaData()
@@ -126,6 +127,51 @@ datasets = Table(
     Column("target_epsilon", Float(53)),
     Column("target_delta", Float(53), nullable=False),
     Column("created", UtcTime, nullable=False),
+)
+
+# An upload becomes the dataset of its name when it is sealed; a deleted one keeps its row and its name.
+dataset_stores = Table(
+    "dataset_stores",
+    metadata,
+    _key("tenant"),
+    _key("upload_id", length=64),
+    Column("dataset_id", String(200), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("unit", String(32), nullable=False),
+    Column("target_epsilon", Float(53)),
+    Column("target_delta", Float(53), nullable=False),
+    Column("truncate", Integer, nullable=False),
+    Column("slots", BigInteger, nullable=False),
+    Column("expected_records", BigInteger, nullable=False),
+    Column("received", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("records", BigInteger, nullable=False),
+    Column("units", BigInteger, nullable=False),
+    Column("key_id", String(300), nullable=False),
+    Column("wrapped_key", LargeBinary),
+    Column("created", UtcTime, nullable=False),
+    Column("updated", UtcTime, nullable=False),
+    Index(
+        "uq_dataset_stores_name",
+        "tenant",
+        "dataset_id",
+        unique=True,
+        sqlite_where=text("status != 'open'"),
+        postgresql_where=text("status != 'open'"),
+    ),
+)
+
+dataset_records = Table(
+    "dataset_records",
+    metadata,
+    _key("tenant"),
+    _key("upload_id", length=64),
+    Column("position", BigInteger, primary_key=True, autoincrement=False),
+    Column("slot", BigInteger, nullable=False),
+    Column("record_id", LargeBinary, nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+    UniqueConstraint("tenant", "upload_id", "record_id", name="uq_dataset_records_id"),
+    Index("ix_dataset_records_slot", "tenant", "upload_id", "slot"),
 )
 
 # Append-only: triggers refuse UPDATE, DELETE, and INSERT anywhere but at the end of a chain.
