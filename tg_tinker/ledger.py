@@ -137,7 +137,11 @@ def verify_audit_chain(records: Sequence[ChainEntry | AuditLogEntry], *, gapless
 
 def audit_body(record: AuditLogEntry) -> dict[str, Any]:
     """What is hashed of an audit record, without its place in the chain. Times are UTC."""
+    more: dict[str, Any] = {"actor": record.actor} if record.actor else {}
+    if record.facts:
+        more["facts"] = dict(record.facts)
     return {
+        **more,
         "operation": record.operation,
         "training_client_id": record.training_client_id,
         "request_hash": record.request_hash,

@@ -83,6 +83,7 @@ class AuditLogEntry:
     """One operation as the audit log keeps it: ids, sizes, keyed hashes; never content.
 
     ``record_hash`` is the SHA-256 over the canonical entry, ``prev_hash`` that of the entry before: a chain.
+    ``actor`` is the id of the key that asked; ``facts`` are public details such as the recipients of an export.
     """
 
     entry_id: int
@@ -98,3 +99,5 @@ class AuditLogEntry:
     dp_metrics: dict[str, Any] | None
     prev_hash: str
     record_hash: str
+    actor: str = ""
+    facts: dict[str, str] = field(default_factory=dict)

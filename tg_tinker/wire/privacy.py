@@ -100,6 +100,8 @@ def _audit_entry(entry: ChainEntry) -> AuditLogEntry:
             dp_metrics=body["dp_metrics"],
             prev_hash=entry.prev_hash.hex(),
             record_hash=entry.entry_hash.hex(),
+            actor=body.get("actor", ""),
+            facts=dict(body.get("facts", {})),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise InvalidRequestError(

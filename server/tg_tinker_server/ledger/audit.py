@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from tg_tinker.errors import ServerError
 from tg_tinker.ledger import AUDIT_DOMAIN, START, ChainEntry
@@ -15,6 +16,7 @@ from tg_tinker_server.store import audit_rows
 from tg_tinker_server.store.database import Database, Transaction
 
 DP_METRICS = frozenset({"noise_applied", "epsilon_spent", "total_epsilon", "delta"})
+FACTS = frozenset({"recipients", "digest", "origin", "key_id", "dataset_id", "epsilon", "delta", "audit_digest"})
 _PAGE = 1000
 
 
@@ -25,6 +27,8 @@ class AuditRecord:
     Attributes:
         request_hash: keyed; a plain hash of a small batch can be guessed.
         dp_metrics: epsilon figures as decimal strings; nothing that depends on the data.
+        actor: id of the API key that asked, or ``"operator"`` for a command on the server's machine.
+        facts: what else may be public, of ``FACTS``, e.g. the recipients of an export.
     """
 
     operation: str
@@ -37,6 +41,8 @@ class AuditRecord:
     success: bool
     error_code: str
     dp_metrics: Mapping[str, str | bool] | None
+    actor: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.started.tzinfo is None or self.completed.tzinfo is None:
@@ -44,6 +50,9 @@ class AuditRecord:
         private = set(self.dp_metrics or ()) - DP_METRICS
         if private:
             raise ValueError(f"the audit log takes no {', '.join(sorted(private))}: only what was paid may be kept")
+        unknown = set(self.facts) - FACTS
+        if unknown:
+            raise ValueError(f"the audit log takes no fact {', '.join(sorted(unknown))}: nothing else may be public")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,7 @@ class AuditLog:
 
     def append(self, tenant: str, record: AuditRecord) -> Future[None]:
         """Append in order of calls; durable when the future is done. A failed write makes the database unhealthy."""
-        body = {
+        body: dict[str, Any] = {
             "operation": record.operation,
             "training_client_id": record.run_id,
             "request_hash": record.request_hash,
@@ -66,6 +75,11 @@ class AuditLog:
             "error_code": record.error_code,
             "dp_metrics": None if record.dp_metrics is None else dict(record.dp_metrics),
         }
+
+        if record.actor:
+            body["actor"] = record.actor
+        if record.facts:
+            body["facts"] = dict(record.facts)
 
         def write(tx: Transaction) -> None:
             position, head = audit_rows.last_record(tx, tenant) or (-1, START)

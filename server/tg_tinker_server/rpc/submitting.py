@@ -52,7 +52,9 @@ class Submitting:
                     on_failure(run, e)
                 raise
 
-        operation = await self.operations.submit(run, request.key.seq, name, call.payload, turn, effect=effect)
+        operation = await self.operations.submit(
+            run, request.key.seq, name, call.payload, turn, effect=effect, actor=call.caller.key_id
+        )
         return self.answer(run, operation.future_id)
 
     async def _read(self, request: Any) -> Any:

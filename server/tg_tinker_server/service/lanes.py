@@ -31,6 +31,7 @@ class Operation:
         digest: keyed MAC of the request; a retry must carry the same.
         work: what to do when its turn comes; takes the operation, returns the result.
         effect: whether it may change weights, so that a restart must execute it again.
+        actor: id of the key that submitted it.
         committed: past the point where cancelling could still leave no effect.
     """
 
@@ -41,6 +42,7 @@ class Operation:
     work: Callable[[Operation], Awaitable[Any]] | None = None
     request_bytes: int = 0
     effect: bool = True
+    actor: str = ""
     status: str = PENDING
     result: Any = None
     error: TGTinkerError | None = None

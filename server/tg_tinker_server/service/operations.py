@@ -52,6 +52,7 @@ class OperationService:
         work: Callable[[Operation], Awaitable[Any]],
         *,
         effect: bool,
+        actor: str = "",
     ) -> Operation:
         """Queue a call at its position, or find the operation that already stands there.
 
@@ -68,6 +69,7 @@ class OperationService:
             seq,
             name,
             digest,
+            actor=actor,
             request_bytes=len(payload),
             effect=effect,
             work=self._noted(run, work),
@@ -194,6 +196,7 @@ class OperationService:
                 completed=now(),
                 success=not code,
                 error_code=code,
+                actor=operation.actor,
                 dp_metrics=None
                 if dp is None
                 else {

@@ -53,11 +53,25 @@ def test_records_are_chained_in_order_for_each_tenant(db: Database) -> None:
 
 def test_the_client_reads_back_what_was_recorded(db: Database) -> None:
     log = AuditLog(db)
-    log.append("t", record(3, artifact_ids=("ckpt_1",), success=False, error_code="INVALID_REQUEST")).result(10)
-    (got,) = audit_from_lines([e.to_json() for e in log.query("t")])
+    log.append(
+        "t",
+        record(
+            3,
+            artifact_ids=("ckpt_1",),
+            success=False,
+            error_code="INVALID_REQUEST",
+            actor="k1",
+            facts={"recipients": "age1x"},
+        ),
+    ).result(10)
+    log.append("t", record(4)).result(10)
+    got, plain = audit_from_lines([e.to_json() for e in log.query("t")])
     assert (got.operation, got.training_client_id, got.artifact_ids) == ("optim_step", "run_a", ["ckpt_1"])
     assert (got.success, got.error_code, got.request_bytes) == (False, "INVALID_REQUEST", 103)
+    assert verify_audit_chain([got, plain]) == bytes.fromhex(plain.record_hash)
+    assert (plain.actor, plain.facts) == ("", {})
     assert got.started == START_TIME + timedelta(seconds=3)
+    assert (got.actor, got.facts) == ("k1", {"recipients": "age1x"})
     assert got.dp_metrics is not None
     assert got.dp_metrics["total_epsilon"] == "1.5"
 
@@ -133,6 +147,11 @@ def test_diagnostics_never_enter_the_log(private: str) -> None:
         record(dp_metrics={"total_epsilon": "1.0", private: "3.2"})
 
 
+def test_a_fact_that_is_not_known_to_be_public_is_refused() -> None:
+    with pytest.raises(ValueError, match="prompt"):
+        record(facts={"prompt": "the patient"})
+
+
 def test_a_time_without_a_zone_is_refused() -> None:
     with pytest.raises(ValueError, match="timezone"):
         record(started=datetime(2026, 1, 2))
@@ -141,7 +160,7 @@ def test_a_time_without_a_zone_is_refused() -> None:
 def test_a_record_has_no_field_that_could_hold_content() -> None:
     assert {f.name for f in dataclasses.fields(AuditRecord)} == {
         "operation", "run_id", "request_hash", "request_bytes", "artifact_ids", "started", "completed", "success",
-        "error_code", "dp_metrics",
+        "error_code", "dp_metrics", "actor", "facts",
     }  # fmt: skip
 
 
