@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC
@@ -20,6 +21,7 @@ from tg_tinker.types.info import AuditLogEntry
 
 LEDGER_DOMAIN = b"tg-tinker/ledger/v1\x00"
 AUDIT_DOMAIN = b"tg-tinker/audit/v1\x00"
+KINDS = ("register", "open", "charge", "settle", "raise", "erase", "report")  # of ledger entries
 START = bytes(32)  # what the first entry names as the hash before it
 
 
@@ -71,7 +73,7 @@ class ChainEntry:
 
     @property
     def kind(self) -> str:
-        """Ledger entries: open, charge or settle. Audit entries have none."""
+        """Ledger entries: register, open, charge, settle, raise, erase or report. Audit entries have none."""
         return str(self.body.get("kind", ""))
 
 
@@ -221,11 +223,12 @@ class PrivacyLedger:
         try:
             first = entries[0].body
             spent = [float(e.body["epsilon_after"]) for e in entries if e.kind == "charge"]
+            targets = [float(e.body["target_epsilon"]) for e in entries if e.kind == "raise"]
             return cls(
                 dataset_id=str(first["dataset_id"]),
                 entries=entries,
                 epsilon_spent=spent[-1] if spent else 0.0,
-                target_epsilon=float(first["target_epsilon"]),
+                target_epsilon=[float(first["target_epsilon"]), *targets][-1],
                 delta=float(first["target_delta"]),
             )
         except (IndexError, KeyError, TypeError, ValueError) as e:
@@ -262,13 +265,13 @@ class PrivacyLedger:
                 reason = f"it belongs to dataset {entry.body['dataset_id']!r}"
                 if entry.body["dataset_id"] == self.dataset_id:
                     reason = budget.follow(entry)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, AttributeError):
                 reason = "a field is missing or is not what it should be"
             if reason:
                 raise InvalidRequestError(
                     f"the ledger is wrong at position {entry.position}: {reason}",
                     field="entries",
-                    constraint="open, then charge before settle, within the budget",
+                    constraint="register or open, then charge before settle, within the budget",
                     details={"position": entry.position},
                 )
 
@@ -278,46 +281,62 @@ class _Budget:
 
     def __init__(self) -> None:
         self.terms: tuple[float, float, str] | None = None
+        self.slots = 0
         self.unsettled: dict[int, tuple[str, int]] = {}
         self.released: set[tuple[str, int]] = set()
 
     def follow(self, entry: LedgerEntry) -> str:
         """What is wrong with the entry; empty when nothing is."""
-        body = entry.body
-        if entry.kind == "open":
-            return self._opened(float(body["target_epsilon"]), float(body["target_delta"]), str(body["unit"]))
-        if entry.kind == "report":
-            return self._reported(float(body["epsilon"]), float(body["delta"]))
-        step = (str(body["run_id"]), int(body["seq"]))
-        if entry.kind == "charge":
-            return self._charged(entry.position, step, float(body["epsilon_after"]), float(body["delta"]))
-        if entry.kind == "settle":
-            return self._settled(int(body["charge_position"]), step, str(body["outcome"]))
-        return f"it is of unknown kind {entry.kind!r}"
+        follow = getattr(self, f"_{entry.kind}", None) if entry.kind in KINDS else None
+        if follow is None:
+            return f"it is of unknown kind {entry.kind!r}"
+        return str(follow(entry.body))
 
-    def _opened(self, target_epsilon: float, delta: float, unit: str) -> str:
-        terms = (target_epsilon, delta, unit)
+    def _open(self, body: Mapping[str, Any]) -> str:
+        terms = float(body["target_epsilon"]), float(body["target_delta"]), str(body["unit"])
         if self.terms is None:
             self.terms = terms
         return "" if self.terms == terms else "it changes the budget"
 
-    def _reported(self, epsilon: float, delta: float) -> str:
+    def _register(self, body: Mapping[str, Any]) -> str:
+        self.slots = int(body["slots"])
+        if self.slots < 1 or self.terms is not None:
+            return "it registers a dataset that was there already, or one without units"
+        return self._open(body)
+
+    def _raise(self, body: Mapping[str, Any]) -> str:
+        target_epsilon = float(body["target_epsilon"])
+        if self.terms is None or not self.terms[0] < target_epsilon < math.inf:
+            return "it changes the budget to one that is not higher"
+        self.terms = (target_epsilon, *self.terms[1:])
+        return ""
+
+    def _erase(self, body: Mapping[str, Any]) -> str:
+        return "" if self.slots and int(body["records"]) >= 0 else "it erases what was not registered"
+
+    def _report(self, body: Mapping[str, Any]) -> str:
         if self.terms is None:
             return "it reports on a dataset that was not opened"
-        return "" if delta == self.terms[1] and epsilon >= 0.0 else "it reports at another delta"
+        fits = float(body["delta"]) == self.terms[1] and float(body["epsilon"]) >= 0.0
+        return "" if fits else "it reports at another delta"
 
-    def _charged(self, position: int, step: tuple[str, int], epsilon_after: float, delta: float) -> str:
+    def _charge(self, body: Mapping[str, Any]) -> str:
+        step = (str(body["run_id"]), int(body["seq"]))
+        epsilon_after, delta = float(body["epsilon_after"]), float(body["delta"])
         if self.terms is None:
             return "it charges a dataset that was not opened"
         if step in self.released:
             return "it charges a step that was released before"
+        if body["event"].get("vouched_by") == "server" and not self.slots:
+            return "the server vouches for a draw from a dataset that it did not have"
         if delta != self.terms[1] or not epsilon_after <= self.terms[0]:
             return f"it goes to epsilon {epsilon_after} at delta {delta}, over {self.terms[0]} at {self.terms[1]}"
-        self.unsettled[position] = step
+        self.unsettled[int(body["position"])] = step
         return ""
 
-    def _settled(self, charge_position: int, step: tuple[str, int], outcome: str) -> str:
-        if self.unsettled.pop(charge_position, None) != step:
+    def _settle(self, body: Mapping[str, Any]) -> str:
+        step, outcome = (str(body["run_id"]), int(body["seq"])), str(body["outcome"])
+        if self.unsettled.pop(int(body["charge_position"]), None) != step:
             return "it settles what was not charged before it, or was settled already"
         if outcome == "released":
             self.released.add(step)

@@ -18,7 +18,7 @@ from tg_tinker_server.store.ledger_rows import LedgerRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """The budget, as the dataset's first entry set it. ``target_epsilon`` is ``None`` where there is no limit."""
+    """The budget in force: as the first entry set it, or the last raise. ``target_epsilon`` ``None``: no limit."""
 
     unit: str
     target_epsilon: float | None
@@ -27,11 +27,16 @@ class Terms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A schedule that a run fixed before anything was released: ``steps`` times the same event."""
+    """A schedule that a run fixed before anything was released: ``steps`` times the same event.
+
+    ``target_epsilon`` is the one it began under; what share of delta the plan takes depends on it, for ever. A later
+    raise would make that share smaller, and with it what was spent.
+    """
 
     run_id: str
     event: Gaussian | SampledGaussian
     steps: int
+    target_epsilon: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,8 @@ class Fold:
         total: integer cost of every charge, settled or not.
         plan: the fixed schedule of the run that opened the dataset, if it asked for "prv".
         planned: charges made under that plan; all charges, as long as nothing else was released.
+        slots: privacy units of a registered dataset, from which the server draws; ``None`` for any other.
+        last_raise: the request that raised the target last, and to what.
     """
 
     position: int = -1
@@ -70,6 +77,8 @@ class Fold:
     planned: int = 0
     runs: Mapping[str, RunUse] = field(default_factory=dict)
     charges: int = 0
+    slots: int | None = None
+    last_raise: tuple[str, float] | None = None
 
     def extended(self, rows: Iterable[LedgerRow]) -> Fold:
         """The fold with more entries.
@@ -103,11 +112,20 @@ class Fold:
                 return moved.opened(body)
             case "charge" if self.terms is not None:
                 return self._charged(moved, body)
-            case "settle" if body["outcome"] in ("released", "failed"):
+            case "settle" | "erase" if self._changes_no_price(body):
                 return moved
+            case "register" if self.position == -1:
+                return _registered(moved, body)
+            case "raise" if self.terms is not None:
+                return _raised(moved, self.terms, body)
             case "report" if self.terms is not None:
                 return moved
         raise ValueError(f"kind {body['kind']!r} cannot stand here")
+
+    def _changes_no_price(self, body: Mapping[str, Any]) -> bool:
+        if body["kind"] == "settle":
+            return body["outcome"] in ("released", "failed")
+        return self.slots is not None and isinstance(body["records"], int) and body["records"] >= 0
 
     def opened(self, body: Mapping[str, Any]) -> Fold:
         """The fold after a run registered with this body.
@@ -115,23 +133,21 @@ class Fold:
         Raises:
             ValueError, KeyError, TypeError: the body is not one of an "open" entry.
         """
-        target, delta = float(body["target_epsilon"]), float(body["target_delta"])
-        terms = Terms(
-            unit=str(body["unit"]),
-            target_epsilon=target if math.isfinite(target) else None,
-            target_delta=delta,
-        )
-        if self.terms not in (None, terms) or not (0 < delta < 1 and target > 0):
+        terms = _terms(body)
+        if self.terms not in (None, terms):
             raise ValueError("an entry changes the budget")
         run_id = str(body["run_id"])
         mechanism, steps = event_from_json(body["mechanism"]), body.get("planned_steps")
         plan = self.plan
-        if self.terms is None and isinstance(steps, int) and isinstance(mechanism, Gaussian | SampledGaussian):
-            plan = Plan(run_id=run_id, event=mechanism, steps=steps)
+        if not self.runs and isinstance(steps, int) and isinstance(mechanism, Gaussian | SampledGaussian):
+            plan = Plan(run_id=run_id, event=mechanism, steps=steps, target_epsilon=terms.target_epsilon)
         return replace(self, terms=terms, plan=plan, runs={**self.runs, run_id: self.run(run_id)})
 
     def _charged(self, moved: Fold, body: Mapping[str, Any]) -> Fold:
         event, accountant, run_id = event_from_json(body["event"]), body["accountant"], str(body["run_id"])
+        drawn_here = isinstance(event, SampledGaussian) and event.vouched_by == "server"
+        if drawn_here and self.slots is None:
+            raise ValueError("the server vouches for a draw that it cannot have made")
         if accountant not in ("rdp", "prv"):
             raise ValueError(f"accountant {accountant!r} is unknown")
         if accountant == "prv" and not self.follows_plan(run_id, event):
@@ -158,6 +174,29 @@ class Fold:
             and plan.event == event
             and self.planned < plan.steps
         )
+
+
+def _terms(body: Mapping[str, Any]) -> Terms:
+    target, delta = float(body["target_epsilon"]), float(body["target_delta"])
+    if not (0 < delta < 1 and target > 0):
+        raise ValueError("an entry sets an impossible budget")
+    found = target if math.isfinite(target) else None
+    return Terms(unit=str(body["unit"]), target_epsilon=found, target_delta=delta)
+
+
+def _registered(moved: Fold, body: Mapping[str, Any]) -> Fold:
+    slots = body["slots"]
+    if not isinstance(slots, int) or slots < 1:
+        raise ValueError("a dataset is registered without units")
+    return replace(moved, terms=_terms(body), slots=slots)
+
+
+def _raised(moved: Fold, terms: Terms, body: Mapping[str, Any]) -> Fold:
+    target = float(body["target_epsilon"])
+    if terms.target_epsilon is None or not (math.isfinite(target) and target > terms.target_epsilon):
+        raise ValueError("an entry lowers the budget")
+    raised = replace(terms, target_epsilon=target)
+    return replace(moved, terms=raised, last_raise=(str(body["request_id"]), target))
 
 
 def _checked(row: LedgerRow, position: int, head: bytes) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 The gate is a Renyi filter, valid for events chosen along the way. A run that fixed its schedule in advance and is
 alone on its dataset may be priced by PRV instead, which is tighter. Should anything else be released there later,
 PRV's promise and the filter's stand side by side, and each must take its own share of delta: the planned
-run's is what its WHOLE plan could use at the target, whether or not it was finished.
+run's is what its WHOLE plan could use at the target it began under, whether or not it was finished. At a target
+raised later it could use less, so that share covers both, and what was spent does not fall.
 """
 
 from __future__ import annotations
@@ -108,11 +109,11 @@ def filter_delta(fold: Fold, terms: Terms) -> float:
 
 
 def _after_plan(fold: Fold, terms: Terms) -> float:
-    plan, target = fold.plan, terms.target_epsilon
-    if plan is None or target is None:
+    plan = fold.plan
+    if plan is None or plan.target_epsilon is None:
         return terms.target_delta
     sigma, rate = _parameters(plan.event)
-    return max(0.0, terms.target_delta - pld_delta(sigma, rate, plan.steps, target))
+    return max(0.0, terms.target_delta - pld_delta(sigma, rate, plan.steps, plan.target_epsilon))
 
 
 def _planned(fold: Fold, terms: Terms, more: int) -> float:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, Literal
 
-from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError, ResourceNotFoundError, ServerError
+from tg_tinker.errors import DPBudgetExceededError, ResourceNotFoundError, ServerError
 from tg_tinker.ledger import LEDGER_DOMAIN, ChainEntry, LedgerEntry
 from tg_tinker_server.dp.accounting import cost
 from tg_tinker_server.dp.calibration import Forecast
@@ -19,6 +18,15 @@ from tg_tinker_server.ledger.fold import Fold, Terms, entry_of
 from tg_tinker_server.ledger.folds import Folds
 from tg_tinker_server.ledger.participation import participate
 from tg_tinker_server.ledger.reservation import MINT, NEIGHBOURS, DatasetScope, Leaf, Reservation, Spent
+from tg_tinker_server.ledger.terms import (
+    erase_body,
+    raise_body,
+    refuse_other_terms,
+    refuse_wrong_voucher,
+    register_body,
+    terms_body,
+    terms_of,
+)
 from tg_tinker_server.store import ledger_rows as rows
 from tg_tinker_server.store.database import Database, Transaction
 
@@ -59,15 +67,11 @@ class PrivacyLedger:
             InvalidRequestError: the dataset has another target, delta or unit.
             DPBudgetExceededError: not one step is affordable.
         """
-        target = target_epsilon if target_epsilon is not None and math.isfinite(target_epsilon) else None
-        terms = Terms(unit=unit, target_epsilon=target, target_delta=target_delta)
+        terms = terms_of(unit=unit, target_epsilon=target_epsilon, target_delta=target_delta)
         mechanism = _full_price(mechanism)
         body: dict[str, Any] = {
             "run_id": run_id,
-            "unit": unit,
-            "neighbours": NEIGHBOURS,
-            "target_epsilon": "inf" if target is None else repr(float(target)),
-            "target_delta": repr(float(target_delta)),
+            **terms_body(terms),
             "mechanism": event_to_json(mechanism),
             "initial_weights": initial_weights,
         }
@@ -78,26 +82,63 @@ class PrivacyLedger:
 
         def write(tx: Transaction) -> None:
             fold = self._folds.at(tx, scope)
-            _refuse_other_terms(scope, fold.terms, terms)
+            refuse_other_terms(scope, fold.terms, terms)
+            refuse_wrong_voucher(scope, fold, mechanism)
             if run_id in fold.runs:
                 return
-            found = pricing.price(
-                fresh if fold.terms is None else fold, terms, mechanism, run_id=run_id, accountant=accountant
-            )
+            found = pricing.price(fold.opened(body), terms, mechanism, run_id=run_id, accountant=accountant)
             pricing.refuse_over(found, terms, scope.dataset_id)
             if fold.terms is None:
-                row = rows.DatasetRow(
-                    tenant=scope.tenant,
-                    dataset_id=scope.dataset_id,
-                    unit=unit,
-                    target_epsilon=target,
-                    target_delta=target_delta,
-                    created=self._clock(),
-                )
-                rows.insert_dataset(tx, row)
+                self._insert_dataset(tx, scope, terms)
             self._append(tx, scope, fold, "open", body)
 
         self._db.write(write)
+
+    def register(self, tx: Transaction, scope: DatasetScope, *, terms: Terms, slots: int, actor: str) -> None:
+        """Set a registered dataset's terms, inside the caller's transaction and before any run.
+
+        Args:
+            slots: privacy units; every draw is over all of them, for ever.
+            actor: id of the key that asked.
+
+        Raises:
+            InvalidRequestError: the name has a ledger already, or the terms cannot be.
+        """
+        fold = self._folds.at(tx, scope)
+        body = register_body(scope, fold, terms, slots=slots, actor=actor)
+        self._insert_dataset(tx, scope, terms)
+        self._append(tx, scope, fold, "register", body)
+
+    def raise_target(
+        self, scope: DatasetScope, *, target_epsilon: float, reason: str, actor: str, request_id: str
+    ) -> None:
+        """Raise a dataset's target. What was spent stays spent. The same request again changes nothing.
+
+        Raises:
+            ResourceNotFoundError: there is no such dataset.
+            InvalidRequestError: not larger than the target in force.
+        """
+
+        def write(tx: Transaction) -> None:
+            fold, terms = self._opened(tx, scope)
+            if fold.last_raise == (request_id, target_epsilon):
+                return
+            asked = {"target_epsilon": target_epsilon, "reason": reason, "actor": actor, "request_id": request_id}
+            body = raise_body(scope, fold, terms, **asked)  # type: ignore[arg-type]
+            self._append(tx, scope, fold, "raise", body)
+            rows.raise_dataset(tx, scope.tenant, scope.dataset_id, target_epsilon)
+
+        self._db.write(write)
+
+    def note_erasure(
+        self, tx: Transaction, scope: DatasetScope, *, records: int, actor: str, whole: bool = False
+    ) -> None:
+        """Record, inside the caller's transaction, that records of a registered dataset were erased.
+
+        ``whole``: all that were left, and nothing is ever drawn from it again.
+        """
+        fold, _ = self._opened(tx, scope)
+        self._append(tx, scope, fold, "erase", erase_body(fold, records=records, whole=whole, actor=actor))
 
     def reserve(
         self,
@@ -126,6 +167,7 @@ class PrivacyLedger:
 
         def write(tx: Transaction) -> Reservation:
             fold, terms = self._opened(tx, scope)
+            refuse_wrong_voucher(scope, fold, event)
             attempt = _attempts(rows.entries_of_step(tx, scope.tenant, scope.dataset_id, run_id, seq))
             charged = event
             if isinstance(event, ParticipationGaussian):
@@ -290,6 +332,17 @@ class PrivacyLedger:
             )
         return fold, fold.terms
 
+    def _insert_dataset(self, tx: Transaction, scope: DatasetScope, terms: Terms) -> None:
+        row = rows.DatasetRow(
+            tenant=scope.tenant,
+            dataset_id=scope.dataset_id,
+            unit=terms.unit,
+            target_epsilon=terms.target_epsilon,
+            target_delta=terms.target_delta,
+            created=self._clock(),
+        )
+        rows.insert_dataset(tx, row)
+
     def _append(self, tx: Transaction, scope: DatasetScope, fold: Fold, kind: str, body: Mapping[str, Any]) -> Leaf:
         whole = {**body, "kind": kind, "dataset_id": scope.dataset_id, "time": self._clock().isoformat()}
         entry = ChainEntry.make(LEDGER_DOMAIN, whole, position=fold.position + 1, prev_hash=fold.head)
@@ -332,19 +385,3 @@ def _attempts(step: Sequence[rows.LedgerRow]) -> int:
 def _full_price(event: Event) -> Event:
     """The event as if every unit in it were there for the largest number of times."""
     return replace(event, releases=1) if isinstance(event, ParticipationGaussian) else event
-
-
-def _refuse_other_terms(scope: DatasetScope, here: Terms | None, asked: Terms) -> None:
-    if here is None or here == asked:
-        return
-
-    def text(terms: Terms) -> str:
-        target = "none" if terms.target_epsilon is None else f"{terms.target_epsilon:g}"
-        return f"target epsilon {target}, delta {terms.target_delta:g}, unit {terms.unit}"
-
-    raise InvalidRequestError(
-        f"dataset {scope.dataset_id} has {text(here)}; this run asks for {text(asked)}. A budget belongs to the "
-        "dataset: use its terms",
-        field="dp_config",
-        constraint="the dataset's terms",
-    )

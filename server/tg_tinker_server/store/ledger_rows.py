@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, bindparam, insert, select
+from sqlalchemy import Connection, bindparam, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from tg_tinker_server.store import tables as t
@@ -55,6 +55,12 @@ class LedgerRow:
 def insert_dataset(tx: Connection, row: DatasetRow) -> None:
     """Add a dataset."""
     tx.execute(insert(t.datasets).values(**{c.name: getattr(row, c.name) for c in t.datasets.columns}))
+
+
+def raise_dataset(tx: Connection, tenant: str, dataset_id: str, target_epsilon: float) -> None:
+    """Show another target in listings."""
+    where = (t.datasets.c.tenant == tenant) & (t.datasets.c.dataset_id == dataset_id)
+    tx.execute(update(t.datasets).where(where).values(target_epsilon=target_epsilon))
 
 
 def insert_entry(tx: Connection, row: LedgerRow) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tg_tinker_server.dp.events import Event, SampledGaussian
+from tg_tinker_server.ledger.fold import Terms
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import DatasetScope, Reservation
 from tg_tinker_server.store.database import Database
@@ -33,7 +34,15 @@ class Book:
     def __post_init__(self) -> None:
         self.ledger = PrivacyLedger(self.db, clock=lambda: datetime(2026, 1, 2, tzinfo=UTC))
 
+    def register(self, slots: int = 1000) -> Book:
+        terms = Terms(unit="datum", target_epsilon=self.target, target_delta=self.delta)
+        self.db.write(lambda tx: self.ledger.register(tx, self.scope, terms=terms, slots=slots, actor="key_1"))
+        return self
+
     def open(self, run: str = "run_a", **more: object) -> Book:
+        drawn_here = isinstance(self.event, SampledGaussian) and self.event.vouched_by == "server"
+        if drawn_here and not self.ledger.entries(self.scope):
+            self.register()
         terms: dict[str, object] = {
             "target_epsilon": self.target,
             "target_delta": self.delta,

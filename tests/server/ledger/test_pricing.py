@@ -86,7 +86,7 @@ def test_the_shares_of_delta_never_add_up_to_more_than_delta() -> None:
     for target in (0.5, 2.0, 8.0):
         for steps in (1, 30, 300):
             terms = Terms(unit="datum", target_epsilon=target, target_delta=DELTA)
-            plan = Plan(run_id="r", event=EVENT, steps=steps)
+            plan = Plan(run_id="r", event=EVENT, steps=steps, target_epsilon=target)
             share = filter_delta(Fold(plan=plan, planned=1, charges=1), terms)
             assert share >= 0.0
             assert share + pld_delta(1.0, 0.1, steps, target) <= DELTA or share == 0.0
