@@ -2,14 +2,17 @@
 
 A flush of a file fixes what was written to it before the flush began. Of everything since, each write may be there,
 be missing, or be there in some of its sectors, whatever became of its neighbours; each truncation may have happened
-or not; and until the folder is flushed, a new file may be gone and a deleted one back.
+or not; and until the folder is flushed, a new file may be gone and a deleted one back. After a flush that failed, no
+later one makes up for it: Linux takes those pages for clean.
 """
 
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tests.support.recorded_disk import Op
 
@@ -24,11 +27,12 @@ class _File:
     durable: bytearray = field(default_factory=bytearray)
     waiting: list[tuple[int, Op]] = field(default_factory=list)
 
-    def flushed(self, before: int) -> None:
-        """Operations numbered below ``before`` are on disk now."""
+    def flushed(self, before: int, fate: Callable[[Op], list[Op]]) -> None:
+        """What ``fate`` leaves of the operations numbered below ``before`` is on disk now, the rest never will be."""
         for number, op in self.waiting:
             if number < before:
-                apply(self.durable, op)
+                for piece in fate(op):
+                    apply(self.durable, piece)
         self.waiting = [(number, op) for number, op in self.waiting if number >= before]
 
 
@@ -55,12 +59,33 @@ def torn(op: Op, choice: random.Random) -> list[Op]:
     return pieces
 
 
-class Disk:
-    """A folder's files while operations are played, one by one."""
+def _whole(op: Op) -> list[Op]:
+    return [op]
 
-    def __init__(self) -> None:
-        self._files: dict[str, _File] = {}
-        self._names: dict[str, _File] = {}  # which names are on disk for sure
+
+def _temper(choice: random.Random) -> Callable[[Op], list[Op]]:
+    """What becomes of operations that were not flushed; each cut has its own temper, from mostly kept to mostly lost."""
+    keep = choice.choice((0.1, 0.5, 0.9))
+
+    def fate(op: Op) -> list[Op]:
+        dice = choice.random()
+        if dice < keep:
+            return [op]
+        return torn(op, choice) if op.kind == "write" and dice < keep + (1 - keep) / 2 else []
+
+    return fate
+
+
+class Disk:
+    """A folder's files while operations are played, one by one, on top of an image that is on disk for sure.
+
+    ``choice`` decides what a failed flush leaves on disk; an intact view is then no longer to be had.
+    """
+
+    def __init__(self, start: Image | None = None, choice: random.Random | None = None) -> None:
+        self._choice = choice or random.Random(0)
+        self._files = {name: _File(bytearray(content)) for name, content in (start or {}).items()}
+        self._names = dict(self._files)  # which names are on disk for sure
         self._played = 0
 
     def play(self, op: Op) -> None:
@@ -71,7 +96,9 @@ class Disk:
             case "write" | "truncate":
                 self._files[op.name].waiting.append((self._played, op))
             case "sync":
-                self._files[op.name].flushed(op.offset)
+                self._files[op.name].flushed(op.offset, _whole)
+            case "sync-failed":
+                self._files[op.name].flushed(op.offset, _temper(self._choice))
             case "delete":
                 del self._files[op.name]
             case "sync-folder":
@@ -80,21 +107,11 @@ class Disk:
 
     def intact(self) -> Image:
         """What a program that looks now would see."""
-        return {name: _after(file, lambda op: [op]) for name, file in self._files.items()}
+        return {name: _after(file, _whole) for name, file in self._files.items()}
 
     def cut(self, choice: random.Random) -> Image:
-        """One of the images that a power cut now may leave.
-
-        Each cut has its own temper: mostly kept, mostly lost, or anything.
-        """
-        keep = choice.choice((0.1, 0.5, 0.9))
-
-        def fate(op: Op) -> list[Op]:
-            dice = choice.random()
-            if dice < keep:
-                return [op]
-            return torn(op, choice) if op.kind == "write" and dice < keep + (1 - keep) / 2 else []
-
+        """One of the images that a power cut now may leave."""
+        fate = _temper(choice)
         image = {}
         for name in sorted({*self._files, *self._names}):
             now, sure = self._files.get(name), self._names.get(name)
@@ -110,6 +127,15 @@ def _after(file: _File, fate: Callable[[Op], list[Op]]) -> bytes:
         for piece in fate(op):
             apply(content, piece)
     return bytes(content)
+
+
+def put(image: Image, folder: Path) -> Path:
+    """Write an image into a folder that it then is all of."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in image.items():
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def power_cuts(ops: Sequence[Op], cuts: int, choice: random.Random) -> Iterator[tuple[Image, set[str]]]:

@@ -31,8 +31,8 @@ class Op:
     """One thing that happened.
 
     Attributes:
-        kind: "create", "write", "truncate", "sync" (a file's content is on disk), "sync-folder" (so are all names),
-            "delete", or "mark".
+        kind: "create", "write", "truncate", "sync" (a file's content is on disk), "sync-failed", "sync-folder" (all
+            names are on disk), "delete", or "mark".
         name: of the file; for a mark, what it says.
         offset: of a write; the size of a truncation; of a "sync", how many operations were noted when it began.
     """
@@ -49,8 +49,8 @@ class RecordedDisk:
     Shared memory (``-shm``) is not noted: SQLite rebuilds it. It is subject to faults where it needs more space.
 
     Attributes:
-        ops: what happened, in order. An operation that failed is not in it, except for the part of a write that
-            reached the file.
+        ops: what happened, in order. An operation that failed is not in it, except for a flush and for the part of
+            a write that reached the file.
         asked: which operations that can fail were asked for since the last :meth:`fail`.
         failed: which of them were made to.
     """
@@ -205,6 +205,7 @@ class RecordedDisk:
         def sync(file: int, flags: int) -> int:
             name, before = self._names[file], len(self.ops)
             if refused := self._refused("sync", name):
+                self.ops.append(Op("sync-failed", name, before))
                 return refused
             rc = int(real_sync(file, flags))
             if rc == abi.OK:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.support.power_cut import Disk, Image, power_cuts
+from tests.support.power_cut import Disk, Image, power_cuts, put
 from tests.support.recorded_disk import Op, RecordedDisk
 from tg_tinker.ledger import verify_chain
 from tg_tinker_server.dp.accounting import cost, epsilon, repeated
@@ -81,11 +80,7 @@ def record(folder: Path) -> list[Op]:
 
 def examine(folder: Path, image: Image, told: set[str]) -> dict[str, int]:
     """Open an image with the real code and count what is missing."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for name, content in image.items():
-        (folder / name).write_bytes(content)
-    db, ledger = open_ledger(folder)
+    db, ledger = open_ledger(put(image, folder))
     try:
         entries = ledger.entries(SCOPE)
         verify_chain(entries)

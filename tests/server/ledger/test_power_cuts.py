@@ -69,6 +69,17 @@ def test_a_write_that_was_asked_for_while_a_flush_ran_is_not_covered_by_it() -> 
     assert {disk.cut(random.Random(seed))["f"] for seed in range(100)} == {b"1", b"12"}
 
 
+def test_what_a_failed_flush_did_not_bring_to_the_disk_no_later_one_does() -> None:
+    ops = [Op("create", "f"), Op("write", "f", 0, b"1"), Op("sync-failed", "f", 2), Op("write", "f", 1, b"2")]
+    seen = set()
+    for seed in range(100):
+        disk = Disk(choice=random.Random(seed))
+        for op in [*ops, Op("sync", "f", 4), Op("sync-folder")]:
+            disk.play(op)
+        seen.add(disk.cut(random.Random(seed))["f"])
+    assert seen == {b"\x002", b"12"}
+
+
 def test_a_new_file_can_be_gone_and_a_deleted_one_back_until_the_folder_is_flushed() -> None:
     disk = Disk()
     for op in [Op("create", "new"), Op("write", "new", 0, b"x"), Op("sync", "new", 2)]:
