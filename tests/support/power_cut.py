@@ -64,7 +64,7 @@ def _whole(op: Op) -> list[Op]:
 
 
 def _temper(choice: random.Random) -> Callable[[Op], list[Op]]:
-    """What becomes of operations that were not flushed; each cut has its own temper, from mostly kept to mostly lost."""
+    """What becomes of operations that were not flushed; each cut keeps them with a likelihood of its own."""
     keep = choice.choice((0.1, 0.5, 0.9))
 
     def fate(op: Op) -> list[Op]:
