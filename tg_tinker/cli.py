@@ -11,7 +11,9 @@ from tg_tinker.errors import TGTinkerError
 from tg_tinker.ledger import PrivacyLedger
 
 # Command groups of the SDK, each imported when called for.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "audit": "tg_tinker.commands.audit:audit",
+}
 
 
 @click.group(cls=PluginGroup, modules=MODULES)

@@ -14,14 +14,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tg_tinker._endpoint import DEFAULT_RETRY_COUNT, DEFAULT_TIMEOUT_S, read_tls_files, resolve
+from tg_tinker._endpoint import DEFAULT_RETRY_COUNT, DEFAULT_TIMEOUT_S, parse_base_url, read_tls_files, resolve
 from tg_tinker._transport import Transport
 from tg_tinker.errors import ResourceNotFoundError, ServerError
 from tg_tinker.futures import FutureHandle
 from tg_tinker.ledger import PrivacyLedger
+from tg_tinker.log_guard import LogGuard
 from tg_tinker.operation import Operation
 from tg_tinker.session import Session
 from tg_tinker.training_client import TrainingClient
+from tg_tinker.transparency.pins import Pins
+from tg_tinker.transparency.receipts import Receipts
+from tg_tinker.transparency.watch import Watch
 from tg_tinker.types import (
     ArtifactInfo,
     AuditLogEntry,
@@ -33,7 +37,6 @@ from tg_tinker.types import (
 from tg_tinker.types.run import RunInfo
 from tg_tinker.wire import requests
 from tg_tinker.wire.artifacts import artifact_from_proto
-from tg_tinker.wire.calls import json_from_text
 from tg_tinker.wire.operations import (
     FAILED,
     UNKNOWN,
@@ -42,7 +45,7 @@ from tg_tinker.wire.operations import (
     future_from_proto,
     get_future_request,
 )
-from tg_tinker.wire.privacy import audit_from_lines, ledger_from_proto
+from tg_tinker.wire.privacy import audit_from_lines, ledger_from_proto, report_of
 from tg_tinker.wire.runs import API_VERSION, capabilities_from_proto, run_info_from_proto
 
 
@@ -88,6 +91,7 @@ class ServiceClient:
         self._lock = threading.Lock()
         self._sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
         self._capabilities: Capabilities | None = None
+        self._guard: LogGuard | None = None
 
     @property
     def config(self) -> ServiceConfig:
@@ -182,9 +186,16 @@ class ServiceClient:
         """The whole ledger of a dataset; ``verify()`` checks it without trusting the server."""
         return ledger_from_proto(self._transport.call(requests.ledger(dataset_id)))
 
-    def get_privacy_report(self, dataset_id: str) -> dict[str, Any]:
-        """The report on a dataset: guarantee, curve, mechanism, accounting, what is not covered."""
-        return json_from_text(self._transport.call(requests.report(dataset_id)).report_json, field="report")
+    def get_privacy_report(self, dataset_or_run: str) -> dict[str, Any]:
+        """The report on a dataset, or on that of a run: guarantee, curve, coverage, mechanism, accounting, integrity.
+
+        As the server sent it; ``get_signed_report`` is what others can check. A report adds an entry to the ledger.
+        """
+        return report_of(self.get_signed_report(dataset_or_run))
+
+    def get_signed_report(self, dataset_or_run: str) -> bytes:
+        """The report in its signed envelope, to hand out: ``tg-tinker audit verify`` checks it offline."""
+        return str(self._transport.call(requests.report(dataset_or_run)).report_json).encode()
 
     def get_audit_logs(
         self,
@@ -197,6 +208,16 @@ class ServiceClient:
         """The newest audit records that fit, oldest of them first. Times are timezone-aware."""
         request = requests.audit_log(training_client_id, operation, start_time, end_time, limit)
         return audit_from_lines(self._transport.call(request).entries_json)
+
+    def check_log(self) -> int:
+        """Verify that the server's transparency log continues what was seen of it; the number of its entries.
+
+        Done by itself at the first call that concerns a run, after every restart of the server, and with every paid step.
+
+        Raises:
+            LogVerificationError: it was rolled back or forked, or another log answers.
+        """
+        return self._guarded(self._handshake().tenant_id).known_size
 
     # The server.
 
@@ -233,17 +254,35 @@ class ServiceClient:
         self.close(wait_s=60.0 if error is None else 0.0)
 
     def _handshake(self) -> Capabilities:
-        return self._capabilities or self.get_server_capabilities()
+        """Who the server is and, the first time, that its log continues what was seen of it."""
+        capabilities = self._capabilities or self.get_server_capabilities()
+        self._guarded(capabilities.tenant_id).check()
+        return capabilities
+
+    def _guarded(self, tenant: str) -> LogGuard:
+        with self._lock:
+            if self._guard is None:
+                endpoint = parse_base_url(self._config.base_url)
+                watch = Watch(
+                    Pins.of_user(),
+                    address=endpoint.target,
+                    tenant=tenant,
+                    loopback=endpoint.loopback,
+                    receipts=Receipts.of_user(),
+                )
+                self._guard = LogGuard(self._transport, watch)
+            return self._guard
 
     def _run_info(self, run_id: str) -> RunInfo:
         request = requests.get_run(run_id)
         return run_info_from_proto(self._transport.call(request, attempt_s=self._config.timeout))
 
     def _client(self, info: RunInfo, *, takeover: bool) -> TrainingClient:
+        guard = self._guarded(self._handshake().tenant_id)
         with self._lock:
             session = self._sessions.get(info.run_id)
             if session is None or not session.usable or info.next_seq > session.next_seq:
-                session = Session(self._transport, info, takeover=takeover)
+                session = Session(self._transport, guard, info, takeover=takeover)
                 self._sessions[info.run_id] = session
         return TrainingClient(self._transport, session, info)
 
@@ -263,6 +302,9 @@ class _Elsewhere:
 
     def saw(self, operation: Operation, state: FutureState) -> None:
         """Nothing to note: the journal is elsewhere."""
+
+    def verify(self, operation: Operation, result: Any) -> None:
+        """Left to the handle that made the call: it knows what its request named."""
 
     def ending(self, operation: Operation, outcome: Any) -> None:
         """Nothing to note: the journal is elsewhere."""

@@ -16,6 +16,7 @@ from tg_tinker_server.foundation import DEFAULT_ROLES, Foundation
 from tg_tinker_server.ledger.audit import AuditLog
 from tg_tinker_server.ledger.log import TransparencyLog
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
+from tg_tinker_server.ledger.report import ReportWriter
 from tg_tinker_server.logs import configure_logging
 from tg_tinker_server.rpc.artifacts import ArtifactServicer
 from tg_tinker_server.rpc.endpoint import Endpoint
@@ -68,7 +69,8 @@ class Server:
         db, vault, keyring = foundation.db, foundation.vault, foundation.keyring
         executors = self._executors
         ledger = PrivacyLedger(db, clock=now)
-        log = LogService(db, TransparencyLog(db, TenantSigner(keyring)), executors)
+        tree = TransparencyLog(db, TenantSigner(keyring))
+        log = LogService(db, tree, executors)
         texts = SealedText(keyring)
         durability = Durability(db, vault, keyring, executors, config.kept_results)
         checkpoints = CheckpointService(db, vault, ledger, durability, executors, texts)
@@ -86,7 +88,7 @@ class Server:
         )
         audit = AuditLog(db)
         self._operations = operations = OperationService(db, self._registry, durability, audit, executors)
-        privacy = PrivacyService(ledger, executors)
+        privacy = PrivacyService(ledger, ReportWriter(ledger, tree), executors)
         self._passes = PassQueue(executors)
         training = TrainingService(
             ledger,

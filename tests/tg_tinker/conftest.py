@@ -4,6 +4,7 @@ A run's weight is one number. A pass adds the sum of its token ids to the pendin
 weight and adds the pending gradient. That makes order, loss and repetition visible in the result.
 """
 
+import base64
 import json
 import threading
 import time
@@ -515,7 +516,8 @@ class ScriptedServer:
         )
 
     def GetPrivacyReport(self, request):  # noqa: N802
-        return privacy_pb2.GetPrivacyReportReply(report_json=json.dumps({"dataset_id": request.dataset_id}))
+        payload = base64.b64encode(json.dumps({"dataset_id": request.dataset_id}).encode()).decode()
+        return privacy_pb2.GetPrivacyReportReply(report_json=json.dumps({"payload": payload}))
 
     def GetAuditLog(self, request):  # noqa: N802
         body = {

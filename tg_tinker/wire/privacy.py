@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.ledger import ChainEntry, PrivacyLedger
 from tg_tinker.proto.v1 import privacy_pb2
+from tg_tinker.transparency._encoding import from_base64
 from tg_tinker.types import AuditLogEntry
+from tg_tinker.wire.calls import json_from_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,21 @@ def ledger_from_proto(reply: privacy_pb2.GetLedgerReply) -> PrivacyLedger:
         target_epsilon=reply.target_epsilon,
         delta=reply.delta,
     )
+
+
+def report_of(envelope: bytes) -> dict[str, Any]:
+    """The report in a DSSE envelope, its signature unchecked.
+
+    Raises:
+        InvalidRequestError: it holds none.
+    """
+    try:
+        payload = from_base64(json.loads(envelope)["payload"]).decode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise InvalidRequestError(
+            "the server's report is not in an envelope", field="report", constraint="a DSSE envelope"
+        ) from e
+    return json_from_text(payload, field="report")
 
 
 def audit_from_lines(lines: Iterable[str]) -> list[AuditLogEntry]:

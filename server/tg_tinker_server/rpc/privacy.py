@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import rfc8785
-
 from tg_tinker.proto.v1 import privacy_pb2
 from tg_tinker.wire.log import checkpoint_to_proto
 from tg_tinker.wire.times import time_from_proto
@@ -45,9 +43,9 @@ class PrivacyServicer:
     async def GetPrivacyReport(  # noqa: N802
         self, call: Call, request: privacy_pb2.GetPrivacyReportRequest
     ) -> privacy_pb2.GetPrivacyReportReply:
-        """The report on a dataset."""
-        report = await self.privacy.report(call.tenant, request.dataset_id)
-        return privacy_pb2.GetPrivacyReportReply(report_json=rfc8785.dumps(report).decode())
+        """The signed report on a dataset."""
+        envelope = await self.privacy.report(call.tenant, request.dataset_id)
+        return privacy_pb2.GetPrivacyReportReply(report_json=envelope.decode())
 
     async def ForecastPrivacy(  # noqa: N802
         self, call: Call, request: privacy_pb2.ForecastPrivacyRequest

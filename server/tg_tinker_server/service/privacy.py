@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.ledger import LedgerEntry
@@ -11,10 +10,11 @@ from tg_tinker.types import TrainingConfig
 from tg_tinker_server.dp.calibration import Forecast, noise_multiplier_for
 from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, SampledGaussian
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
-from tg_tinker_server.ledger.report import privacy_report
+from tg_tinker_server.ledger.report import ReportWriter
 from tg_tinker_server.ledger.reservation import DatasetScope, Spent
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.run import PrivateRun, Run
+from tg_tinker_server.store import run_rows
 
 MAX_FORECAST_STEPS = 10_000_000
 
@@ -58,6 +58,7 @@ class PrivacyService:
     """Questions about budgets."""
 
     ledger: PrivacyLedger
+    reports: ReportWriter
     executors: Executors
 
     async def spent(self, run: Run) -> Spent | None:
@@ -106,8 +107,29 @@ class PrivacyService:
             )
         return entries, await self.executors.io(self.ledger.spent, scope)
 
-    async def report(self, tenant: str, dataset_id: str) -> dict[str, Any]:
-        """The report on a tenant's dataset."""
-        await self.entries(tenant, dataset_id)
-        scope = DatasetScope(tenant=tenant, dataset_id=dataset_id)
-        return await self.executors.accounting(privacy_report, self.ledger, scope)
+    async def report(self, tenant: str, dataset_or_run: str) -> bytes:
+        """The signed report on a tenant's dataset, or on the dataset of a run. It leaves an entry of its own.
+
+        Raises:
+            ResourceNotFoundError: neither a dataset nor a run of the tenant has that id.
+            InvalidRequestError: the run has no differential privacy.
+        """
+        scope = await self.executors.io(self._scope_of, tenant, dataset_or_run)
+        return await self.executors.accounting(self.reports.signed, scope)
+
+    def _scope_of(self, tenant: str, dataset_or_run: str) -> DatasetScope:
+        scope = DatasetScope(tenant=tenant, dataset_id=dataset_or_run)
+        try:
+            self.ledger.spent(scope)
+        except ResourceNotFoundError:
+            run = self.reports.log.db.read(lambda tx: run_rows.get_run(tx, tenant, dataset_or_run))
+            if run is None:
+                raise
+            if run.dataset_id is None:
+                raise InvalidRequestError(
+                    "this run has no differential privacy, so there is nothing to report",
+                    field="dataset_id",
+                    constraint="a dataset, or a run with a DPConfig",
+                ) from None
+            return DatasetScope(tenant=tenant, dataset_id=run.dataset_id)
+        return scope

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tg_tinker_server.crypto.envelope import TenantKeyring
+from tg_tinker_server.crypto.keys import LocalKeyProvider
+from tg_tinker_server.crypto.signing import TenantSigner
 from tg_tinker_server.dp.events import Event, SampledGaussian
 from tg_tinker_server.ledger.fold import Terms
+from tg_tinker_server.ledger.log import TransparencyLog
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
+from tg_tinker_server.ledger.report import ReportWriter
 from tg_tinker_server.ledger.reservation import DatasetScope, Reservation
+from tg_tinker_server.service.tenant_keys import StoredKeyRows
 from tg_tinker_server.store.database import Database
 
 SCOPE = DatasetScope(tenant="t", dataset_id="data-1")
@@ -38,6 +44,11 @@ class Book:
         terms = Terms(unit="datum", target_epsilon=self.target, target_delta=self.delta)
         self.db.write(lambda tx: self.ledger.register(tx, self.scope, terms=terms, slots=slots, actor="key_1"))
         return self
+
+    def writer(self) -> ReportWriter:
+        keyring = TenantKeyring(LocalKeyProvider(bytes(32)), StoredKeyRows(self.db))
+        keyring.ensure(self.scope.tenant)
+        return ReportWriter(self.ledger, TransparencyLog(self.db, TenantSigner(keyring)))
 
     def open(self, run: str = "run_a", **more: object) -> Book:
         drawn_here = isinstance(self.event, SampledGaussian) and self.event.vouched_by == "server"

@@ -17,7 +17,6 @@ from tg_tinker.ledger import verify_chain
 from tg_tinker_server.dp.accounting import cost, epsilon, repeated
 from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, SampledGaussian, Unnoised
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
-from tg_tinker_server.ledger.report import privacy_report
 from tg_tinker_server.ledger.reservation import DatasetScope, Reservation
 from tg_tinker_server.store.database import Database
 
@@ -275,24 +274,3 @@ def test_the_client_verifies_the_ledger_that_the_server_hands_out(db: Database) 
     for broken in (lines[1:], lines[:2] + lines[3:], [*lines[:2], lines[3], lines[2], *lines[4:]]):
         with pytest.raises(InvalidRequestError, match="position"):
             read(broken).verify()
-
-
-def test_the_report_says_what_was_spent_how_and_what_is_not_covered(db: Database) -> None:
-    ledger = opened(db)
-    for seq in (1, 2, 3):
-        settle(db, ledger, reserve(ledger, seq), "failed" if seq == 2 else "released")
-    report = privacy_report(ledger, SCOPE)
-    spent = ledger.spent(SCOPE)
-    assert float(report["guarantee"]["epsilon"]) == spent.epsilon
-    assert float(report["accounting"]["cross_check"]["epsilon"]) <= spent.epsilon
-    assert "attested by the client" in report["sampling"]
-    assert report["runs"] == [{"run_id": "run_a", "charged": 3, "released": 2, "failed": 1, "unsettled": 0}]
-    assert [float(p["epsilon"]) for p in report["curve"]][-1] == spent.epsilon
-    assert report["integrity"]["head"] == spent.head.hex()
-    assert "NOT an upper bound" in report["accounting"]["estimate"]["note"]
-
-
-def test_no_amplification_is_claimed_where_nobody_vouches_for_it(db: Database) -> None:
-    ledger = opened(db, event=Gaussian(noise_multiplier=2.0))
-    reserve(ledger, 1, event=Gaussian(noise_multiplier=2.0))
-    assert privacy_report(ledger, SCOPE)["sampling"] == "No amplification by sampling is claimed."

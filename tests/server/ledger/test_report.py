@@ -10,16 +10,27 @@ import pytest
 import rfc8785
 
 from tg_tinker.errors import ResourceNotFoundError
+from tg_tinker.reports.documents import verify_document
+from tg_tinker.reports.verdicts import Trust
+from tg_tinker.transparency.note import VerifierKey
 from tg_tinker_server.dp.accounting import cost, epsilon, pld_epsilon, repeated
 from tg_tinker_server.dp.events import Gaussian, ParticipationGaussian, SampledGaussian, Unnoised
-from tg_tinker_server.ledger.report import privacy_report
+from tg_tinker_server.ledger.fold import Terms
+from tg_tinker_server.store.database import Database
 
 Books = Callable[..., Any]
 
 
 def report_of(b: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(rfc8785.dumps(privacy_report(b.ledger, b.scope)))  # as it travels
+    found: dict[str, Any] = json.loads(rfc8785.dumps(b.writer().report(b.scope)))  # as it travels
     return found
+
+
+def passes(b: Any) -> list[str]:
+    """The checks that the signed report passes, in order."""
+    writer = b.writer()
+    key = VerifierKey.parse(writer.log.signers.signer(b.scope.tenant).verifier_key)
+    return [v.check for v in verify_document(writer.signed(b.scope), Trust(keys=[key]))]
 
 
 def test_two_accountants_answer_and_neither_is_the_estimate(book: Books) -> None:
@@ -48,12 +59,13 @@ def test_failed_and_lost_attempts_of_every_run_are_in_the_report(book: Books) ->
     b.settle(b.reserve(2))
     b.settle(b.reserve(1, run="run_b"))
     report = report_of(b)
-    assert report["runs"] == [
-        {"run_id": "run_a", "charged": 3, "released": 1, "failed": 1, "unsettled": 1},
-        {"run_id": "run_b", "charged": 1, "released": 1, "failed": 0, "unsettled": 0},
-        {"run_id": "run_idle", "charged": 0, "released": 0, "failed": 0, "unsettled": 0},
+    base = {"initial_weights": "base"}
+    assert report["coverage"]["runs"] == [
+        {"run_id": "run_a", "charged": 3, "released": 1, "failed": 1, "unsettled": 1, **base},
+        {"run_id": "run_b", "charged": 1, "released": 1, "failed": 0, "unsettled": 0, **base},
+        {"run_id": "run_idle", "charged": 0, "released": 0, "failed": 0, "unsettled": 0, **base},
     ]
-    curve = [float(point["epsilon"]) for point in report["curve"]]
+    curve = [float(point["epsilon"]) for point in report["curve"]["points"]]
     assert curve == sorted(curve)
     assert curve[-1] == b.epsilon() == float(report["guarantee"]["epsilon"])
 
@@ -66,12 +78,6 @@ def test_failed_and_lost_attempts_of_every_run_are_in_the_report(book: Books) ->
             SampledGaussian(noise_multiplier=2.0, sample_rate=0.1, vouched_by="client"),
             {},
             "attested by the client",
-            "drawn on its own",
-        ),
-        (
-            SampledGaussian(noise_multiplier=2.0, sample_rate=0.1, vouched_by="server"),
-            {},
-            "drawn by the server",
             "drawn on its own",
         ),
         (
@@ -94,7 +100,7 @@ def test_the_report_claims_what_somebody_vouched_for_and_says_what_must_hold(
     b = book(event=event).open()
     b.reserve(1, **more)
     report = report_of(b)
-    assert sampling in report["sampling"]
+    assert sampling in report["sampling"]["claim"]
     assert any(assumption in text for text in report["assumptions"])
 
 
@@ -118,7 +124,7 @@ def test_the_sentence_never_rounds_epsilon_down(book: Books) -> None:
 def test_a_dataset_without_a_release_reports_nothing_spent(book: Books) -> None:
     report = report_of(book().open())
     assert report["guarantee"]["epsilon"] == "0.0"
-    assert (report["curve"], report["assumptions"]) == ([], [])
+    assert (report["curve"], report["assumptions"]) == ({"charges": 0, "points": []}, [])
 
 
 def test_a_dataset_that_is_not_there_has_no_report(book: Books) -> None:
@@ -132,3 +138,78 @@ def test_nothing_but_what_was_paid_is_in_ledger_or_report(book: Books) -> None:
     text = json.dumps(report_of(b)) + "".join(e.to_json() for e in b.ledger.entries(b.scope))
     for word in ("alice", "loss_", "norm", "num_clipped"):
         assert word not in text.replace("gradient norms", "").replace("noise_multiplier", "")
+
+
+def test_draws_of_the_server_are_told_from_those_of_the_client(db: Database, book: Books) -> None:
+    drawn = SampledGaussian(noise_multiplier=2.0, sample_rate=0.1, vouched_by="server")
+    b = book(event=drawn)
+    terms = Terms(unit="datum", target_epsilon=8.0, target_delta=b.delta)
+    db.write(lambda tx: b.ledger.register(tx, b.scope, terms=terms, slots=40, actor="key_1"))
+    b.open().reserve(1)
+    b.reserve(2, event=Gaussian(noise_multiplier=2.0))
+    b.ledger.raise_target(b.scope, target_epsilon=9.0, reason="a second study", actor="key_2", request_id="r1")
+    db.write(lambda tx: b.ledger.note_erasure(tx, b.scope, records=3, actor="key_1"))
+    report = report_of(b)
+    assert report["sampling"] == {
+        "claim": "Amplification by Poisson sampling is claimed for 1 of 2 releases: 1 drawn by the server.",
+        "amplified": 1,
+        "by_server": 1,
+        "by_client": 0,
+    }
+    assert [(c["kind"], c["actor"]) for c in report["coverage"]["changes"]] == [
+        ("register", "key_1"),
+        ("raise", "key_2"),
+        ("erase", "key_1"),
+    ]
+    assert report["guarantee"]["target_epsilon"] == "9.0"
+    assert passes(b)[-1] == "receipts"
+
+
+@pytest.mark.parametrize("scenario", ["nothing", "steps", "plan", "plan and more", "counted", "unnoised", "twice"])
+def test_what_the_server_signs_passes_every_check_of_a_stranger(book: Books, scenario: str) -> None:
+    counted = ParticipationGaussian(noise_multiplier=2.0, releases=1)
+    b = book(
+        accountant="prv" if "plan" in scenario else "rdp",
+        target=None if scenario == "unnoised" else 8.0,
+        **({"event": counted} if scenario == "counted" else {}),
+    )
+    b.open(planned_steps=4) if "plan" in scenario else b.open()
+    if scenario != "nothing":
+        for seq in (1, 2, 3):
+            more = {"unit_macs": [bytes([seq % 2])], "max_participation": 3} if scenario == "counted" else {}
+            b.settle(b.reserve(seq, **more))
+    if scenario == "plan and more":
+        b.open("run_b", accountant="rdp")
+        b.reserve(1, run="run_b", accountant="rdp", event=Gaussian(noise_multiplier=4.0))
+    if scenario == "unnoised":
+        b.reserve(4, event=Unnoised())
+    if scenario == "twice":
+        assert report_of(b)["coverage"]["earlier_reports"] == 0
+        b.reserve(4)
+        assert report_of(b)["coverage"]["earlier_reports"] == 1
+    assert passes(b) == [
+        "signature", "format", "checkpoint", "chain", "leaves", "last entry", "guarantee", "coverage", "curve",
+        "epsilon", "second accountant", "receipts",
+    ]  # fmt: skip
+
+
+def test_a_report_appends_its_own_entry_and_spends_nothing(book: Books) -> None:
+    b = book().open()
+    b.reserve(1)
+    before, entries = b.epsilon(), len(b.ledger.entries(b.scope))
+    report = report_of(b)
+    assert b.epsilon() == before
+    last = report["integrity"]["entries"][-1]["body"]
+    assert (last["kind"], last["epsilon"], last["charges"]) == ("report", repr(before), 1)
+    assert len(b.ledger.entries(b.scope)) == entries + 1 == len(report["integrity"]["entries"])
+    b.reserve(2)  # and the dataset can be spent from afterwards
+
+
+def test_a_long_history_has_a_thin_curve_with_both_ends(book: Books) -> None:
+    b = book(target=None, event=Gaussian(noise_multiplier=50.0)).open()
+    for seq in range(1, 601):
+        b.reserve(seq)
+    curve = report_of(b)["curve"]
+    assert curve["charges"] == 600
+    assert len(curve["points"]) == 500
+    assert [curve["points"][i]["charge"] for i in (0, -1)] == [1, 600]

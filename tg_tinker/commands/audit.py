@@ -1,0 +1,67 @@
+"""``tg-tinker audit``: check what somebody handed you. ``audit run`` joins where the server is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tg_tinker.commands.plugins import COMMANDS, PluginGroup
+from tg_tinker.errors import TGTinkerError
+
+if TYPE_CHECKING:
+    from tg_tinker.reports.verdicts import Trust
+
+
+@click.group(cls=PluginGroup, plugins=f"{COMMANDS}.audit")
+def audit() -> None:
+    """Check claims: of a report that somebody handed you, or of the training itself."""
+
+
+@audit.command("verify")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--key", "key_text", metavar="VKEY", help="The signer's verifier key; else one must be pinned here.")
+@click.option(
+    "--receipts",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Data folder whose pins and receipts to compare with. [default: this user's]",
+)
+def verify(file: Path, key_text: str | None, folder: Path | None) -> None:
+    """Check a signed document offline: who signed it, that its log holds it, and every number in it."""
+    try:
+        trust = _trust(key_text, folder)
+        from tg_tinker.reports.documents import verify_document
+
+        for verdict in verify_document(_read(file), trust):
+            click.echo(_plain(f"ok       {verdict.check}: {verdict.shows}"))
+    except TGTinkerError as e:
+        click.echo(_plain(f"REFUSED  {e.message}"))
+        click.echo(f"do not rely on {file}")
+        raise click.exceptions.Exit(1) from e
+    click.echo(f"verified: {file}")
+
+
+def _plain(text: str) -> str:
+    """The text without what a terminal would obey: parts of it come out of the document."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _trust(key_text: str | None, folder: Path | None) -> Trust:
+    from tg_tinker.reports.verdicts import Trust
+    from tg_tinker.transparency.folder import Folder, data_folder
+    from tg_tinker.transparency.note import VerifierKey
+
+    key = None if key_text is None else VerifierKey.parse(key_text.strip())
+    return Trust.of_user(Folder(folder or data_folder()), key)
+
+
+def _read(file: Path) -> bytes:
+    from tg_tinker.reports.verdicts import MAX_BYTES, refused
+
+    with file.open("rb") as stream:
+        data = stream.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise refused("json", f"{file} is larger than {MAX_BYTES // 2**20} MiB")
+    return data
