@@ -1,7 +1,7 @@
 """Run by test_crashes.py: forks spenders, kills them inside ``reserve``, compares what they were told with the disk.
 
-Usage: kill_loop.py FOLDER KILLS SEED WRITERS. WRITERS processes (1 or 2) spend on one dataset at once, and each is
-killed at a moment of its own; after every round the disk is asked. Prints one JSON line with what it saw.
+Usage: python -m tests.server.ledger.kill_loop FOLDER KILLS SEED WRITERS. WRITERS processes (1 or 2) spend on one
+dataset at once, and each is killed at a moment of its own; after every round the disk is asked. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from tests.support.log_tree import check_trees
 from tg_tinker.ledger import ChainEntry, verify_chain
 from tg_tinker_server.dp.accounting import cost
 from tg_tinker_server.dp.events import Gaussian
@@ -116,10 +117,12 @@ def charged(path: Path, run: str) -> set[int]:
         return {seq for (seq,) in rows}
 
 
-def check_chain(path: Path) -> None:
+def check_entries(path: Path) -> None:
+    """The chain has no gap, and the tree is that of the entries."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         rows = connection.execute("SELECT body_json, entry_hash FROM ledger ORDER BY position").fetchall()
     verify_chain([ChainEntry(json.loads(body), entry_hash) for body, entry_hash in rows])
+    check_trees(path)
 
 
 def main(folder: Path, kills: int, seed: int, writers: int) -> None:
@@ -130,14 +133,15 @@ def main(folder: Path, kills: int, seed: int, writers: int) -> None:
         path = folder / f"{seen['kills']}.db"
         for _ in range(0, min(KILLS_OF_ONE_DATABASE, kills - seen["kills"]), writers):
             runs = [f"run_{seen['kills'] + i}" for i in range(writers)]
-            for run, told in round_of_kills(path, runs, choice).items():
+            told_by_run = round_of_kills(path, runs, choice)
+            check_entries(path)
+            for run, told in told_by_run.items():
                 there = charged(path, run)
                 seen["kills"] += 1
                 seen["told"] += len(told)
                 seen["lost"] += len(told - there)
                 seen["unheard"] += len(there - told)
                 seen["most_unheard"] = max(seen["most_unheard"], len(there - told))
-        check_chain(path)
     print(json.dumps(seen))
 
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tests.support.log_tree import check_trees
 from tests.support.power_cut import Disk, Image, power_cuts, put
 from tests.support.recorded_disk import Op, RecordedDisk
 from tg_tinker.ledger import verify_chain
@@ -91,6 +92,7 @@ def examine(folder: Path, image: Image, told: set[str]) -> dict[str, int]:
         assert spent == paid.epsilon_after == epsilon(repeated(cost(EVENT), len(charged) + 1), DELTA)
     finally:
         db.close()
+    check_trees(folder / "l.db")
     return {"told": len(told), "lost": len(told - charged), "unheard": len(charged - told)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import subprocess
@@ -13,15 +14,20 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tests.support.log_tree import check_trees
 from tg_tinker_server.dp.accounting import cost, epsilon, repeated
 
-HERE = Path(__file__).parent
 Books = Callable[..., Any]
 
 
 def run(script: str, *args: str) -> dict[str, int]:
     done = subprocess.run(
-        [sys.executable, str(HERE / script), *args], capture_output=True, text=True, timeout=1700, check=False
+        [sys.executable, "-m", f"tests.server.ledger.{script}", *args],
+        capture_output=True,
+        text=True,
+        timeout=1700,
+        check=False,
+        cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr
     seen: dict[str, int] = json.loads(done.stdout)
@@ -30,19 +36,45 @@ def run(script: str, *args: str) -> dict[str, int]:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("writers", [1, 2])
-@pytest.mark.parametrize("kills", [20, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [14, pytest.param(2000, marks=pytest.mark.slow)])
 def test_no_reservation_that_was_handed_out_is_lost_when_its_process_is_killed(
     tmp_path: Path, kills: int, writers: int
 ) -> None:
-    seen = run("kill_loop.py", str(tmp_path), str(kills), "20260102", str(writers))
+    seen = run("kill_loop", str(tmp_path), str(kills), "20260102", str(writers))
     assert seen["kills"] == kills
     assert seen["told"] > kills  # each spender was killed somewhere inside a stream of reservations
     assert seen["lost"] == 0
     assert seen["most_unheard"] <= 1  # charged, and killed before the caller heard of it: over-counted, never under
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("UPDATE log_nodes SET hash = zeroblob(32) WHERE level = 1 AND idx = 0", "not those of its 4 entries"),
+        ("DELETE FROM log_nodes WHERE level = 2", "not those of its 4 entries"),
+        ("UPDATE ledger SET body_json = body_json || ' ' WHERE leaf_index = 2", "not those of its 4 entries"),
+        ("DELETE FROM ledger WHERE leaf_index = 1", "not leaves 0 to 2"),
+        ("DELETE FROM log_nodes", "but trees of"),
+    ],
+)
+def test_the_check_of_the_tree_sees_a_node_or_an_entry_that_is_wrong(
+    book: Books, tmp_path: Path, change: str, message: str
+) -> None:
+    b = book().open()
+    for seq in (1, 2, 3):
+        b.reserve(seq)
+    assert check_trees(tmp_path / "ledger.db") == 4
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        for (trigger,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            connection.execute(f"DROP TRIGGER {trigger}")
+        connection.execute(change)
+        connection.commit()
+    with pytest.raises(AssertionError, match=message):
+        check_trees(tmp_path / "ledger.db")
+
+
 def test_a_full_disk_hands_out_nothing_that_is_not_on_it(tmp_path: Path) -> None:
-    seen = run("full_disk.py", str(tmp_path / "l.db"))
+    seen = run("full_disk", str(tmp_path / "l.db"))
     assert seen["refused"] > 0
     assert seen["refused_later"] == 0  # with space again, the same process goes on
     assert seen["lost"] == 0

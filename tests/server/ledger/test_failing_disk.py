@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.server.ledger.power_cut_loop import DELTA, EVENT, SCOPE, open_ledger, open_run
+from tests.support.log_tree import check_trees
 from tests.support.power_cut import Disk, Image, put
 from tests.support.recorded_disk import Fault, RecordedDisk
 from tg_tinker.errors import ServerError
@@ -87,6 +88,7 @@ def attempt(folder: Path, image: Image, seq: int, fault: Fault, choose: Callable
     db, ledger = open_ledger(folder)  # and so it does after a restart
     go_on(ledger, seq + 1)
     db.close()
+    check_trees(folder / "l.db")
     return outcome
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -25,7 +24,6 @@ def cut(folder: Path, cuts: int, synchronous: str) -> dict[str, int]:
         timeout=1500,
         check=False,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     seen: dict[str, int] = json.loads(done.stdout)
