@@ -13,6 +13,7 @@ from tg_tinker.ledger import PrivacyLedger
 # Command groups of the SDK, each imported when called for.
 MODULES: dict[str, str] = {
     "audit": "tg_tinker.commands.audit:audit",
+    "log": "tg_tinker.commands.log:log",
 }
 
 

@@ -67,6 +67,10 @@ class Folder:
             self._warn(e)
             return None
 
+    def files(self, below: str, pattern: str) -> list[Path]:
+        """The files of a folder below that match, sorted."""
+        return [] if self.path is None else sorted((self.path / below).glob(pattern))
+
     def write(self, name: str, text: str) -> bool:
         """Replace a file by this text, durably, or leave it as it is; whether it was written."""
         if self.path is None:
@@ -81,12 +85,12 @@ class Folder:
             return False
         return True
 
-    def remove(self, name: str) -> bool:
-        """Delete a file; whether it is gone."""
+    def rename(self, name: str, new: str) -> bool:
+        """Give a file another name, whatever had that before; whether nothing of the old name is left."""
         if self.path is None:
             return True
         try:
-            (self.path / name).unlink()
+            (self.path / name).replace(self.path / new)
         except (FileNotFoundError, NotADirectoryError):
             return True
         except OSError as e:

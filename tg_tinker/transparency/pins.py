@@ -20,6 +20,7 @@ from tg_tinker.transparency.folder import Folder, data_folder
 from tg_tinker.transparency.note import ORIGIN_PREFIX, Checkpoint, VerifierKey, origin_of
 
 VERSION = 1
+_DIGITS = 32
 SERVERS = "known_servers.json"
 
 
@@ -127,6 +128,14 @@ class Pins:
             if before is None or before.checkpoint.size < pin.checkpoint.size:
                 self._write(_file(origin), pin.to_json())
 
+    def origins(self) -> list[str]:
+        """Every log that has a pin, sorted."""
+        unwritten = {name for name, text in self._unwritten.items() if text is not None}
+        deleted = self._unwritten.keys() - unwritten
+        names = {f"pins/{p.name}" for p in self.folder.files("pins", "*.json")} | unwritten
+        digits = {n.removeprefix("pins/").removesuffix(".json") for n in names - deleted if n.endswith(".json")}
+        return sorted(ORIGIN_PREFIX + d for d in digits if len(d) == _DIGITS)
+
     def servers(self) -> list[KnownServer]:
         """Every known server, sorted."""
         text = self._read(SERVERS)
@@ -160,13 +169,10 @@ class Pins:
         with self.folder.alone():
             known = self.servers()
             gone = [s for s in known if s.address == address and tenant in (None, s.tenant)]
-            for origin in sorted({s.origin for s in gone}):
-                text = self._read(_file(origin))
-                if text is not None:
-                    self._write(f"{_file(origin)}.forgotten", text)
-                    self._remove(_file(origin))
             if gone:
                 self._write_servers([s for s in known if s not in gone])
+            for origin in sorted({s.origin for s in gone}):
+                self._put_aside(_file(origin))
         return gone
 
     def _write_servers(self, servers: list[KnownServer]) -> None:
@@ -187,8 +193,9 @@ class Pins:
         else:
             self._unwritten[name] = text
 
-    def _remove(self, name: str) -> None:
-        if self.folder.remove(name):
+    def _put_aside(self, name: str) -> None:
+        # Where the list of servers could not be written, nothing is forgotten for good and the pin stays there.
+        if SERVERS not in self._unwritten and self.folder.rename(name, f"{name}.forgotten"):
             self._unwritten.pop(name, None)
         else:
             self._unwritten[name] = None
@@ -216,7 +223,7 @@ def name_of(origin: str) -> str:
         LogVerificationError: kind ``"bad_signature"``: not the name of one of our logs.
     """
     digits = origin.removeprefix(ORIGIN_PREFIX)
-    if digits == origin or len(digits) != 32 or set(digits) - set("0123456789abcdef"):
+    if digits == origin or len(digits) != _DIGITS or set(digits) - set("0123456789abcdef"):
         raise LogVerificationError(f"{origin[:100]!r} is not the name of a log", kind="bad_signature")
     return digits
 

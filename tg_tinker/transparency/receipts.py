@@ -167,10 +167,7 @@ class Receipts:
 
     def files(self) -> list[ReceiptFile]:
         """What there is, sorted by log and dataset."""
-        if self.folder.path is None:
-            return []
-        found = sorted((self.folder.path / RECEIPTS).glob("*/*.jsonl"))
-        return [ReceiptFile(path.parent.name, path) for path in found]
+        return [ReceiptFile(path.parent.name, path) for path in self.folder.files(RECEIPTS, "*/*.jsonl")]
 
     def read_all(self, origin: str, dataset_id: str) -> list[Receipt]:
         """The receipts of one log for one dataset, oldest first, unverified.

@@ -152,7 +152,7 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_pins_stay_in_memory(
     assert p.get(log.key.name) is None
 
 
-def test_a_pin_that_cannot_be_deleted_is_forgotten_by_the_process_at_least(
+def test_a_pin_that_cannot_be_put_aside_is_forgotten_by_the_process_at_least(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     log, p = log_of(5), pins(tmp_path)
@@ -163,7 +163,8 @@ def test_a_pin_that_cannot_be_deleted_is_forgotten_by_the_process_at_least(
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "unlink", denied)
+    write = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda a, b: denied() if a.parent.name == "pins" else write(a, b))
     p.forget("a:1")
     assert "Permission denied" in caplog.text
     assert not p.all_written
