@@ -25,6 +25,7 @@ class Entry(Operation):
         weights: it may change the run's step.
         epoch: the server process that accepted it, empty before any has.
         call: the submission under way or last made.
+        known_size: of the log, as the request named it.
         skip: cancelled before it was sent; the server is told to pass over its number.
     """
 
@@ -34,6 +35,7 @@ class Entry(Operation):
     weights = False
     epoch = ""
     call: Call | None = None
+    known_size = 0
     skip = False
 
     @property

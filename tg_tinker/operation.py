@@ -8,7 +8,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Protocol
 
 from tg_tinker._transport import RetryPolicy, Transport
-from tg_tinker.errors import FutureCancelledError, ServerError, TGTinkerError
+from tg_tinker.errors import FutureCancelledError, LogVerificationError, ServerError, TGTinkerError
 from tg_tinker.wire.calls import Position
 from tg_tinker.wire.operations import (
     CANCELLED,
@@ -36,6 +36,14 @@ class Owner(Protocol):
 
     def lost(self, operation: Operation, state: FutureState) -> None:
         """The server process does not know the operation: send it again, or end it."""
+        ...
+
+    def verify(self, operation: Operation, result: Any) -> None:
+        """Hold the server to what it must prove of a result.
+
+        Raises:
+            LogVerificationError: it cannot.
+        """
         ...
 
     def ending(self, operation: Operation, outcome: Any) -> None:
@@ -188,7 +196,14 @@ class Operation:
             self.poll_later()  # the server is going down with the operation undone
             return False
         if state.status == COMPLETED:
-            self.end(COMPLETED, state.result)
+            if self.ended:
+                return False
+            try:
+                self._owner.verify(self, state.result)
+            except LogVerificationError as e:
+                self.end(FAILED, e)
+            else:
+                self.end(COMPLETED, state.result)
         else:
             self.end(state.status, state.error or ServerError(f"{self.name} failed and the server did not say why"))
         return False

@@ -23,10 +23,11 @@ from typing import Any
 
 from tg_tinker._refusals import cannot_go_on, closed, not_sent, overtaken, too_large, went_back
 from tg_tinker._transport import MAX_MESSAGE_BYTES, Transport, encode
-from tg_tinker.errors import InvalidRequestError, ServerError, TGTinkerError
+from tg_tinker.errors import InvalidRequestError, LogVerificationError, ServerError, TGTinkerError
 from tg_tinker.journal import Entry, Journal
+from tg_tinker.log_guard import LogGuard
 from tg_tinker.operation import Operation
-from tg_tinker.types import LoadStateResult, OptimStepResult
+from tg_tinker.types import LoadStateResult, OptimStepOutput, OptimStepResult
 from tg_tinker.types.run import RunInfo
 from tg_tinker.wire import calls
 from tg_tinker.wire.calls import Pass, Position, Step
@@ -60,7 +61,7 @@ class Session:
         step: optimizer steps as of the last result seen.
     """
 
-    def __init__(self, transport: Transport, info: RunInfo, *, takeover: bool = False) -> None:
+    def __init__(self, transport: Transport, guard: LogGuard, info: RunInfo, *, takeover: bool = False) -> None:
         """A handle on the run that the server just described.
 
         Args:
@@ -71,6 +72,7 @@ class Session:
         self.step = info.step
         self._step_seq = 0
         self._transport = transport
+        self._guard = guard
         self._handle = secrets.token_hex(8)
         self._lock = threading.RLock()
         self._moved = threading.Condition(self._lock)
@@ -110,14 +112,18 @@ class Session:
         with self._lock:
             if self._broken is not None:
                 raise self._broken
-            if isinstance(call, Step) and self._incomplete:
-                call, self._incomplete = replace(call, incomplete=self._incomplete), ""
+            known_size = 0
+            if isinstance(call, Step):
+                known_size = self._guard.known_size
+                call = replace(call, incomplete=self._incomplete, known_log_size=known_size)
+                self._incomplete = ""
             position = Position(run_id=self.run_id, seq=self.next_seq, handle=self._handle)
             method, payload = encode(calls.call_to_proto(call, position))
             if len(payload) > MAX_MESSAGE_BYTES:
                 raise too_large(len(payload), MAX_MESSAGE_BYTES)
             entry = Entry(self._transport, self, position, calls.OPERATION[type(call)], known=False)
             entry.request = (method, payload)
+            entry.known_size = known_size
             entry.effect = calls.has_effect(call)
             entry.train_pass = isinstance(call, Pass) and call.train
             entry.weights = entry.effect and not isinstance(call, Pass)
@@ -168,6 +174,21 @@ class Session:
         elif not resending:
             entry.poll_later()
 
+    def verify(self, operation: Operation, result: Any) -> None:
+        """Hold a step to the receipt of its charge.
+
+        Raises:
+            LogVerificationError: it has none, or the server's log is not what it was.
+        """
+        entry = _entry(operation)
+        if not isinstance(result, OptimStepOutput):
+            return
+        try:
+            self._guard.accept(self.run_id, entry.seq, entry.known_size, result)
+        except LogVerificationError as e:
+            self._break(e, everything=True)
+            raise
+
     def ending(self, operation: Operation, outcome: Any) -> None:
         """Learn the step from results; let go of requests that need not be sent again."""
         entry = _entry(operation)
@@ -215,21 +236,36 @@ class Session:
             head = self._journal.queue[0] if self._journal.queue else None
             if self._resume_wanted or (head is not None and head.finished):
                 self._resume_wanted, self._resuming = False, True
-                request = encode(resume_request(self.run_id, self._journal.finished_seqs()))
             elif head is not None:
-                assert head.request is not None
-                self._sending, request = head, head.request
+                self._sending = head
             else:
                 return
             resuming = self._resuming
-        call = self._transport.send(request, back_pressure=True)
         if resuming or head is None:
-            call.add_done_callback(self._resumed)
-        else:
+            # A new process may have an older database: nothing is sent to it before it has shown its log.
+            self._guard.check_later().add_done_callback(self._checked)
+            return
+        assert head.request is not None
+        call = self._transport.send(head.request, back_pressure=True)
+        with self._lock:
+            if self._sending is head:
+                head.call = call
+        call.add_done_callback(lambda done: self._sent(head, done))
+
+    def _checked(self, check: Future[None]) -> None:
+        error = check.exception()
+        if error is not None:
             with self._lock:
-                if self._sending is head:
-                    head.call = call
-            call.add_done_callback(lambda done: self._sent(head, done))
+                self._resuming = False
+            assert isinstance(error, TGTinkerError)
+            self._break(
+                error if isinstance(error, LogVerificationError) else cannot_go_on(self.run_id, error),
+                everything=True,
+            )
+            return
+        with self._lock:
+            request = encode(resume_request(self.run_id, self._journal.finished_seqs()))
+        self._transport.send(request, back_pressure=True).add_done_callback(self._resumed)
 
     def _sent(self, entry: Entry, call: Future[Any]) -> None:
         error = call.exception()

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import settings
 
 from tg_tinker import ServiceClient
@@ -27,6 +28,8 @@ from tg_tinker.errors import (
 )
 from tg_tinker.ledger import AUDIT_DOMAIN, LEDGER_DOMAIN, START, ChainEntry
 from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2, sampling_pb2
+from tg_tinker.transparency.merkle import EMPTY_ROOT
+from tg_tinker.transparency.note import Checkpoint, VerifierKey, sign_note
 from tg_tinker.types import (
     ArtifactInfo,
     Capabilities,
@@ -40,6 +43,7 @@ from tg_tinker.types import (
     StreamChunk,
 )
 from tg_tinker.types.info import ModelInfo
+from tg_tinker.types.log import LogState
 from tg_tinker.types.run import PrivacyState, RunInfo
 from tg_tinker.wire.artifacts import artifact_to_proto
 from tg_tinker.wire.calls import (
@@ -52,6 +56,7 @@ from tg_tinker.wire.calls import (
     call_from_proto,
     position_from_proto,
 )
+from tg_tinker.wire.log import checkpoint_to_proto
 from tg_tinker.wire.methods import methods
 from tg_tinker.wire.operations import (
     ENDED,
@@ -68,6 +73,7 @@ from tg_tinker.wire.status import STATUS_KEY, error_to_status, grpc_code
 settings.register_profile("shared machine", deadline=None)  # time says more about the neighbours than about us
 settings.load_profile("shared machine")
 KEY = "tgk_test_key"
+LOG_KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 DROP_REPLY = "drop the reply"
 
@@ -518,6 +524,11 @@ class ScriptedServer:
     def GetPrivacyReport(self, request):  # noqa: N802
         payload = base64.b64encode(json.dumps({"dataset_id": request.dataset_id}).encode()).decode()
         return privacy_pb2.GetPrivacyReportReply(report_json=json.dumps({"payload": payload}))
+
+    def GetCheckpoint(self, request):  # noqa: N802
+        key = VerifierKey.of(LOG_KEY.public_key().public_bytes_raw())
+        note = sign_note(Checkpoint(key.name, 0, EMPTY_ROOT).body(), key, LOG_KEY.sign)
+        return checkpoint_to_proto([LogState(checkpoint=note, verifier_key=key.text, known_size=0)])
 
     def GetAuditLog(self, request):  # noqa: N802
         body = {

@@ -1,0 +1,170 @@
+"""Holds one server to its transparency log: at connection, after every restart, with every paid step.
+
+What is verified here is what `tg_tinker.transparency` knows; this file asks the server for it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+from tg_tinker._transport import Transport, encode
+from tg_tinker.errors import LogVerificationError, TGTinkerError
+from tg_tinker.transparency.receipts import Receipt
+from tg_tinker.transparency.watch import Watch
+from tg_tinker.types import OptimStepOutput
+from tg_tinker.types.log import LogReceipt
+from tg_tinker.wire.log import checkpoint_from_proto, checkpoint_request
+
+_MOST_SIZES = 50  # in one question
+_ATTEMPTS = 3  # the first answer may tell which log it is, and with it what we know of it
+
+
+class LogGuard:
+    """One tenant's log over one connection. Threads may share it.
+
+    Every method raises the LogVerificationError that was raised first, for ever: nothing more is sent to a server
+    whose history is not what it was.
+    """
+
+    def __init__(self, transport: Transport, watch: Watch) -> None:
+        self._transport = transport
+        self._watch = watch
+        self._lock = threading.Lock()
+        self._broken: LogVerificationError | None = None
+        self._loose: set[int] = set()  # sizes of verified trees that the newest one was not proven to continue
+        self._tying = False
+
+    @property
+    def known_size(self) -> int:
+        """Size of the newest tree verified; what a request names to get a proof from there."""
+        if self._broken is not None:
+            raise self._broken
+        return self._watch.known_size
+
+    def check(self) -> None:
+        """Ask for the log as it stands and verify it; returns when it holds. Blocks."""
+        for _ in range(_ATTEMPTS):
+            known = self.known_size
+            if self._take(self._transport.call(checkpoint_request([known])), {known}):
+                return
+        raise self._refused("the server's log changed its identity while it was asked for")
+
+    def check_later(self) -> Future[None]:
+        """As :meth:`check`, without blocking."""
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
+
+        def ask(attempts: int) -> None:
+            try:
+                known = self.known_size
+            except LogVerificationError as e:
+                done.set_exception(e)
+                return
+            call = self._transport.send(encode(checkpoint_request([known])))
+            call.add_done_callback(lambda answered: judge(answered, known, attempts))
+
+        def judge(answered: Future[Any], known: int, attempts: int) -> None:
+            try:
+                if self._take(answered.result(), {known}):
+                    done.set_result(None)
+                elif attempts > 1:
+                    ask(attempts - 1)
+                else:
+                    raise self._refused("the server's log changed its identity while it was asked for")
+            except TGTinkerError as e:
+                done.set_exception(e)
+
+        ask(_ATTEMPTS)
+        return done
+
+    def accept(self, run_id: str, seq: int, known_size: int, result: OptimStepOutput) -> None:
+        """Verify what proves that a step was paid for; a step without privacy has nothing to prove.
+
+        Args:
+            known_size: the size that the step's request named.
+
+        Raises:
+            LogVerificationError: the charge is not in the log, or is not what the result says.
+        """
+        if result.dp_metrics is None:
+            return
+        receipt = result.receipt
+        if receipt is None:
+            raise self._refused(f"step {seq} of {run_id} came without the receipt of its charge")
+        if receipt.log.known_size != known_size:
+            raise self._refused("the server proved its log from another size than was asked for")
+        newest = self.known_size
+        if not _pays_for(receipt, run_id, seq, result):
+            raise self._refused(f"the receipt of step {seq} of {run_id} is of another charge than the step reports")
+        if not self._watch.advance(
+            receipt.log.checkpoint, receipt.log.verifier_key, known_size, receipt.log.consistency
+        ):
+            raise self._refused("the server's log changed its identity")
+        kept = Receipt(
+            entry=receipt.entry_json,
+            leaf_index=receipt.leaf_index,
+            checkpoint=receipt.log.checkpoint,
+            proof=receipt.inclusion,
+            verifier_key=receipt.log.verifier_key,
+        )
+        self._watch.check_receipt(kept)
+        if known_size != newest:  # another step's answer came meanwhile: show that both are of one history
+            self._tie(newest, kept.verify().size)
+
+    def _take(self, reply: Any, asked: set[int]) -> bool:
+        states = checkpoint_from_proto(reply)
+        if {s.known_size for s in states} != asked:
+            raise self._refused("the server proved its log from another size than was asked for")
+        held = [self._watch.advance(s.checkpoint, s.verifier_key, s.known_size, s.consistency) for s in states]
+        return all(held)
+
+    def _tie(self, *sizes: int) -> None:
+        """Have the server show that a later tree continues all of these; one question at a time."""
+        with self._lock:
+            self._loose.update(sizes)
+            if self._tying:
+                return
+            self._tying = True
+            asked = set(sorted(self._loose)[:_MOST_SIZES])
+            self._loose -= asked
+        call = self._transport.send(encode(checkpoint_request(asked)))
+        call.add_done_callback(lambda answered: self._tied(answered, asked))
+
+    def _tied(self, answered: Future[Any], asked: set[int]) -> None:
+        with self._lock:
+            self._tying = False
+            waiting = bool(self._loose)
+        try:
+            self._take(answered.result(), asked)
+        except LogVerificationError:
+            return  # the watch keeps it, and whatever is done next raises it
+        except TGTinkerError:
+            with self._lock:
+                self._loose |= asked  # asked again with the next step
+            return
+        if waiting:
+            self._tie()
+
+    def _refused(self, why: str) -> LogVerificationError:
+        """The error that ends all dealings with this server."""
+        text = f"the server cannot be trusted: {why}. Nothing more is sent to it; ask its operator"
+        self._broken = self._broken or LogVerificationError(text, kind="bad_proof")
+        return self._broken
+
+
+def _pays_for(receipt: LogReceipt, run_id: str, seq: int, result: OptimStepOutput) -> bool:
+    dp = result.dp_metrics
+    assert dp is not None
+    try:
+        body = json.loads(receipt.entry_json)
+        paid = (
+            (body["kind"], body["run_id"], body["seq"]) == ("charge", run_id, seq)
+            and float(body["epsilon_after"]) == dp.total_epsilon
+            and float(body["delta"]) == dp.delta
+        )
+        return bool(paid)
+    except (ValueError, KeyError, TypeError):
+        return False
