@@ -32,7 +32,9 @@ class Fault:
 
 def close(said: float, computed: float) -> bool:
     """Whether two epsilons are the same number, rounding aside."""
-    return said == computed or abs(said - computed) <= TOLERANCE * max(1.0, abs(computed))
+    if not math.isfinite(computed):
+        return said == computed
+    return abs(said - computed) <= TOLERANCE * max(1.0, computed)
 
 
 def figures(history: History) -> Figures:

@@ -97,6 +97,24 @@ class Forge:
         position = charge["position"]
         self.append("settle", **step, charge_position=position, outcome=outcome, update_hash="sha256:00")
 
+    def spend(self, charges: int) -> Forge:
+        for seq in range(1, charges + 1):
+            self.charge(seq)
+        return self
+
+    def unnoised(self) -> Forge:
+        self.charge(1, event={"kind": "unnoised"})
+        return self
+
+    def refund(self) -> Forge:
+        self.append("refund", epsilon="1.0")
+        return self
+
+    def raised(self, before: str, after: str) -> Forge:
+        act = {"seq": len(self.chain), "reason": "more data", "actor": "key_1", "request_id": "r"}
+        self.append("raise", from_epsilon=before, target_epsilon=after, **act)
+        return self
+
     def close(self, **more: Any) -> Forge:
         charges = [b for b, _ in self.chain if b["kind"] == "charge"]
         spent = charges[-1]["epsilon_after"] if charges else "0.0"
