@@ -5,12 +5,13 @@ Every call is a ``concurrent.futures.Future`` driven by callbacks of the channel
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -259,7 +260,41 @@ class Transport:
             time.sleep(self.policy.delay_s(repeats))
             repeats += 1
 
-    def start(self, method: Method, payload: bytes, attempt_s: float | None, request_id: str) -> Any:
+    def upload(self, requests: Iterable[Message]) -> Any:
+        """Make a client-streaming call and wait for its reply. It is sent once: nothing holds what was sent.
+
+        Raises:
+            TGTinkerError: what the server said, or that it cannot be reached; or what ``requests`` raised.
+        """
+        source = iter(requests)
+        first = next(source)
+        method, request_id = method_of(type(first)), uuid.uuid4().hex
+        failure: list[BaseException] = []
+
+        def payloads() -> Iterator[bytes]:
+            try:
+                for request in itertools.chain((first,), source):
+                    yield request.SerializeToString()
+            except BaseException as e:
+                failure.append(e)  # grpc reads this on a thread of its own, and tells the caller nothing
+                raise
+
+        rpc = self.start(method, payloads(), None, request_id)
+        try:
+            reply = rpc.result()
+        except grpc.RpcError as e:
+            code, error, ours = failure_of(e, request_id)
+            if failure:
+                raise failure[0] from None
+            if self.closed:
+                raise closed_error() from None
+            raise (self.unreachable_error(error, None) if is_unreachable(code, ours) else error) from None
+        self.reached = True
+        return reply
+
+    def start(
+        self, method: Method, payload: bytes | Iterator[bytes], attempt_s: float | None, request_id: str
+    ) -> Any:
         """Send one attempt.
 
         Raises:
@@ -280,6 +315,7 @@ class Transport:
         stub = self._stubs.get(method.path)
         if stub is None:
             make: Any = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
+            make = self._channel.stream_unary if method.client_streaming else make
             stub = make(method.path, None, method.reply.FromString)
             self._stubs[method.path] = stub
         try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,15 @@ from typing import Any, Self
 from tg_tinker._endpoint import DEFAULT_RETRY_COUNT, DEFAULT_TIMEOUT_S, parse_base_url, read_tls_files, resolve
 from tg_tinker._transport import Transport
 from tg_tinker.errors import ResourceNotFoundError, ServerError
+from tg_tinker.exports.files import (
+    ExportedArtifact,
+    check,
+    open_archive,
+    read_identities,
+    trusted,
+    write_export,
+    write_whole,
+)
 from tg_tinker.futures import FutureHandle
 from tg_tinker.ledger import PrivacyLedger
 from tg_tinker.log_guard import LogGuard
@@ -168,7 +176,7 @@ class ServiceClient:
         stream = self._transport.stream(requests.pull_artifact(artifact_id))
         data = b"".join(chunk.data for chunk in stream)
         if destination is not None:
-            _write_whole(Path(destination), data)
+            write_whole(Path(destination), [data])
         return data
 
     def list_artifacts(self, training_client_id: str | None = None, limit: int = 100) -> list[ArtifactInfo]:
@@ -179,6 +187,58 @@ class ServiceClient:
     def delete_artifact(self, artifact_id: str) -> None:
         """Delete a checkpoint. What it cost stays in the ledger."""
         self._transport.call(requests.delete_artifact(artifact_id))
+
+    def export_artifact(
+        self,
+        artifact_id: str,
+        recipients: str | Sequence[str] = (),
+        destination: str | Path = "export.age",
+        *,
+        pq_recipients: str | Sequence[str] = (),
+    ) -> ExportedArtifact:
+        """Write a checkpoint to a file that its receivers open with tools of their own: weights, signed, sealed.
+
+        The file holds what PEFT loads, a signed manifest and the privacy report; never the optimizer. The server
+        notes it, with its receivers, in the audit log.
+
+        Args:
+            recipients: public age keys, ``age1...``; ``age -d`` opens the file.
+            destination: appears whole or not at all; replaced if it is there.
+            pq_recipients: instead, post-quantum ones (``tg-tinker checkpoints keygen --pq``).
+
+        Raises:
+            ResourceNotFoundError: there is no such checkpoint of this tenant.
+            AuthorizationError: the key's roles do not allow exports.
+        """
+        named = [[r] if isinstance(r, str) else list(r) for r in (recipients, pq_recipients)]
+        stream = self._transport.stream(requests.export_artifact(artifact_id, *named))
+        return write_export(Path(destination), (chunk.data for chunk in stream))
+
+    def import_artifact(
+        self,
+        path: str | Path,
+        *,
+        signer: str | None = None,
+        identity: str | Path | Sequence[str] = (),
+    ) -> ArtifactInfo:
+        """Take an export in as a checkpoint of this tenant; it keeps where it came from and what that promised.
+
+        It is opened and checked here first: a private key never leaves this machine.
+
+        Args:
+            path: of an export, sealed or opened, or of the folder it was unpacked into.
+            signer: verifier key of who exported it. Without one, it must be a log that clients here met before.
+            identity: file with the receiver's private key, or the keys themselves, where it is sealed.
+
+        Raises:
+            LogVerificationError: not signed by ``signer``.
+            InvalidRequestError: altered, not an export, or of an unknown signer.
+        """
+        keys = list(identity) if isinstance(identity, list | tuple) else read_identities(Path(str(identity)))
+        checked = check(Path(path), trusted(signer), keys)
+        with open_archive(Path(path), keys) as archive:
+            reply = self._transport.upload(requests.import_artifact(checked.key.text, map(bytes, archive)))
+        return artifact_from_proto(reply.artifact)
 
     # Privacy and audit.
 
@@ -212,7 +272,8 @@ class ServiceClient:
     def check_log(self) -> int:
         """Verify that the server's transparency log continues what was seen of it; the number of its entries.
 
-        Done by itself at the first call that concerns a run, after every restart of the server, and with every paid step.
+        Done by itself whenever a run is created or taken up, after every restart of the server, and with every
+        paid step.
 
         Raises:
             LogVerificationError: it was rolled back or forked, or another log answers.
@@ -254,7 +315,7 @@ class ServiceClient:
         self.close(wait_s=60.0 if error is None else 0.0)
 
     def _handshake(self) -> Capabilities:
-        """Who the server is and, the first time, that its log continues what was seen of it."""
+        """Who the server is, and that its log continues what was seen of it."""
         capabilities = self._capabilities or self.get_server_capabilities()
         self._guarded(capabilities.tenant_id).check()
         return capabilities
@@ -278,11 +339,11 @@ class ServiceClient:
         return run_info_from_proto(self._transport.call(request, attempt_s=self._config.timeout))
 
     def _client(self, info: RunInfo, *, takeover: bool) -> TrainingClient:
-        guard = self._guarded(self._handshake().tenant_id)
+        assert self._guard is not None  # by the handshake
         with self._lock:
             session = self._sessions.get(info.run_id)
             if session is None or not session.usable or info.next_seq > session.next_seq:
-                session = Session(self._transport, guard, info, takeover=takeover)
+                session = Session(self._transport, self._guard, info, takeover=takeover)
                 self._sessions[info.run_id] = session
         return TrainingClient(self._transport, session, info)
 
@@ -325,16 +386,3 @@ class _Elsewhere:
         if cancelled:
             operation.cancelled()
         return cancelled
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

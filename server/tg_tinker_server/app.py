@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +20,7 @@ from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.report import ReportWriter
 from tg_tinker_server.logs import configure_logging
 from tg_tinker_server.rpc.artifacts import ArtifactServicer
+from tg_tinker_server.rpc.datasets import DatasetServicer
 from tg_tinker_server.rpc.endpoint import Endpoint
 from tg_tinker_server.rpc.futures import FutureServicer
 from tg_tinker_server.rpc.privacy import PrivacyServicer
@@ -29,8 +31,14 @@ from tg_tinker_server.rpc.submitting import Submitting
 from tg_tinker_server.rpc.training import TrainingServicer
 from tg_tinker_server.service.caller import Authenticator
 from tg_tinker_server.service.checkpoints import CheckpointService
+from tg_tinker_server.service.dataset_keys import DatasetKeys
+from tg_tinker_server.service.datasets import DatasetService
+from tg_tinker_server.service.draws import DrawService
 from tg_tinker_server.service.durability import Durability, now
 from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.fitting import PassLimits
+from tg_tinker_server.service.exports import ExportService
+from tg_tinker_server.service.imports import MOST_AT_ONCE, ImportService
 from tg_tinker_server.service.log import LogService
 from tg_tinker_server.service.operations import OperationService
 from tg_tinker_server.service.passes import PassQueue
@@ -90,17 +98,30 @@ class Server:
         self._operations = operations = OperationService(db, self._registry, durability, audit, executors)
         privacy = PrivacyService(ledger, ReportWriter(ledger, tree), executors)
         self._passes = PassQueue(executors)
+        dataset_keys = DatasetKeys(keyring)
+        self._datasets = datasets = DatasetService(
+            db, ledger, dataset_keys, max_bytes=config.max_dataset_bytes, max_records=config.max_dataset_records
+        )
         training = TrainingService(
             ledger,
             log,
             durability,
             executors,
             self._passes,
+            DrawService(db, dataset_keys, executors, PassLimits(
+                max_records=config.max_batch_records, max_tokens=config.max_batch_tokens
+            )),
             config.share_passes,
             config.max_batch_records,
             config.max_batch_tokens,
         )
         sampling = SamplingService(executors)
+        signers = TenantSigner(keyring)
+        # A folder of this machine means nothing elsewhere.
+        hub_ids = {n: s for n, s in config.models.items() if not Path(s).exists()}
+        scratch = config.resolved_artifacts_dir
+        exports = ExportService(vault, checkpoints, signers, audit, executors, scratch, privacy.report, hub_ids)
+        imports = ImportService(db, vault, ledger, signers, audit, executors, texts, asyncio.Semaphore(MOST_AT_ONCE))
         submitting = Submitting(self._registry, operations)
         endpoint = Endpoint(Authenticator(db, foundation.desk.pepper), executors)
         self._grpc = GrpcServer(
@@ -110,7 +131,8 @@ class Server:
                 SamplingServicer(submitting, sampling),
                 RunServicer(submitting, privacy, config),
                 FutureServicer(operations),
-                ArtifactServicer(checkpoints, executors),
+                ArtifactServicer(checkpoints, exports, imports, executors),
+                DatasetServicer(datasets, executors),
                 PrivacyServicer(self._registry, privacy, audit, log, executors),
             ],
             endpoint,
@@ -151,6 +173,7 @@ class Server:
         db = self._foundation.db
         wanted = db.read(run_rows.referenced_states) | db.read(artifact_rows.live_artifact_ids)
         self._foundation.vault.sweep(wanted)
+        self._datasets.sweep()
 
 
 class EmbeddedServer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 
 from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2, sampling_pb2
@@ -10,6 +11,8 @@ from tg_tinker.types.sampling import SamplingParams
 from tg_tinker.wire.calls import sampling_to_proto
 from tg_tinker.wire.runs import config_to_json
 from tg_tinker.wire.times import time_to_proto
+
+_PIECE_BYTES = 2**20
 
 
 def create_run(
@@ -76,6 +79,23 @@ def list_artifacts(run_id: str | None, limit: int) -> artifacts_pb2.ListArtifact
 def delete_artifact(artifact_id: str) -> artifacts_pb2.DeleteArtifactRequest:
     """Delete a checkpoint."""
     return artifacts_pb2.DeleteArtifactRequest(artifact_id=artifact_id)
+
+
+def export_artifact(
+    artifact_id: str, recipients: Sequence[str], pq_recipients: Sequence[str]
+) -> artifacts_pb2.ExportArtifactRequest:
+    """Stream an export, sealed for its receivers."""
+    return artifacts_pb2.ExportArtifactRequest(
+        artifact_id=artifact_id, recipients=recipients, pq_recipients=pq_recipients
+    )
+
+
+def import_artifact(signer: str, archive: Iterable[bytes]) -> Iterator[artifacts_pb2.ImportArtifactRequest]:
+    """Send the archive of an export, in pieces of at most 1 MiB."""
+    yield artifacts_pb2.ImportArtifactRequest(signer=signer)
+    for piece in archive:
+        for i in range(0, len(piece), _PIECE_BYTES):
+            yield artifacts_pb2.ImportArtifactRequest(data=piece[i : i + _PIECE_BYTES])
 
 
 def forecast(run_id: str, steps: int) -> privacy_pb2.ForecastPrivacyRequest:

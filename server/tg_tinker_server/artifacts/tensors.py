@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,22 @@ DTYPES = {
 NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
 
 Array = npt.NDArray[Any]
+Bytes = bytes | bytearray | memoryview
 
 
 class FormatError(ValueError):
     """These bytes are not in the format; internal to the package, the vault turns it into its one error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor as a file's header describes it; ``start`` and ``end`` count from the beginning of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 def serialize(tensors: Mapping[str, Array], state: Mapping[str, Any]) -> Iterator[memoryview]:
@@ -46,26 +59,37 @@ def serialize(tensors: Mapping[str, Array], state: Mapping[str, Any]) -> Iterato
     """
     # Largest items first, as the safetensors library does, keeps every array aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, Any] = {METADATA: {STATE: _to_json(state)}}
-    offset = 0
+    described = []
     for name, array in ordered:
         dtype = NAMES.get(array.dtype.newbyteorder("<"))
         if dtype is None or name == METADATA:
             raise ValueError(f"tensor {name!r} of dtype {array.dtype} cannot be stored")
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
+        described.append((name, dtype, array.shape, array.nbytes))
+    yield memoryview(header_bytes(described, {STATE: state_to_json(state)}))
+    for _, array in ordered:
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        yield memoryview(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a file.
+
+    Args:
+        tensors: name, dtype, shape and size in bytes, in the order of their data.
+
+    Raises:
+        ValueError: it would be longer than readers take.
+    """
+    header: dict[str, Any] = {METADATA: dict(metadata)}
+    offset = 0
+    for name, dtype, shape, size in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST_HEADER_BYTES:
         raise ValueError(f"the state and tensor names take {len(text)} bytes, over {LARGEST_HEADER_BYTES}")
-    yield memoryview(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-    for _, array in ordered:
-        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        yield memoryview(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def parse(file: memoryview) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -74,35 +98,64 @@ def parse(file: memoryview) -> tuple[dict[str, Array], dict[str, Any]]:
     Raises:
         FormatError: anything but a whole, gapless safetensors file of numbers with a state.
     """
-    if len(file) < LENGTH_BYTES:
-        raise FormatError("too short")
-    length = int.from_bytes(file[:LENGTH_BYTES], "little")
-    if length > min(LARGEST_HEADER_BYTES, len(file) - LENGTH_BYTES):
-        raise FormatError("the header is longer than allowed or than the file")
-    header = _object(_utf8(file[LENGTH_BYTES : LENGTH_BYTES + length]))
+    length = header_length(file[:LENGTH_BYTES], len(file))
     data = file[LENGTH_BYTES + length :]
+    entries, metadata = parse_header(file[LENGTH_BYTES : LENGTH_BYTES + length], len(data))
+    tensors = {e.name: _array(data[e.start : e.end], np.dtype(DTYPES[e.dtype]), e.shape) for e in entries}
+    return tensors, state_from(metadata)
+
+
+def header_length(start: Bytes, file_bytes: int) -> int:
+    """The length that the first bytes of a file announce.
+
+    Raises:
+        FormatError: longer than allowed or than the file.
+    """
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if len(start) < LENGTH_BYTES or length > min(LARGEST_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+        raise FormatError("the header is longer than allowed or than the file")
+    return length
+
+
+def parse_header(text: memoryview, data_bytes: int) -> tuple[list[Entry], dict[str, Any]]:
+    """Every tensor in the order of the data, and the metadata.
+
+    Raises:
+        FormatError: tensors do not cover the data without gap and overlap, or are not of numbers.
+    """
+    header = _object(_utf8(text))
     metadata = header.pop(METADATA, None)
-    if not isinstance(metadata, dict) or set(metadata) != {STATE} or not isinstance(metadata[STATE], str):
-        raise FormatError("no state")
-    spans: list[tuple[int, int]] = []
-    tensors: dict[str, Array] = {}
-    for name, entry in header.items():
-        dtype, shape, (start, end) = _entry(entry)
-        if not start <= end <= len(data) or math.prod(shape) * dtype.itemsize != end - start:
+    if not isinstance(metadata, dict):
+        raise FormatError("no metadata")
+    entries = []
+    for name, value in header.items():
+        dtype, shape, (start, end) = _entry(value)
+        if not start <= end <= data_bytes or math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize != end - start:
             raise FormatError("a tensor does not fit")
-        spans.append((start, end))
-        tensors[name] = _array(data[start:end], dtype, shape)
+        entries.append(Entry(name, dtype, shape, start, end))
+    entries.sort(key=lambda e: (e.start, e.end))
     position = 0
-    for start, end in sorted(spans):
-        if start != position:
+    for entry in entries:
+        if entry.start != position:
             raise FormatError("tensors overlap or leave a gap")
-        position = end
-    if position != len(data):
+        position = entry.end
+    if position != data_bytes:
         raise FormatError("bytes that belong to no tensor")
-    return tensors, _object(metadata[STATE])
+    return entries, metadata
 
 
-def _entry(entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
+def state_from(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The state in an artifact's metadata.
+
+    Raises:
+        FormatError: there is none, or something beside it.
+    """
+    if set(metadata) != {STATE} or not isinstance(metadata[STATE], str):
+        raise FormatError("no state")
+    return _object(metadata[STATE])
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError("a tensor's entry")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -112,7 +165,7 @@ def _entry(entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]
         raise FormatError("shape")
     if not _sizes(offsets) or len(offsets) != 2:
         raise FormatError("offsets")
-    return np.dtype(DTYPES[dtype]), tuple(shape), (offsets[0], offsets[1])
+    return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
 def _array(data: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
@@ -126,7 +179,12 @@ def _sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
-def _to_json(state: Mapping[str, Any]) -> str:
+def state_to_json(state: Mapping[str, Any]) -> str:
+    """The state as the metadata holds it.
+
+    Raises:
+        ValueError: not plain JSON.
+    """
     try:
         return json.dumps(dict(state), allow_nan=False, sort_keys=True, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as e:

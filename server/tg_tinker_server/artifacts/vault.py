@@ -101,6 +101,14 @@ class Vault:
             InvalidRequestError: state that is not plain JSON, or a tensor that is not of numbers.
             ServerError: it could not be stored; then nothing was.
         """
+        return self.seal_plain(
+            tenant=tenant, artifact_id=artifact_id, kind=kind, plaintext=serialize(tensors, state), hashed=hashed
+        )
+
+    def seal_plain(
+        self, *, tenant: str, artifact_id: str, kind: str, plaintext: Iterable[Bytes], hashed: bool = True
+    ) -> SealedArtifact:
+        """As `seal`, for a plaintext that is in the format already. What ``plaintext`` raises passes on."""
         scope = Scope(tenant=tenant, artifact_id=artifact_id, kind=kind)
         dek = new_key()
         data_keys = DataKeys.derive(dek, scope)
@@ -111,7 +119,7 @@ class Vault:
         def pieces() -> Iterator[Bytes]:
             nonlocal size
             yield from measured(header_bytes(header, data_keys))
-            for piece in encrypt_segments(data_keys.body, scope.aad, serialize(tensors, state)):
+            for piece in encrypt_segments(data_keys.body, scope.aad, plaintext):
                 yield from measured(piece)
 
         def measured(piece: Bytes) -> Iterable[Bytes]:
@@ -168,6 +176,29 @@ class Vault:
                 pass
 
         _uniform(artifact_id, attempt)
+
+    def plaintext(self, *, tenant: str, artifact_id: str, kind: str) -> tuple[int, Iterator[memoryview]]:
+        """Size and pieces of the plaintext, in two mebibytes whatever the size; a piece is overwritten by the next.
+
+        Each piece is authentic and in its place; that none is missing is known at the end. `verify` first, and
+        what a second reading shows is what the first one saw, or an error.
+
+        Raises:
+            InvalidRequestError: as `open`; also while iterating.
+        """
+
+        def attempt() -> tuple[int, Iterator[memoryview]]:
+            unlocked = self._unlock(tenant, artifact_id, kind)
+            pieces = decrypt_segments(unlocked.keys.body, unlocked.scope.aad, unlocked.body())
+            return plaintext_size(unlocked.body_bytes), pieces
+
+        size, pieces = _uniform(artifact_id, attempt)
+
+        def checked() -> Iterator[memoryview]:
+            while (piece := _uniform(artifact_id, lambda: next(pieces, None))) is not None:
+                yield piece
+
+        return size, checked()
 
     def stream(self, *, tenant: str, artifact_id: str) -> Iterator[bytes]:
         """The artifact as it is stored, encrypted, in chunks of at most 1 MiB.

@@ -11,11 +11,15 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tg_tinker.exports.model_signing import P256_ORDER
 from tg_tinker_server.crypto.envelope import TenantKeyring
 
 PURPOSE = "log-signing/v1"
+MODEL_PURPOSE = "model-signing-p256/v1"
 ORIGIN_DOMAIN = b"tg-tinker/log-id/v1\x00"
 ED25519 = b"\x01"  # the algorithm's byte in C2SP signed notes
 
@@ -68,6 +72,36 @@ class Signer:
         raise TypeError("a signing key is not pickled")
 
 
+class ModelSigner:
+    """One tenant's key of P-256, for OpenSSF Model Signing, whose tools know no Ed25519.
+
+    Attributes:
+        public_pem: what verifies (PEM, SubjectPublicKeyInfo).
+    """
+
+    __slots__ = ("_key", "public_pem")
+
+    def __init__(self, seed: bytes) -> None:
+        # FIPS 186-5, A.2.1: 32 bits more than the order has, reduced, leave no bias worth naming.
+        wide = hashlib.shake_256(b"tg-tinker/p256-scalar/v1\x00" + seed).digest(40)
+        self._key = ec.derive_private_key(int.from_bytes(wide, "big") % (P256_ORDER - 1) + 1, ec.SECP256R1())
+        self.public_pem = self._key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+
+    def sign(self, message: bytes) -> bytes:
+        """ECDSA over SHA-256 (RFC 6979: no random numbers), DER, with the smaller of the two possible s."""
+        algorithm = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+        r, s = utils.decode_dss_signature(self._key.sign(message, algorithm))
+        return utils.encode_dss_signature(r, min(s, P256_ORDER - s))
+
+    def __repr__(self) -> str:
+        return "ModelSigner(...)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a signing key is not pickled")
+
+
 @dataclass(frozen=True, slots=True)
 class TenantSigner:
     """Finds the signing key of a tenant."""
@@ -81,3 +115,11 @@ class TenantSigner:
             InvalidRequestError: the tenant's keys were destroyed; nothing is signed in its name any more.
         """
         return Signer(self.keyring.mac_key(tenant, PURPOSE))
+
+    def model_signer(self, tenant: str) -> ModelSigner:
+        """The tenant's key for model signing bundles.
+
+        Raises:
+            InvalidRequestError: as `signer`.
+        """
+        return ModelSigner(self.keyring.mac_key(tenant, MODEL_PURPOSE))

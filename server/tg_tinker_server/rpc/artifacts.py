@@ -1,25 +1,31 @@
-"""ArtifactService: encrypted checkpoints, as ciphertext."""
+"""ArtifactService: encrypted checkpoints, as ciphertext; exports of them, out and in."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.proto.v1 import artifacts_pb2
 from tg_tinker.types import ArtifactInfo
 from tg_tinker.wire.artifacts import artifact_to_proto
 from tg_tinker_server.rpc.endpoint import Call
 from tg_tinker_server.service.checkpoints import CheckpointService
 from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.exports import ExportService, Sealing
+from tg_tinker_server.service.imports import ImportService
+from tg_tinker_server.store.artifact_rows import ArtifactRow
 
 MAX_LISTED = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class ArtifactServicer:
-    """pull, list, delete."""
+    """pull, list, delete, export, import."""
 
     checkpoints: CheckpointService
+    exports: ExportService
+    imports: ImportService
     executors: Executors
 
     async def PullArtifact(  # noqa: N802
@@ -36,21 +42,7 @@ class ArtifactServicer:
         """The tenant's checkpoints, newest first."""
         limit = min(max(1, request.limit or 100), MAX_LISTED)
         rows = await self.checkpoints.list(call.tenant, request.run_id, limit)
-        infos = [
-            ArtifactInfo(
-                artifact_id=r.artifact_id,
-                training_client_id=r.run_id,
-                step=r.step,
-                size_bytes=r.size_bytes,
-                content_hash=r.content_hash,
-                algorithm=r.algorithm,
-                key_id=r.key_id,
-                timestamp=r.created,
-                name=r.name,
-            )
-            for r in rows
-        ]
-        return artifacts_pb2.ListArtifactsReply(artifacts=[artifact_to_proto(i) for i in infos])
+        return artifacts_pb2.ListArtifactsReply(artifacts=[artifact_to_proto(_info(r)) for r in rows])
 
     async def DeleteArtifact(  # noqa: N802
         self, call: Call, request: artifacts_pb2.DeleteArtifactRequest
@@ -58,3 +50,49 @@ class ArtifactServicer:
         """Delete a checkpoint."""
         await self.checkpoints.delete(call.tenant, request.artifact_id)
         return artifacts_pb2.DeleteArtifactReply()
+
+    async def ExportArtifact(  # noqa: N802
+        self, call: Call, request: artifacts_pb2.ExportArtifactRequest
+    ) -> AsyncIterator[artifacts_pb2.ArtifactChunk]:
+        """Stream an export, sealed for its receivers."""
+        sealing = Sealing(recipients=tuple(request.recipients), pq_recipients=tuple(request.pq_recipients))
+        pieces = await self.exports.export(call.caller, request.artifact_id, sealing)
+        while (piece := await self.executors.io(next, pieces, None)) is not None:
+            yield artifacts_pb2.ArtifactChunk(data=piece)
+
+    async def ImportArtifact(  # noqa: N802
+        self, call: Call, requests: AsyncIterator[artifacts_pb2.ImportArtifactRequest]
+    ) -> artifacts_pb2.ImportArtifactReply:
+        """Take in the archive of an export."""
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("part") != "signer":
+            raise InvalidRequestError(
+                "an import begins with the verifier key of the signer that you trust",
+                field="signer",
+                constraint="first",
+            )
+
+        async def data() -> AsyncIterator[bytes]:
+            async for request in requests:
+                if request.WhichOneof("part") != "data":
+                    raise InvalidRequestError("only data follows the signer", field="data", constraint="bytes")
+                yield request.data
+
+        row, manifest = await self.imports.take(call.caller, first.signer, data())
+        return artifacts_pb2.ImportArtifactReply(
+            artifact=artifact_to_proto(_info(row)), manifest_json=manifest.payload().decode()
+        )
+
+
+def _info(row: ArtifactRow) -> ArtifactInfo:
+    return ArtifactInfo(
+        artifact_id=row.artifact_id,
+        training_client_id=row.run_id,
+        step=row.step,
+        size_bytes=row.size_bytes,
+        content_hash=row.content_hash,
+        algorithm=row.algorithm,
+        key_id=row.key_id,
+        timestamp=row.created,
+        name=row.name,
+    )

@@ -46,6 +46,7 @@ class Call:
 
 UnaryHandler = Callable[[Call, Any], Awaitable[Message]]
 StreamHandler = Callable[[Call, Any], AsyncIterator[Message]]
+UploadHandler = Callable[[Call, AsyncIterator[Any]], Awaitable[Message]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,8 @@ class Endpoint:
 
     def handler(self, method: Method, function: Callable[..., Any]) -> grpc.RpcMethodHandler[bytes, bytes]:
         """The grpc handler of one method."""
+        if method.client_streaming:
+            return grpc.stream_unary_rpc_method_handler(self._upload(method, function))
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(self._stream(method, function))
         return grpc.unary_unary_rpc_method_handler(self._unary(method, function))
@@ -89,12 +92,36 @@ class Endpoint:
 
         return call
 
+    def _upload(self, method: Method, function: UploadHandler) -> Callable[..., Awaitable[bytes]]:
+        async def call(payloads: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+            started = time.perf_counter()
+            request_id = _request_id(context)
+            try:
+                caller = await self._caller(method, context)
+                requests = (self._request(method, payload) async for payload in payloads)
+                reply = await function(Call(caller=caller, request_id=request_id, payload=b""), requests)
+            except Exception as e:  # noqa: BLE001 - the one place where errors become statuses
+                await _abort(context, method, e, request_id)
+            log.debug("rpc", method=method.name, request_id=request_id, ms=_ms(started), code="OK")
+            return reply.SerializeToString()
+
+        return call
+
     async def _admit(
         self, method: Method, payload: bytes, context: grpc.aio.ServicerContext[bytes, bytes], request_id: str
     ) -> tuple[Call, Message]:
-        caller = _NOBODY if method.scope == PUBLIC else await self._authenticate(context)
-        if method.scope != PUBLIC:
-            caller.require(method.scope)
+        caller = await self._caller(method, context)
+        return Call(caller=caller, request_id=request_id, payload=payload), self._request(method, payload)
+
+    async def _caller(self, method: Method, context: grpc.aio.ServicerContext[bytes, bytes]) -> Caller:
+        if method.scope == PUBLIC:
+            return _NOBODY
+        caller = await self._authenticate(context)
+        caller.require(method.scope)
+        return caller
+
+    @staticmethod
+    def _request(method: Method, payload: bytes) -> Message:
         if len(payload) > SMALL_REQUEST_BYTES and method.name not in CARRIES_TENSORS:
             raise InvalidRequestError(
                 f"{method.name} carries {len(payload)} bytes, over the {SMALL_REQUEST_BYTES} of one call; split it",
@@ -110,7 +137,7 @@ class Endpoint:
                 field="request",
                 constraint=method.request.DESCRIPTOR.full_name,
             ) from e
-        return Call(caller=caller, request_id=request_id, payload=payload), request
+        return request
 
     async def _authenticate(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> Caller:
         metadata = _metadata(context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyrage
 import pytest
 from google.protobuf.message import Message
 
@@ -17,6 +18,7 @@ from tg_tinker.wire.methods import methods
 from tg_tinker.wire.operations import cancel_future_request, get_future_request, resume_request
 from tg_tinker_server.app import EmbeddedServer
 
+RECIPIENT = str(pyrage.x25519.Identity.generate().to_public())
 CONFIG = TrainingConfig(model_ref="bigram", batch_size=4, seed=1)
 PRIVATE = CONFIG.model_copy(update={"dp_config": DPConfig(dataset_id="secret-data", target_epsilon=100.0)})
 
@@ -39,13 +41,23 @@ def requests_on(run_id: str, artifact_id: str, dataset_id: str) -> list[Message]
         cancel_future_request(f"{run_id}.1"),
         artifacts_pb2.PullArtifactRequest(artifact_id=artifact_id),
         artifacts_pb2.DeleteArtifactRequest(artifact_id=artifact_id),
+        artifacts_pb2.ExportArtifactRequest(artifact_id=artifact_id, recipients=[RECIPIENT]),
         privacy_pb2.GetLedgerRequest(dataset_id=dataset_id),
         privacy_pb2.GetPrivacyReportRequest(dataset_id=dataset_id),
         privacy_pb2.ForecastPrivacyRequest(run_id=run_id, steps=1),
     ]
 
 
-WITHOUT_IDS = {"CreateTrainingClient", "ListTrainingClients", "GetCapabilities", "ListArtifacts", "GetAuditLog"}
+WITHOUT_IDS = {
+    "CreateTrainingClient",
+    "ListTrainingClients",
+    "GetCapabilities",
+    "ListArtifacts",
+    "GetAuditLog",
+    "ImportArtifact",
+    "GetCheckpoint",
+    "GetLogEntries",
+}
 
 
 def answer(client: RawClient, request: Message) -> tuple[Any, ...]:

@@ -67,3 +67,29 @@ class DeleteArtifactRequest(_message.Message):
 class DeleteArtifactReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ExportArtifactRequest(_message.Message):
+    __slots__ = ("artifact_id", "recipients", "pq_recipients")
+    ARTIFACT_ID_FIELD_NUMBER: _ClassVar[int]
+    RECIPIENTS_FIELD_NUMBER: _ClassVar[int]
+    PQ_RECIPIENTS_FIELD_NUMBER: _ClassVar[int]
+    artifact_id: str
+    recipients: _containers.RepeatedScalarFieldContainer[str]
+    pq_recipients: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, artifact_id: _Optional[str] = ..., recipients: _Optional[_Iterable[str]] = ..., pq_recipients: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ImportArtifactRequest(_message.Message):
+    __slots__ = ("signer", "data")
+    SIGNER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    signer: str
+    data: bytes
+    def __init__(self, signer: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class ImportArtifactReply(_message.Message):
+    __slots__ = ("artifact", "manifest_json")
+    ARTIFACT_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
+    artifact: ArtifactInfo
+    manifest_json: str
+    def __init__(self, artifact: _Optional[_Union[ArtifactInfo, _Mapping]] = ..., manifest_json: _Optional[str] = ...) -> None: ...

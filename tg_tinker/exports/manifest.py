@@ -1,0 +1,196 @@
+"""The signed manifest of an export: which files, from which log, and what was promised about the data.
+
+An in-toto Statement v1 (https://in-toto.io/Statement/v1) in RFC 8785 form inside a DSSE envelope, signed with the
+key that signs the tenant's log. Whoever knows that key's verifier key needs nothing else to trust the files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import rfc8785
+
+from tg_tinker.errors import LogVerificationError
+from tg_tinker.exports.errors import refused
+from tg_tinker.exports.tar import LARGEST_BYTES, MANIFEST
+from tg_tinker.transparency._encoding import from_base64
+from tg_tinker.transparency.dsse import open_envelope
+from tg_tinker.transparency.note import VerifierKey
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:tg-tinker:export:v1"
+PEFT, PLAIN = "peft", "weights"
+_HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_PREDICATE = {
+    "artifact": {"content_hash": str, "id": str, "saved": str, "step": int},
+    "base_model": str,
+    "exported": str,
+    "guarantee": str,
+    "layout": str,
+    "lora_config": (dict, type(None)),
+    "origin": str,
+    "privacy": (dict, type(None)),
+    "provenance": list,
+    "server_version": str,
+}  # fmt: skip
+_PRIVACY = {"dataset_id", "delta", "entries", "epsilon", "head", "initial_weights", "unit"}
+_PROVENANCE = {"artifact", "base_model", "manifest", "origin", "privacy"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What an export says of itself.
+
+    Attributes:
+        files: SHA-256 in hex of every file but the manifest and the bundle, by name.
+        predicate: the claims, checked for shape; ``privacy`` is ``None`` where training was not private.
+    """
+
+    files: Mapping[str, str]
+    predicate: Mapping[str, Any]
+
+    @property
+    def origin(self) -> str:
+        """The log of the tenant that exported it."""
+        return str(self.predicate["origin"])
+
+    @property
+    def epsilon(self) -> float:
+        """Spent on the training data when the artifact was saved; infinite without privacy."""
+        privacy = self.predicate["privacy"]
+        return math.inf if privacy is None else float(privacy["epsilon"])
+
+    def payload(self) -> bytes:
+        """The statement, canonical: what is signed."""
+        subjects: list[Any] = [{"digest": {"sha256": d}, "name": n} for n, d in sorted(self.files.items())]
+        statement: dict[str, Any] = {
+            "_type": STATEMENT_TYPE,
+            "predicate": dict(self.predicate),
+            "predicateType": PREDICATE_TYPE,
+            "subject": subjects,
+        }
+        return bytes(rfc8785.dumps(statement))
+
+
+def open_manifest(data: bytes, key: VerifierKey) -> Manifest:
+    """Read a manifest that ``key`` signed, in its one spelling.
+
+    Raises:
+        LogVerificationError: signed by another key or by none, or altered.
+        InvalidRequestError: signed, and still not a manifest.
+    """
+    envelope = read_json(data, MANIFEST)
+    payload = open_envelope(envelope, key, payload_type=PAYLOAD_TYPE)
+    if len(envelope["signatures"]) != 1:
+        raise refused("its manifest has more than one signature")
+    manifest = parse_payload(payload)
+    if manifest.origin != key.name:
+        raise LogVerificationError(
+            f"the export says it comes from {manifest.origin[:100]}, and was signed by {key.name}",
+            kind="bad_signature",
+        )
+    return manifest
+
+
+def claimed_origin(data: bytes) -> str:
+    """Where a manifest says it comes from: a claim that nobody checked yet, to look a key up by."""
+    try:
+        payload = from_base64(read_json(data, MANIFEST)["payload"])
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise refused("its manifest is not a signed envelope") from e
+    return parse_payload(payload).origin
+
+
+def parse_payload(payload: bytes) -> Manifest:
+    """Read a statement.
+
+    Raises:
+        InvalidRequestError: a field is missing, unknown, or of another kind.
+    """
+    value = read_json(payload, "statement")
+    if set(value) != {"_type", "predicate", "predicateType", "subject"} or value["_type"] != STATEMENT_TYPE:
+        raise refused("its manifest is not an in-toto statement")
+    if value["predicateType"] != PREDICATE_TYPE:
+        raise refused(
+            f"its manifest is of the type {str(value['predicateType'])[:100]!r}, which this version does not know"
+        )
+    files = _files(value["subject"])
+    predicate = value["predicate"]
+    if not _shaped(predicate, _PREDICATE) or predicate["layout"] not in {PEFT, PLAIN}:
+        raise refused("its manifest lacks a field or has one too many")
+    privacy = predicate["privacy"]
+    if privacy is not None:
+        _check_privacy(privacy)
+    for earlier in predicate["provenance"]:
+        if not isinstance(earlier, dict) or set(earlier) != _PROVENANCE:
+            raise refused("its manifest tells of an earlier origin in an unknown form")
+        if earlier["privacy"] is not None:
+            _check_privacy(earlier["privacy"])
+    return Manifest(files=files, predicate=predicate)
+
+
+def read_json(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object in RFC 8785 form.
+
+    Raises:
+        InvalidRequestError: anything else, be it only a space.
+    """
+    if data.count(b"[") + data.count(b"{") > 100_000 or len(data) > LARGEST_BYTES.get(what, 2**20):
+        raise refused(f"its {what} is too large")
+    try:
+        value = json.loads(data)
+        canonical = rfc8785.dumps(value)
+    except (ValueError, RecursionError) as e:
+        raise refused(f"its {what} is not JSON") from e
+    if canonical != data or not isinstance(value, dict):
+        raise refused(f"its {what} is not in canonical form (RFC 8785)")
+    return value
+
+
+def _files(subjects: Any) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for subject in subjects if isinstance(subjects, list) else [None]:
+        if not isinstance(subject, dict) or set(subject) != {"digest", "name"}:
+            raise refused("its manifest does not list files as names and digests")
+        digest, name = subject["digest"], subject["name"]
+        if not isinstance(digest, dict) or set(digest) != {"sha256"} or _HEX.fullmatch(str(digest["sha256"])) is None:
+            raise refused("its manifest has a digest that is not SHA-256")
+        if name not in LARGEST_BYTES or name in files:
+            raise refused("its manifest lists a file that no export has, or one twice")
+        files[name] = digest["sha256"]
+    if list(files) != sorted(files):
+        raise refused("its manifest lists files out of order")
+    return files
+
+
+def _shaped(value: Any, shape: Any) -> bool:
+    if isinstance(shape, dict):
+        return (
+            isinstance(value, dict) and set(value) == set(shape) and all(_shaped(value[k], shape[k]) for k in shape)
+        )
+    return isinstance(value, shape) and not isinstance(value, bool)
+
+
+def _check_privacy(privacy: Any) -> None:
+    if not isinstance(privacy, dict) or set(privacy) != _PRIVACY:
+        raise refused("its manifest states privacy in an unknown form")
+    texts = [privacy[k] for k in ("dataset_id", "delta", "epsilon", "head", "initial_weights", "unit")]
+    if not all(isinstance(t, str) for t in texts) or type(privacy["entries"]) is not int:
+        raise refused("its manifest states privacy in an unknown form")
+    try:
+        epsilon, delta = float(privacy["epsilon"]), float(privacy["delta"])
+    except ValueError as e:
+        raise refused("its epsilon or delta is not a number") from e
+    if (
+        not epsilon >= 0
+        or not 0 < delta < 1
+        or repr(epsilon) != privacy["epsilon"]
+        or repr(delta) != privacy["delta"]
+    ):
+        raise refused("its epsilon or delta is impossible")
