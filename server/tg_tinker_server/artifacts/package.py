@@ -124,7 +124,7 @@ def predicate(source: Source, privacy: Mapping[str, Any] | None, origin: str) ->
         "lora_config": _lora_claim(state["config"].get("lora_config")),
         "origin": origin,
         "privacy": privacy,
-        "provenance": list(state.get("provenance", [])),
+        "provenance": [{**p, "origin": p["origin"] or origin} for p in state.get("provenance", [])],
         "server_version": source.server_version,
     }
 
@@ -157,7 +157,7 @@ def model_card(source: Source, privacy: Mapping[str, Any] | None, verifier_key: 
     """README.md, with the metadata that model hubs read. Nothing in it was written by a user but names of models."""
     state = source.state
     model = json.dumps(str(source.base_model))
-    earlier = [f"- {guarantee(p['privacy'])} (`{p['origin']}`)" for p in state.get("provenance", [])]
+    earlier = [f"- {guarantee(p['privacy'])} (`{p['origin'] or 'this log'}`)" for p in state.get("provenance", [])]
     use = (
         f"base = AutoModelForCausalLM.from_pretrained({model})\n"
         "model = PeftModel.from_pretrained(base, <this folder>)"

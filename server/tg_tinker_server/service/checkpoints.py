@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,6 +17,12 @@ from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.service.durability import CHECKPOINT, Durability, new_id, now
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
+from tg_tinker_server.service.lineage import (
+    Lineage,
+    has_finite_epsilon,
+    lineage_after,
+    refuse_one_name_for_two_datasets,
+)
 from tg_tinker_server.service.run import ACTIVE, DONE, Run
 from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.store import artifact_rows
@@ -84,6 +89,7 @@ class CheckpointService:
                 "optimizer": include_optimizer,
                 "saved": when.isoformat(),
                 "ledger": head,
+                "provenance": list(run.lineage),
             },
         )
         result = SavedState(
@@ -130,9 +136,11 @@ class CheckpointService:
         async with run.weights:
             await self.executors.compute(run.session.import_state, opened, optimizer=with_optimizer)
             run.drop_pending()
+            before, run.lineage = run.lineage, self.lineage(run, artifact_id, state)
             try:
                 return await self._settle_load(run, operation, artifact_id, state)
             except Exception:
+                run.lineage = before
                 await self.durability.rewind(run)
                 raise
 
@@ -196,6 +204,12 @@ class CheckpointService:
         await self.executors.io(self.db.write, lambda tx: artifact_rows.mark_deleted(tx, tenant, artifact_id, now()))
         await self.executors.io(self.vault.delete, tenant=tenant, artifact_id=artifact_id)
 
+    @staticmethod
+    def lineage(run: Run, artifact_id: str, state: Mapping[str, Any]) -> Lineage:
+        """What the run's weights owe to other data once it has loaded this checkpoint."""
+        own = None if run.private is None else run.private.scope.dataset_id
+        return lineage_after(run.lineage, artifact_id, state, dataset_id=own)
+
     async def _ledger_head(self, run: Run) -> dict[str, Any] | None:
         if run.private is None:
             return None
@@ -207,17 +221,28 @@ class CheckpointService:
             "epsilon": repr(spent.epsilon),
             "delta": repr(spent.delta),
             "initial_weights": run.private.config.initial_weights,
+            "unit": spent.unit,
         }
 
     def _check_provenance(self, run: Run, state: Mapping[str, Any]) -> None:
         """A private run starts from nothing whose cost is unknown: an unknown never costs zero."""
-        if run.private is None or run.private.config.initial_weights == "public":
+        if run.private is None:
+            return
+        refuse_one_name_for_two_datasets(tuple(state.get("provenance", [])), run.private.scope.dataset_id)
+        if run.private.config.initial_weights == "public":
             return
         ledger = state["ledger"]
         attested = ledger is not None and ledger.get("initial_weights") == "public"
-        if ledger is None or attested or not math.isfinite(float(ledger["epsilon"])):
-            how = "without privacy" if ledger is None else "from weights without a ledger"
-            how = how if ledger is None or attested else "with an un-noised step"
+        unknown = any(not has_finite_epsilon(e["privacy"]) for e in state.get("provenance", []))
+        if unknown or ledger is None or attested or not has_finite_epsilon(ledger):
+            how = (
+                "further from such weights"
+                if unknown
+                else "without privacy"
+                if ledger is None
+                else "from weights without a ledger"
+            )
+            how = how if unknown or ledger is None or attested else "with an un-noised step"
             raise DPUnsupportedError(
                 f"this checkpoint was trained {how}, so what it reveals about its data is not in any budget",
                 feature="checkpoint",

@@ -55,7 +55,12 @@ class Durability:
             artifact_id=state_id,
             kind=STATE,
             tensors=engine.tensors,
-            state={"engine": engine.scalars, "step": step, "run_id": run.run_id},
+            state={
+                "engine": engine.scalars,
+                "step": step,
+                "run_id": run.run_id,
+                "provenance": list(run.lineage),
+            },
             hashed=False,
         )
         return state_id

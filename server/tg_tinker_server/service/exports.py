@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError
+from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.exports import age, hpke
 from tg_tinker.exports.pieces import read_file
 from tg_tinker.exports.tar import LARGEST_MEMBER_BYTES, ORDER, REPORT, Bytes, write_tar
@@ -24,6 +24,7 @@ from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.checkpoints import CheckpointService
 from tg_tinker_server.service.durability import CHECKPOINT, now
 from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.lineage import is_foreign
 from tg_tinker_server.store.artifact_rows import ArtifactRow
 
 OPERATION = "export_artifact"
@@ -98,8 +99,8 @@ class ExportService:
         started = now()
         row = await self.checkpoints.row(caller.tenant, artifact_id)
         state, names = await self.executors.io(self._inspect, row)
-        report: dict[str, bytes] = {}
-        if state["ledger"] is not None:
+        report: dict[str, bytes] = {}  # where the data was never here, its own server reports on it
+        if state["ledger"] is not None and not is_foreign(state):
             report = await self._report(caller.tenant, state)
         source = Source(
             artifact_id=artifact_id,
@@ -142,11 +143,7 @@ class ExportService:
         return state_from(file.metadata), names
 
     async def _report(self, tenant: str, state: Mapping[str, Any]) -> dict[str, bytes]:
-        try:
-            return {REPORT: await self.reporter(tenant, str(state["ledger"]["dataset_id"]))}
-        except ResourceNotFoundError:
-            # An imported checkpoint whose data was never here: its own server reports on it.
-            return {}
+        return {REPORT: await self.reporter(tenant, str(state["ledger"]["dataset_id"]))}
 
     def _build(self, row: ArtifactRow, source: Source, sealing: Sealing) -> tuple[IO[bytes], str, int]:
         digest, size = hashlib.sha256(), 0

@@ -32,12 +32,12 @@ from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.checkpoints import NAME
 from tg_tinker_server.service.durability import CHECKPOINT, new_id, now
 from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.lineage import IMPORTED
 from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.store import artifact_rows
 from tg_tinker_server.store.database import Database
 
 OPERATION = "import_artifact"
-IMPORTED = "imported"
 PATIENCE_S = 60.0
 MOST_AT_ONCE = 4
 T = TypeVar("T")

@@ -15,6 +15,7 @@ from tg_tinker_server.dp.rng import SecureNormal
 from tg_tinker_server.engine.backend import Session
 from tg_tinker_server.ledger.reservation import DatasetScope
 from tg_tinker_server.service.lanes import Lane
+from tg_tinker_server.service.lineage import Lineage
 
 ACTIVE, DONE, BROKEN = "active", "completed", "failed"
 
@@ -52,6 +53,7 @@ class Run:
         weights: held while weights are between two settled states, so that nobody samples what is not settled.
     """
 
+        lineage: what its weights owe to other data than its own.
     tenant: str
     run_id: str
     config: TrainingConfig
@@ -70,6 +72,7 @@ class Run:
 
     def mac(self, purpose: str, data: bytes) -> bytes:
         """A keyed hash that nobody outside the server can confirm a guess with."""
+    lineage: Lineage = ()
         return hmac.new(self.secret, purpose.encode() + b"\x00" + data, hashlib.sha256).digest()
 
     def mac_text(self, purpose: str, data: bytes) -> str:

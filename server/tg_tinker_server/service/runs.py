@@ -205,6 +205,7 @@ class RunRegistry:
             engine = await self.executors.compute(session.export_state, optimizer=True)
             run.state_id = await self.durability.write_state(run, engine, step=run.step)
             values = {k: getattr(row, k) for k in row.__dataclass_fields__}
+                run.lineage = self.checkpoints.lineage(run, checkpoint_id, state)
             values.update(step=run.step, state_artifact_id=run.state_id)
             await self.executors.io(self.db.write, lambda tx: run_rows.insert_run(tx, run_rows.RunRow(**values)))
         except BaseException:
@@ -249,7 +250,7 @@ class RunRegistry:
         config = await self.executors.io(self.config_of, row)
         if row.state_artifact_id is None:
             raise ServerError(f"training client {row.run_id} has no saved state")
-        engine, _ = await self.durability.read_state(row.tenant, row.state_artifact_id)
+        engine, state = await self.durability.read_state(row.tenant, row.state_artifact_id)
         session = await self.executors.compute(self.backend.open, run_id=row.run_id, config=config)
         try:
             await self.executors.compute(session.import_state, engine, optimizer=True)
@@ -276,6 +277,7 @@ class RunRegistry:
         return Run(
             tenant=row.tenant,
             run_id=row.run_id,
+            run.lineage = tuple(state.get("provenance", []))
             config=config,
             session=session,
             lane=Lane(
