@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from tg_tinker.data import PoissonSampler, collate
+from tg_tinker.datasets import Dataset
 from tg_tinker.errors import (
     AuthenticationError,
     AuthorizationError,
@@ -61,6 +62,7 @@ __all__ = [
     "DPConfig",
     "DPMetrics",
     "DPUnsupportedError",
+    "Dataset",
     "EncryptionInfo",
     "ForwardBackwardOutput",
     "ForwardBackwardResult",

@@ -13,8 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tg_tinker import datasets
 from tg_tinker._endpoint import DEFAULT_RETRY_COUNT, DEFAULT_TIMEOUT_S, parse_base_url, read_tls_files, resolve
 from tg_tinker._transport import Transport
+from tg_tinker.datasets import Dataset
 from tg_tinker.errors import ResourceNotFoundError, ServerError
 from tg_tinker.exports.files import (
     ExportedArtifact,
@@ -42,6 +44,7 @@ from tg_tinker.types import (
     TrainingClientInfo,
     TrainingConfig,
 )
+from tg_tinker.types.records import Budget
 from tg_tinker.types.run import RunInfo
 from tg_tinker.wire import requests
 from tg_tinker.wire.artifacts import artifact_from_proto
@@ -239,6 +242,67 @@ class ServiceClient:
         with open_archive(Path(path), keys) as archive:
             reply = self._transport.upload(requests.import_artifact(checked.key.text, map(bytes, archive)))
         return artifact_from_proto(reply.artifact)
+
+    # Datasets.
+
+    def create_dataset(
+        self,
+        dataset_id: str,
+        records: Sequence[str | Mapping[str, Any]],
+        *,
+        unit_ids: Sequence[str] | None = None,
+        privacy_unit: str = "datum",
+        target_epsilon: float | None = 8.0,
+        target_delta: float | None = None,
+        truncate: bool = False,
+    ) -> Dataset:
+        """Register records: the server keeps them encrypted, draws batches from them, and guards their budget.
+
+        Args:
+            dataset_id: a name that was never used; its budget is set here, once.
+            records: texts, or dicts of token lists {input_ids, labels, attention_mask}.
+            unit_ids: whose each record is, for privacy units larger than a record. They stay in this process.
+            target_epsilon: the promise for all runs together; ``None``: no limit.
+            target_delta: default 1 / (2 * units), rounded down to one digit.
+            truncate: cut records that are longer than a run allows; otherwise such a run is refused.
+
+        Raises:
+            InvalidRequestError: the name was used before, or a record cannot be. Nothing is left of the upload.
+        """
+        self._handshake()
+        return datasets.create(
+            self._transport,
+            dataset_id,
+            records,
+            unit_ids=unit_ids,
+            privacy_unit=privacy_unit,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            truncate=truncate,
+        )
+
+    def get_dataset(self, dataset_id: str) -> Dataset:
+        """A handle on a registered dataset."""
+        return Dataset(self._transport, datasets.get(self._transport, dataset_id))
+
+    def list_datasets(self, limit: int = 100) -> list[Dataset]:
+        """The newest registered datasets of the tenant."""
+        return datasets.listed(self._transport, limit)
+
+    def delete_dataset(self, dataset_id: str) -> None:
+        """Erase every record for good. The ledger and what was spent stay, and the name is never free again."""
+        datasets.delete(self._transport, dataset_id)
+
+    def raise_budget(self, dataset_id: str, target_epsilon: float, reason: str) -> Budget:
+        """Raise the target of a dataset, registered or not. Needs a key with the role budget_officer.
+
+        Args:
+            reason: one line; stands in the ledger beside the id of the key, so name nobody.
+
+        Raises:
+            InvalidRequestError: not larger than the target in force.
+        """
+        return datasets.raise_budget(self._transport, dataset_id, target_epsilon, reason)
 
     # Privacy and audit.
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from tg_tinker._arguments import generation, keyed_units, sampling_params, saving, texts
 from tg_tinker._transport import Transport
+from tg_tinker.datasets import Dataset
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.futures import FutureHandle
 from tg_tinker.privacy_view import PrivacyView
@@ -83,10 +84,11 @@ class TrainingClient:
 
     def forward_backward(
         self,
-        batch: Batch,
+        batch: Batch | None = None,
         batch_hash: str | None = None,
         *,
         privacy_unit_ids: Sequence[str] | None = None,
+        dataset: Dataset | str | None = None,
     ) -> FutureHandle:
         """Execute a forward and backward pass; gradients add up until ``optim_step``.
 
@@ -96,6 +98,8 @@ class TrainingClient:
                 a label for the audit log.
             privacy_unit_ids: whose each record is, for privacy units larger than a record. Only keyed hashes of
                 them leave this process.
+            dataset: instead of a batch: a registered dataset, or its id, from which the server draws one. A step
+                takes one draw, and nobody learns which records were in it.
 
         Returns:
             Resolves to a ForwardBackwardResult. In eval mode the loss is computed and nothing adds up.
@@ -103,6 +107,12 @@ class TrainingClient:
         Raises:
             InvalidRequestError: shapes, keys or units that cannot be, before anything is sent.
         """
+        if dataset is not None:
+            return self._submit(self._drawn_pass(dataset, batch, batch_hash, privacy_unit_ids))
+        if batch is None:
+            raise InvalidRequestError(
+                "forward_backward needs a batch, or dataset=...", field="batch", constraint="a batch or a dataset"
+            )
         data = BatchData.of(batch)
         units = None if privacy_unit_ids is None else keyed_units(self._unit_key, privacy_unit_ids, data.num_records)
         return self._submit(Pass(batch=data, train=self._training, units=units, batch_hash=batch_hash))
@@ -280,13 +290,14 @@ class TrainingClient:
 
     async def forward_backward_async(
         self,
-        batch: Batch,
+        batch: Batch | None = None,
         batch_hash: str | None = None,
         *,
         privacy_unit_ids: Sequence[str] | None = None,
+        dataset: Dataset | str | None = None,
     ) -> FutureHandle:
         """Like ``forward_backward``; await the returned handle for the result."""
-        return self.forward_backward(batch, batch_hash, privacy_unit_ids=privacy_unit_ids)
+        return self.forward_backward(batch, batch_hash, privacy_unit_ids=privacy_unit_ids, dataset=dataset)
 
     async def optim_step_async(self, apply_dp_noise: bool = True) -> FutureHandle:
         """Like ``optim_step``; await the returned handle for the result."""
@@ -325,6 +336,26 @@ class TrainingClient:
     async def get_info_async(self) -> RunInfo:
         """Like ``get_info``."""
         return self._saw(await asyncio.wrap_future(self._transport.send(requests.get_run(self.id))))
+
+    def _drawn_pass(self, dataset: Dataset | str, *given: object) -> Pass:
+        if any(value is not None for value in given):
+            raise InvalidRequestError(
+                "the server draws the batch itself; give a batch or a dataset, not both",
+                field="dataset",
+                constraint="a batch or a dataset",
+            )
+        if not self._training:
+            raise InvalidRequestError(
+                "a registered dataset is drawn from for training only; call train() first, or evaluate on a batch",
+                field="dataset",
+                constraint="train mode",
+            )
+        dataset_id = dataset.id if isinstance(dataset, Dataset) else dataset
+        if not isinstance(dataset_id, str) or not dataset_id:
+            raise InvalidRequestError(
+                "dataset must be a Dataset or the id of one", field="dataset", constraint="a registered dataset"
+            )
+        return Pass.drawn_from(dataset_id)
 
     def _submit(self, call: Call) -> FutureHandle:
         return FutureHandle(self._session.submit(call))

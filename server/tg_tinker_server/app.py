@@ -36,8 +36,8 @@ from tg_tinker_server.service.datasets import DatasetService
 from tg_tinker_server.service.draws import DrawService
 from tg_tinker_server.service.durability import Durability, now
 from tg_tinker_server.service.executors import Executors
-from tg_tinker_server.service.fitting import PassLimits
 from tg_tinker_server.service.exports import ExportService
+from tg_tinker_server.service.fitting import PassLimits
 from tg_tinker_server.service.imports import MOST_AT_ONCE, ImportService
 from tg_tinker_server.service.log import LogService
 from tg_tinker_server.service.operations import OperationService
@@ -108,9 +108,12 @@ class Server:
             durability,
             executors,
             self._passes,
-            DrawService(db, dataset_keys, executors, PassLimits(
-                max_records=config.max_batch_records, max_tokens=config.max_batch_tokens
-            )),
+            DrawService(
+                db,
+                dataset_keys,
+                executors,
+                PassLimits(max_records=config.max_batch_records, max_tokens=config.max_batch_tokens),
+            ),
             config.share_passes,
             config.max_batch_records,
             config.max_batch_tokens,

@@ -37,6 +37,7 @@ class ServerConfig(BaseModel):
         max_queue: operations waiting per run before RATE_LIMITED.
         max_runs_per_tenant: active runs.
         max_batch_records, max_batch_tokens, max_request_bytes: limits of one request; tokens with padding.
+        max_dataset_records, max_dataset_bytes: limits of one registered dataset.
         micro_batch_tokens: padded tokens in memory at once during a backward pass; "auto" finds them for each model.
         share_passes: whose waiting passes may be computed together: those of one tenant, everyone's (tenants that
             trust each other), or nobody's.
@@ -65,6 +66,8 @@ class ServerConfig(BaseModel):
     max_batch_records: int = Field(4096, ge=1)
     max_batch_tokens: int = Field(2**19, ge=1)
     max_request_bytes: int = Field(64 * 2**20, ge=2**16)
+    max_dataset_records: int = Field(5_000_000, ge=1)
+    max_dataset_bytes: int = Field(2**30, ge=1)
     micro_batch_tokens: CountOrAuto = "auto"
     share_passes: SharePasses = "tenant"
     kept_results: int = Field(1000, ge=10)

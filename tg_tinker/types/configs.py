@@ -103,9 +103,10 @@ class DPConfig(_Config):
         accountant_type: "rdp" gates and reports; "prv" is tighter for a schedule fixed in advance by
             ``max_steps``; "gdp" is a central-limit estimate and no bound, so the gate stays "rdp".
         dataset_id: whose budget is spent; every run naming it shares it. ``None``: the run is its own.
-        dataset_size: number of privacy units in the dataset; needed for "poisson".
-        sampling: "none" claims no amplification; "poisson": you draw batches with data.PoissonSampler
-            and attest it; "max_participation": the server counts how often each unit takes part.
+        dataset_size: number of privacy units in the dataset; needed for "poisson" unless the dataset is registered.
+        sampling: "none" claims no amplification; "poisson": the server draws batches from a registered dataset, or
+            you draw them with data.PoissonSampler and attest it; "max_participation": the server counts how often
+            each unit takes part.
         max_participation: most steps one unit may take part in, for that mode.
         privacy_unit: what one epsilon protects; "datum" is a record.
         diagnostics: "owner" returns exact losses and norms to the caller; "off" returns none.
@@ -151,8 +152,11 @@ class DPConfig(_Config):
             raise ValueError(f"noise_multiplier must be positive and finite or 'auto', got {sigma}")
         if self.target_epsilon is not None and not self.target_epsilon > 0:
             raise ValueError(f"target_epsilon must be positive, got {self.target_epsilon}")
-        if self.sampling == "poisson" and self.dataset_size is None:
-            raise ValueError("sampling='poisson' needs dataset_size: the rate is expected batch / dataset_size")
+        if self.sampling == "poisson" and self.dataset_size is None and self.dataset_id is None:
+            raise ValueError(
+                "sampling='poisson' needs dataset_size (the rate is expected batch / dataset_size), or the "
+                "dataset_id of a registered dataset"
+            )
         if self.sampling == "max_participation" and self.max_participation is None:
             raise ValueError("sampling='max_participation' needs max_participation")
         if self.noise_multiplier == "auto" and not self.finite_target:

@@ -6,6 +6,7 @@ The bytes are canonical: a record has one encoding, and ids of records are keyed
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,15 +14,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types.batch import IGNORE_INDEX
+from tg_tinker.types.configs import DPConfig
 
 # Shape suffix: T tokens.
 MAX_RECORD_BYTES = 2**20
 RECORD_ID_BYTES = 16
 _TEXT, _TOKENS = 1, 2
 _MASK, _LABELS = 1, 2
+_UPLOAD_ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
 _FIELDS = ("input_ids", "attention_mask", "labels")
 Ints = npt.NDArray[np.int32]
 
@@ -125,6 +129,58 @@ class Record:
         if flags & _LABELS:
             fields["labels"] = np.frombuffer(data[end:], "<i4")
         return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewDataset:
+    """What is asked for when a dataset is registered.
+
+    Attributes:
+        upload_id: random, chosen by the client; makes every call of the upload repeatable.
+        target_epsilon: inf is no limit.
+        num_slots: privacy units among the records.
+
+    Raises:
+        InvalidRequestError: naming the field that cannot be.
+    """
+
+    upload_id: str
+    dataset_id: str
+    privacy_unit: str
+    target_epsilon: float
+    target_delta: float
+    truncate: bool
+    num_records: int
+    num_slots: int
+
+    def __post_init__(self) -> None:
+        try:  # the rules of names, units and targets stand there
+            DPConfig.model_validate(
+                {
+                    "dataset_id": self.dataset_id,
+                    "privacy_unit": self.privacy_unit,
+                    "target_epsilon": self.target_epsilon,
+                    "target_delta": self.target_delta,
+                }
+            )
+        except ValidationError as e:
+            first = e.errors()[0]
+            name = ".".join(str(p) for p in first["loc"]) or "dataset_id"
+            text = first["msg"].removeprefix("Value error, ")
+            raise InvalidRequestError(f"{name}: {text}", field=name, constraint=first["type"]) from e
+        units = self.num_slots
+        for name, holds, constraint in (
+            ("upload_id", bool(_UPLOAD_ID.fullmatch(self.upload_id)), "8 to 64 of A-Z a-z 0-9 _ -"),
+            ("records", 1 <= units <= self.num_records, "at least one record, and one for each privacy unit"),
+            (
+                "unit_ids",
+                self.privacy_unit != "datum" or units == self.num_records,
+                "none where a record is the unit",
+            ),
+            ("target_delta", units < 1 or self.target_delta < 1 / units, f"below 1 / {units} privacy units"),
+        ):
+            if not holds:
+                raise InvalidRequestError(f"{name} must be: {constraint}", field=name, constraint=constraint)
 
 
 @dataclass(frozen=True, kw_only=True)

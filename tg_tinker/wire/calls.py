@@ -40,12 +40,19 @@ class Pass:
         train: accumulate the gradient; otherwise only evaluate.
         units: one privacy unit id per record, already keyed; ``None``: each record is its own unit.
         batch_hash: ``sha256:...`` that must match, or a label.
+        dataset_id: the server draws the batch from this registered dataset; ``batch`` is then empty.
     """
 
     batch: BatchData
     train: bool = True
     units: tuple[str, ...] | None = None
     batch_hash: str | None = None
+    dataset_id: str = ""
+
+    @classmethod
+    def drawn_from(cls, dataset_id: str, *, train: bool = True) -> Pass:
+        """A pass over a batch that the server draws."""
+        return cls(batch=BatchData(input_ids=[]), train=train, dataset_id=dataset_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +248,8 @@ def json_from_text(text: str, *, field: str) -> dict[str, Any]:
 
 def _pass_to_proto(call: Pass, key: common_pb2.OperationKey) -> training_pb2.ForwardBackwardRequest:
     mode = training_pb2.PASS_MODE_TRAIN if call.train else training_pb2.PASS_MODE_EVAL
+    if call.dataset_id:
+        return training_pb2.ForwardBackwardRequest(key=key, mode=mode, dataset_id=call.dataset_id)
     tensors = {
         name: tensor_to_proto(array) for name in _BATCH_FIELDS if (array := getattr(call.batch, name)) is not None
     }
@@ -249,6 +258,7 @@ def _pass_to_proto(call: Pass, key: common_pb2.OperationKey) -> training_pb2.For
         mode=mode,
         privacy_unit_ids=call.units or (),
         batch_hash=call.batch_hash or "",
+        dataset_id="",
         **tensors,
     )
 
@@ -256,6 +266,14 @@ def _pass_to_proto(call: Pass, key: common_pb2.OperationKey) -> training_pb2.For
 def _pass_from_proto(request: training_pb2.ForwardBackwardRequest) -> Pass:
     if request.mode not in (training_pb2.PASS_MODE_TRAIN, training_pb2.PASS_MODE_EVAL):
         raise InvalidRequestError("the pass has no mode", field="mode", constraint="train or eval")
+    if request.dataset_id:
+        if any(request.HasField(name) for name in _BATCH_FIELDS) or request.privacy_unit_ids or request.batch_hash:
+            raise InvalidRequestError(
+                "the server draws the batch itself; send a batch or name a dataset, not both",
+                field="dataset",
+                constraint="a batch or a dataset",
+            )
+        return Pass.drawn_from(request.dataset_id, train=request.mode == training_pb2.PASS_MODE_TRAIN)
     if not request.HasField("input_ids"):
         raise InvalidRequestError("batch has no input_ids", field="batch.input_ids", constraint="required")
     arrays = {

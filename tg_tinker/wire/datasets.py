@@ -6,10 +6,42 @@ from collections.abc import Sequence
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.proto.v1 import datasets_pb2
-from tg_tinker.types.records import RECORD_ID_BYTES, Budget, DatasetInfo
+from tg_tinker.types.records import RECORD_ID_BYTES, Budget, DatasetInfo, NewDataset
 from tg_tinker.wire.times import time_from_proto, time_to_proto
 
 _PREFIX = "rec_"
+
+
+def new_dataset_to_proto(new: NewDataset) -> datasets_pb2.CreateDatasetRequest:
+    """What is asked for as a message."""
+    return datasets_pb2.CreateDatasetRequest(
+        upload_id=new.upload_id,
+        dataset_id=new.dataset_id,
+        privacy_unit=new.privacy_unit,
+        target_epsilon=new.target_epsilon,
+        target_delta=new.target_delta,
+        truncate=new.truncate,
+        num_records=new.num_records,
+        num_slots=new.num_slots,
+    )
+
+
+def new_dataset_from_proto(message: datasets_pb2.CreateDatasetRequest) -> NewDataset:
+    """What is asked for, from a message.
+
+    Raises:
+        InvalidRequestError: naming the field that cannot be.
+    """
+    return NewDataset(
+        upload_id=message.upload_id,
+        dataset_id=message.dataset_id,
+        privacy_unit=message.privacy_unit,
+        target_epsilon=message.target_epsilon,
+        target_delta=message.target_delta,
+        truncate=message.truncate,
+        num_records=message.num_records,
+        num_slots=message.num_slots,
+    )
 
 
 def dataset_to_proto(info: DatasetInfo) -> datasets_pb2.DatasetInfo:
@@ -106,4 +138,51 @@ def _no_id() -> InvalidRequestError:
         "record_ids is a list of ids as dataset.record_ids gives them",
         field="record_ids",
         constraint="rec_ and 32 hexadecimal digits each",
+    )
+
+
+def append_records(
+    upload_id: str, position: int, records: Sequence[tuple[bytes, int]]
+) -> datasets_pb2.AppendRecordsRequest:
+    """The next records of an upload, each with its slot."""
+    messages = [datasets_pb2.DatasetRecord(data=data, slot=slot) for data, slot in records]
+    return datasets_pb2.AppendRecordsRequest(upload_id=upload_id, position=position, records=messages)
+
+
+def seal_dataset(upload_id: str) -> datasets_pb2.SealDatasetRequest:
+    """Turn an upload into a dataset."""
+    return datasets_pb2.SealDatasetRequest(upload_id=upload_id)
+
+
+def get_dataset(dataset_id: str) -> datasets_pb2.GetDatasetRequest:
+    """Describe a dataset."""
+    return datasets_pb2.GetDatasetRequest(dataset_id=dataset_id)
+
+
+def list_datasets(limit: int) -> datasets_pb2.ListDatasetsRequest:
+    """The newest datasets."""
+    return datasets_pb2.ListDatasetsRequest(limit=limit)
+
+
+def list_record_ids(dataset_id: str, position: int) -> datasets_pb2.ListRecordIdsRequest:
+    """A page of record ids."""
+    return datasets_pb2.ListRecordIdsRequest(dataset_id=dataset_id, position=position)
+
+
+def erase_records(dataset_id: str, packed_ids: bytes) -> datasets_pb2.EraseRecordsRequest:
+    """Erase records."""
+    return datasets_pb2.EraseRecordsRequest(dataset_id=dataset_id, record_ids=packed_ids)
+
+
+def delete_dataset(dataset_id: str) -> datasets_pb2.DeleteDatasetRequest:
+    """Erase every record of a dataset."""
+    return datasets_pb2.DeleteDatasetRequest(dataset_id=dataset_id)
+
+
+def raise_budget(
+    request_id: str, dataset_id: str, target_epsilon: float, reason: str
+) -> datasets_pb2.RaiseBudgetRequest:
+    """Raise a target; the same ``request_id`` again is the same raise."""
+    return datasets_pb2.RaiseBudgetRequest(
+        request_id=request_id, dataset_id=dataset_id, target_epsilon=target_epsilon, reason=reason
     )

@@ -8,9 +8,17 @@ from functools import cache
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from tg_tinker.proto.v1 import artifacts_pb2, common_pb2, privacy_pb2, runs_pb2, sampling_pb2, training_pb2
+from tg_tinker.proto.v1 import (
+    artifacts_pb2,
+    common_pb2,
+    datasets_pb2,
+    privacy_pb2,
+    runs_pb2,
+    sampling_pb2,
+    training_pb2,
+)
 
-_FILES = (training_pb2, sampling_pb2, runs_pb2, artifacts_pb2, privacy_pb2)
+_FILES = (training_pb2, sampling_pb2, runs_pb2, artifacts_pb2, privacy_pb2, datasets_pb2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +28,7 @@ class Method:
     Attributes:
         service: full name, e.g. ``"tg_tinker.v1.TrainingService"``.
         path: what HTTP/2 carries, ``"/<service>/<name>"``.
-        scope: what the caller's key must allow: PUBLIC, READ, TRAIN, SAMPLE, EXPORT, AUDIT; UNSPECIFIED
+        scope: what the caller's key must allow: PUBLIC, READ, TRAIN, SAMPLE, EXPORT, AUDIT, BUDGET; UNSPECIFIED
             when the protocol file forgot to say.
     """
 

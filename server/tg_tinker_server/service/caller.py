@@ -16,7 +16,7 @@ SCOPES_OF_ROLE: dict[str, frozenset[str]] = {
     "sampler": frozenset({"READ", "SAMPLE"}),
     "exporter": frozenset({"READ", "EXPORT"}),
     "auditor": frozenset({"READ", "AUDIT"}),
-    "budget_officer": frozenset({"READ", "AUDIT"}),
+    "budget_officer": frozenset({"READ", "AUDIT", "BUDGET"}),
     "admin": frozenset({"READ"}),  # manages keys on the server's machine; can neither train nor export
 }
 HOW_TO_GET_A_KEY = "create one on the server with `tg-tinker keys create` and set TG_TINKER_API_KEY"

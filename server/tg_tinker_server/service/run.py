@@ -10,7 +10,7 @@ from datetime import datetime
 
 from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.types import DPConfig, TrainingConfig
-from tg_tinker_server.dp.events import Event
+from tg_tinker_server.dp.events import Event, SampledGaussian
 from tg_tinker_server.dp.rng import SecureNormal
 from tg_tinker_server.engine.backend import Session
 from tg_tinker_server.ledger.reservation import DatasetScope
@@ -38,6 +38,11 @@ class PrivateRun:
     accountant: str
     noise: SecureNormal
 
+    @property
+    def drawn_here(self) -> bool:
+        """Whether the server draws the run's batches, from a registered dataset."""
+        return isinstance(self.event, SampledGaussian) and self.event.vouched_by == "server"
+
 
 @dataclass(eq=False, kw_only=True)
 class Run:
@@ -48,12 +53,12 @@ class Run:
         durable_seq: effects of operations up to here survive a restart.
         state_id: the encrypted snapshot to restart from.
         passes: training passes since the last step; with ``step`` it seeds dropout.
+        lineage: what its weights owe to other data than its own.
         poison: why the pending gradient is incomplete; the next step is refused.
         secret: key of this run's own MACs.
         weights: held while weights are between two settled states, so that nobody samples what is not settled.
     """
 
-        lineage: what its weights owe to other data than its own.
     tenant: str
     run_id: str
     config: TrainingConfig
@@ -67,12 +72,12 @@ class Run:
     durable_seq: int = 0
     state_id: str = ""
     passes: int = 0
+    lineage: Lineage = ()
     poison: str | None = None
     weights: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     def mac(self, purpose: str, data: bytes) -> bytes:
         """A keyed hash that nobody outside the server can confirm a guess with."""
-    lineage: Lineage = ()
         return hmac.new(self.secret, purpose.encode() + b"\x00" + data, hashlib.sha256).digest()
 
     def mac_text(self, purpose: str, data: bytes) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from tg_tinker.errors import InvalidRequestError, RateLimitedError, ResourceNotFoundError, ServerError
@@ -12,19 +12,21 @@ from tg_tinker.types import TrainingConfig
 from tg_tinker.types.info import ModelInfo
 from tg_tinker.wire.runs import config_from_json, config_to_json
 from tg_tinker_server.crypto.envelope import TenantKeyring
+from tg_tinker_server.dp.events import SampledGaussian
 from tg_tinker_server.dp.rng import SecureNormal
 from tg_tinker_server.engine.backend import Backend, Session
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import DatasetScope
 from tg_tinker_server.service.checkpoints import CheckpointService
 from tg_tinker_server.service.crashes import crash_to_error
+from tg_tinker_server.service.datasets import with_dataset
 from tg_tinker_server.service.durability import Durability, new_id, now
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Lane
 from tg_tinker_server.service.privacy import release_event, resolve_noise_multiplier
 from tg_tinker_server.service.run import ACTIVE, DONE, PrivateRun, Run
 from tg_tinker_server.service.sealed_text import SealedText
-from tg_tinker_server.store import run_rows
+from tg_tinker_server.store import dataset_rows, run_rows
 from tg_tinker_server.store.database import Database, Transaction
 
 T = TypeVar("T")
@@ -80,15 +82,16 @@ class RunRegistry:
             made = await self.executors.io(
                 self.db.read, lambda tx: run_rows.find_run_by_request(tx, tenant, request_id)
             )
+            config = await self.executors.io(self._with_dataset, tenant, config_from_json(config_json))
             if made is not None:
-                if await self.executors.io(self.config_of, made) != config_from_json(config_json):
+                if await self.executors.io(self.config_of, made) != config:
                     raise InvalidRequestError(
                         "this request_id made a training client with another configuration",
                         field="request_id",
                         constraint="one configuration per request_id",
                     )
                 return await self.get(tenant, made.run_id)
-            return await self._create(tenant, request_id, config_from_json(config_json), checkpoint_id)
+            return await self._create(tenant, request_id, config, checkpoint_id)
 
     async def get(self, tenant: str, run_id: str) -> Run:
         """A tenant's run, restored from its last settled state if this process does not hold it yet.
@@ -202,10 +205,10 @@ class RunRegistry:
                 self.checkpoints.check_fits(run, state)
                 await self.executors.compute(session.import_state, engine, optimizer=bool(state["optimizer"]))
                 run.step = int(state["step"])
+                run.lineage = self.checkpoints.lineage(run, checkpoint_id, state)
             engine = await self.executors.compute(session.export_state, optimizer=True)
             run.state_id = await self.durability.write_state(run, engine, step=run.step)
             values = {k: getattr(row, k) for k in row.__dataclass_fields__}
-                run.lineage = self.checkpoints.lineage(run, checkpoint_id, state)
             values.update(step=run.step, state_artifact_id=run.state_id)
             await self.executors.io(self.db.write, lambda tx: run_rows.insert_run(tx, run_rows.RunRow(**values)))
         except BaseException:
@@ -220,7 +223,7 @@ class RunRegistry:
             return None
         scope = DatasetScope(tenant=tenant, dataset_id=dp.dataset_id or run_id)
         sigma = await self.executors.accounting(resolve_noise_multiplier, config)
-        private = self._private(config, scope, sigma)
+        private = await self.executors.io(self._private, config, scope, sigma)
         await self.executors.accounting(
             self.ledger.open_dataset,
             scope,
@@ -237,14 +240,29 @@ class RunRegistry:
 
     def _private(self, config: TrainingConfig, scope: DatasetScope, sigma: float) -> PrivateRun:
         assert config.dp_config is not None
+        event = release_event(config, sigma)
+        # A name is registered before its first run or never, so a restored run gets the event it was made with.
+        if isinstance(event, SampledGaussian) and self._registered(scope.tenant, scope.dataset_id) is not None:
+            event = replace(event, vouched_by="server")
         return PrivateRun(
             config=config.dp_config,
             scope=scope,
-            event=release_event(config, sigma),
+            event=event,
             noise_multiplier=sigma,
             accountant="prv" if config.dp_config.accountant_type == "prv" and config.max_steps else "rdp",
             noise=SecureNormal(),
         )
+
+    def _registered(self, tenant: str, dataset_id: str) -> dataset_rows.StoreRow | None:
+        return self.db.read(lambda tx: dataset_rows.find_dataset(tx, tenant, dataset_id))
+
+    def _with_dataset(self, tenant: str, config: TrainingConfig) -> TrainingConfig:
+        """The configuration with what the registration of its dataset says about the size."""
+        dp = config.dp_config
+        if dp is None or not dp.enabled:
+            return config
+        row = self._registered(tenant, dp.dataset_id) if dp.dataset_id else None
+        return with_dataset(config, dp, row)
 
     async def _restore(self, row: run_rows.RunRow) -> Run:
         config = await self.executors.io(self.config_of, row)
@@ -257,8 +275,9 @@ class RunRegistry:
             private = None
             if row.dataset_id is not None and row.noise_multiplier is not None:
                 scope = DatasetScope(tenant=row.tenant, dataset_id=row.dataset_id)
-                private = self._private(config, scope, row.noise_multiplier)
+                private = await self.executors.io(self._private, config, scope, row.noise_multiplier)
             run = await self._assemble(row, config, session, private)
+            run.lineage = tuple(state.get("provenance", []))
             kept = await self.executors.io(
                 self.db.read,
                 lambda tx: run_rows.results_after(tx, row.tenant, row.run_id, row.durable_seq),
@@ -277,7 +296,6 @@ class RunRegistry:
         return Run(
             tenant=row.tenant,
             run_id=row.run_id,
-            run.lineage = tuple(state.get("provenance", []))
             config=config,
             session=session,
             lane=Lane(

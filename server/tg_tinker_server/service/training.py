@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tg_tinker.errors import (
@@ -31,6 +32,7 @@ from tg_tinker_server.engine.schedules import learning_rate_at
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import Reservation
 from tg_tinker_server.service.crashes import log_crash
+from tg_tinker_server.service.draws import DrawService, require_drawable
 from tg_tinker_server.service.durability import Durability
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
@@ -52,15 +54,18 @@ class TrainingService:
     durability: Durability
     executors: Executors
     passes: PassQueue
+    draws: DrawService
     share_passes: SharePasses
     max_batch_records: int
     max_batch_tokens: int
 
     async def forward_backward(self, run: Run, operation: Operation, request: Pass) -> ForwardBackwardOutput:
-        """Add one batch to the logical batch, or only evaluate it."""
+        """Add one batch to the logical batch, or only evaluate it; or draw the logical batch from a dataset."""
         run.require_intact()
         if request.train:
             run.require_active()
+        if request.dataset_id:
+            return await self._draw(run, operation, request)
         self._check(run, request)
         if request.batch.input_ids.size < LARGE_BATCH:
             digest, engine_request = _prepare(run, request)
@@ -75,12 +80,7 @@ class TrainingService:
             )
         if request.train and run.private is not None:
             await self._refuse_if_unaffordable(run, run.private)
-        result = await self.passes.run(
-            run.session,
-            engine_request,
-            group=sharing_group(run, self.share_passes),
-            ensure_wanted=operation.ensure_wanted,
-        )
+        result = await self._pass(run, operation, engine_request)
         describing = asyncio.ensure_future(self._describe(run, digest, result, operation))  # hashes on a disk thread
         try:
             if request.train:
@@ -88,6 +88,30 @@ class TrainingService:
             return await describing
         finally:
             describing.cancel()
+
+    async def _pass(self, run: Run, operation: Operation, request: PassRequest) -> PassResult:
+        return await self.passes.run(
+            run.session,
+            request,
+            group=sharing_group(run, self.share_passes),
+            ensure_wanted=operation.ensure_wanted,
+        )
+
+    async def _draw(self, run: Run, operation: Operation, request: Pass) -> ForwardBackwardOutput:
+        """Draw the logical batch from the run's registered dataset. Nothing is charged until it is stepped."""
+        private = require_drawable(run, request)
+        await self._refuse_if_unaffordable(run, private)
+        digest, results, gradients = hashlib.sha256(), list[PassResult](), hashlib.sha256()
+        for drawn in await self.draws.draw(run, operation.ensure_wanted):
+            part = Pass(batch=drawn.batch, units=drawn.units)
+            part_digest, engine_request = await self.executors.io(_prepare, run, part)
+            result = await self._pass(run, operation, engine_request)
+            assert result.contribution is not None
+            gradients.update(await self.executors.io(result.contribution.digest))
+            await self._accumulate(run, operation, result)
+            results.append(replace(result, contribution=None))
+            digest.update(part_digest)
+        return self._output_of_pass(run, digest.digest(), _together(results), gradients.digest(), operation)
 
     def poison(self, run: Run, error: Exception) -> None:
         """A training pass failed, however: the logical batch is incomplete, so the next step is refused once."""
@@ -103,6 +127,14 @@ class TrainingService:
     def _check(self, run: Run, request: Pass) -> None:
         records, tokens = request.batch.input_ids.shape
         private = run.private
+        if request.train and private is not None and private.drawn_here:
+            raise InvalidRequestError(
+                f"the server draws the batches of this run from dataset {private.scope.dataset_id}; call "
+                "forward_backward(dataset=...). To choose batches yourself, create the run with "
+                "DPConfig(sampling='none'), which claims no amplification",
+                field="batch",
+                constraint="drawn by the server",
+            )
         empty_draw = request.train and private is not None and private.config.sampling == "poisson"
         if (records == 0 or tokens == 0) and not empty_draw:
             raise InvalidRequestError(
@@ -168,11 +200,18 @@ class TrainingService:
     async def _describe(
         self, run: Run, digest: bytes, result: PassResult, operation: Operation
     ) -> ForwardBackwardOutput:
-        private = run.private
-        gradient = ""
+        gradient = None
         if result.contribution is not None:
-            raw = await self.executors.io(result.contribution.digest)
-            gradient = run.mac_text("gradient", raw) if private else "sha256:" + raw.hex()
+            gradient = await self.executors.io(result.contribution.digest)
+        return self._output_of_pass(run, digest, result, gradient, operation)
+
+    def _output_of_pass(
+        self, run: Run, digest: bytes, result: PassResult, gradient: bytes | None, operation: Operation
+    ) -> ForwardBackwardOutput:
+        private = run.private
+        gradient_hash = ""
+        if gradient is not None:
+            gradient_hash = run.mac_text("gradient", gradient) if private else "sha256:" + gradient.hex()
         shown = private is None or private.config.diagnostics == "owner"
         metrics = {
             "loss:sum": result.loss_sum,
@@ -183,7 +222,7 @@ class TrainingService:
         return ForwardBackwardOutput(
             loss=result.loss if shown else NAN,
             batch_hash=run.mac_text("batch", digest) if private else "sha256:" + digest.hex(),
-            gradient_hash=gradient,
+            gradient_hash=gradient_hash,
             num_tokens=result.num_tokens if shown else 0,
             latency_ms=operation.elapsed_ms(),
             metrics=metrics if shown else {},
@@ -297,7 +336,7 @@ class TrainingService:
 
     def _refuse_unlikely_draw(self, run: Run, private: PrivateRun) -> None:
         """What a Poisson draw at the declared rate practically never is, was not one."""
-        if private.config.sampling != "poisson":
+        if private.config.sampling != "poisson" or private.drawn_here:
             return
         drawn, expected = len(run.session.pending_units), run.config.expected_batch_size
         size = private.config.dataset_size or 0
@@ -371,6 +410,19 @@ class TrainingService:
             latency_ms=operation.elapsed_ms(),
             metrics=metrics,
         )
+
+
+def _together(results: Sequence[PassResult]) -> PassResult:
+    """The figures of one draw that took several passes."""
+    records = sum(r.num_records for r in results)
+    return PassResult(
+        loss=sum(r.loss * r.num_records for r in results) / max(1, records),
+        loss_sum=sum(r.loss_sum for r in results),
+        num_targets=sum(r.num_targets for r in results),
+        num_tokens=sum(r.num_tokens for r in results),
+        num_records=records,
+        contribution=None,
+    )
 
 
 def _unit_macs(run: Run, units: tuple[str, ...]) -> tuple[bytes, ...]:
