@@ -56,7 +56,7 @@ def test_every_method_of_the_protocol_says_who_may_call_it() -> None:
         require_scope(method)
         return method.scope
 
-    assert {scope(m) for m in methods()} <= {"READ", "TRAIN", "SAMPLE", "EXPORT", "AUDIT"}
+    assert {scope(m) for m in methods()} <= {"READ", "TRAIN", "SAMPLE", "EXPORT", "AUDIT", "BUDGET"}
 
 
 def test_a_replayed_step_is_answered_with_the_first_result_and_executed_once(bigram_server: EmbeddedServer) -> None:

@@ -10,10 +10,12 @@ from google.protobuf.message import Message
 
 from tests.server.rpc.raw_client import RawClient, batch
 from tg_tinker.errors import AuthenticationError, AuthorizationError, ResourceNotFoundError, TGTinkerError
-from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2, sampling_pb2
+from tg_tinker.proto.v1 import artifacts_pb2, datasets_pb2, privacy_pb2, runs_pb2, sampling_pb2
 from tg_tinker.types import DPConfig, TrainingConfig
+from tg_tinker.types.records import Record
 from tg_tinker.types.sampling import SamplingParams
 from tg_tinker.wire.calls import Generate, Load, Position, Save, Step, call_to_proto
+from tg_tinker.wire.datasets import append_records
 from tg_tinker.wire.methods import methods
 from tg_tinker.wire.operations import cancel_future_request, get_future_request, resume_request
 from tg_tinker_server.app import EmbeddedServer
@@ -23,7 +25,7 @@ CONFIG = TrainingConfig(model_ref="bigram", batch_size=4, seed=1)
 PRIVATE = CONFIG.model_copy(update={"dp_config": DPConfig(dataset_id="secret-data", target_epsilon=100.0)})
 
 
-def requests_on(run_id: str, artifact_id: str, dataset_id: str) -> list[Message]:
+def requests_on(run_id: str, artifact_id: str, dataset_id: str, upload_id: str) -> list[Message]:
     """One request for each method that takes somebody's id."""
     position = Position(run_id=run_id, seq=99)
     calls = [batch(), batch(train=False), Step(), Save(), Load(artifact_id=artifact_id), Generate(prompts=("x",))]
@@ -45,7 +47,30 @@ def requests_on(run_id: str, artifact_id: str, dataset_id: str) -> list[Message]
         privacy_pb2.GetLedgerRequest(dataset_id=dataset_id),
         privacy_pb2.GetPrivacyReportRequest(dataset_id=dataset_id),
         privacy_pb2.ForecastPrivacyRequest(run_id=run_id, steps=1),
+        append_records(upload_id, 0, [(Record(text="x").to_bytes(), 0)]),
+        datasets_pb2.SealDatasetRequest(upload_id=upload_id),
+        datasets_pb2.GetDatasetRequest(dataset_id=dataset_id),
+        datasets_pb2.ListRecordIdsRequest(dataset_id=dataset_id),
+        datasets_pb2.EraseRecordsRequest(dataset_id=dataset_id, record_ids=bytes(16)),
+        datasets_pb2.DeleteDatasetRequest(dataset_id=dataset_id),
+        datasets_pb2.RaiseBudgetRequest(dataset_id=dataset_id, target_epsilon=1e3, reason="because"),
     ]
+
+
+def register(client: RawClient, dataset_id: str, upload_id: str) -> None:
+    client.send(
+        datasets_pb2.CreateDatasetRequest(
+            upload_id=upload_id,
+            dataset_id=dataset_id,
+            privacy_unit="datum",
+            target_epsilon=100.0,
+            target_delta=1e-5,
+            num_records=5,
+            num_slots=5,
+        )
+    )
+    client.send(append_records(upload_id, 0, [(Record(text=f"record {i}").to_bytes(), i) for i in range(5)]))
+    client.send(datasets_pb2.SealDatasetRequest(upload_id=upload_id))
 
 
 WITHOUT_IDS = {
@@ -57,6 +82,8 @@ WITHOUT_IDS = {
     "ImportArtifact",
     "GetCheckpoint",
     "GetLogEntries",
+    "CreateDataset",
+    "ListDatasets",
 }
 
 
@@ -68,25 +95,29 @@ def answer(client: RawClient, request: Message) -> tuple[Any, ...]:
 
 
 def test_every_method_with_an_id_is_in_the_list() -> None:
-    covered = {type(r) for r in requests_on("r", "a", "d")}
+    covered = {type(r) for r in requests_on("r", "a", "d", "u")}
     assert {m.name for m in methods() if m.request not in covered} == WITHOUT_IDS
 
 
 def test_a_foreign_id_and_a_missing_id_give_the_same_answer_and_change_nothing(bigram_server: EmbeddedServer) -> None:
     owner = RawClient(bigram_server.address, bigram_server.mint_key("tenant-a"))
-    stranger = RawClient(bigram_server.address, bigram_server.mint_key("tenant-b"))
+    every_role = ("trainer", "exporter", "auditor", "budget_officer")
+    stranger = RawClient(bigram_server.address, bigram_server.mint_key("tenant-b", every_role))
+    register(owner, "secret-data", "upload-1")
     run = owner.create(PRIVATE)
     assert owner.call(run.run_id, 1, batch()).status == "completed"
     assert owner.call(run.run_id, 2, Step()).status == "completed"
     saved = owner.call(run.run_id, 3, Save()).result
     before = owner.send(runs_pb2.GetTrainingClientRequest(run_id=run.run_id))
-    theirs = requests_on(run.run_id, saved.artifact_id, "secret-data")
-    nobodys = requests_on("run_" + "0" * 24, "ckpt_" + "0" * 24, "no-such-data")
+    theirs = requests_on(run.run_id, saved.artifact_id, "secret-data", "upload-1")
+    nobodys = requests_on("run_" + "0" * 24, "ckpt_" + "0" * 24, "no-such-data", "upload-2")
     for foreign, missing in zip(theirs, nobodys, strict=True):
         got = answer(stranger, foreign)
         assert got[0] is ResourceNotFoundError, foreign
         assert got == answer(stranger, missing)
     assert owner.send(runs_pb2.GetTrainingClientRequest(run_id=run.run_id)) == before
+    assert len(owner.send(datasets_pb2.ListRecordIdsRequest(dataset_id="secret-data")).record_ids) == 5 * 16
+    assert stranger.send(datasets_pb2.ListDatasetsRequest()).datasets == []
     assert stranger.send(runs_pb2.ListTrainingClientsRequest()).runs == []
     assert stranger.send(artifacts_pb2.ListArtifactsRequest()).artifacts == []
     assert stranger.send(privacy_pb2.GetAuditLogRequest()).entries_json == []
@@ -146,6 +177,7 @@ def test_one_tenants_bad_batches_leave_the_others_losses_bit_for_bit(bigram_serv
         ("sampler", {"READ", "SAMPLE"}),
         ("exporter", {"READ", "EXPORT"}),
         ("auditor", {"READ", "AUDIT"}),
+        ("budget_officer", {"READ", "AUDIT", "BUDGET"}),
         ("admin", {"READ"}),
     ],
 )
