@@ -79,6 +79,7 @@ class PrivacyLedger:
             body["planned_steps"] = planned_steps
         fresh = Fold().opened(body)
         pricing.price(fresh, terms, mechanism, run_id=run_id, accountant=accountant)  # slow once, then cached
+        self._fold_before(scope)
 
         def write(tx: Transaction) -> None:
             fold = self._folds.at(tx, scope)
@@ -320,9 +321,15 @@ class PrivacyLedger:
     def _prepare(self, scope: DatasetScope, run_id: str, event: Event, accountant: str) -> None:
         """Do the slow arithmetic before the transaction, where it holds up nobody; the caches keep it."""
         cost(_full_price(event))
+        self._fold_before(scope)
         if accountant == "prv":
             fold, terms = self._db.read(lambda tx: self._opened(tx, scope))
             pricing.price(fold, terms, event, run_id=run_id, accountant=accountant)
+
+    def _fold_before(self, scope: DatasetScope) -> None:
+        """Read a long history that is new to this server here, and not in a transaction that all others wait for."""
+        if not self._folds.has(scope):
+            self._db.read(lambda tx: self._folds.at(tx, scope))
 
     def _opened(self, tx: Transaction, scope: DatasetScope) -> tuple[Fold, Terms]:
         fold = self._folds.at(tx, scope)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from tg_tinker_server.store import tables as t
@@ -15,12 +16,13 @@ _BATCH = 500  # parameters of one IN list
 
 # Built once: what is built anew for each call costs as much again as running it.
 _C = t.ledger.c
+_COLUMNS = t.ledger.columns.keys()
 _OF_DATASET = (_C.tenant == bindparam("tenant"), _C.dataset_id == bindparam("dataset_id"))
 _OF_STEP = (*_OF_DATASET, _C.run_id == bindparam("run_id"), _C.seq == bindparam("seq"))
 _INSERT_ENTRY = insert(t.ledger)
 _LAST_ENTRY = select(_C.position, _C.entry_hash).where(*_OF_DATASET).order_by(_C.position.desc()).limit(1)
 _ENTRIES_FROM = select(t.ledger).where(*_OF_DATASET, _C.position >= bindparam("position")).order_by(_C.position)
-_ENTRIES_OF_STEP = select(t.ledger).where(*_OF_STEP).order_by(_C.position)
+_ENTRIES_OF_STEP = select(t.ledger).where(*_OF_STEP)  # ordered here, SQLite reads the whole dataset in that order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +78,23 @@ def last_entry(tx: Connection, tenant: str, dataset_id: str) -> tuple[int, bytes
 
 def entries_from(tx: Connection, tenant: str, dataset_id: str, position: int) -> list[LedgerRow]:
     """Entries at a position and beyond, in order."""
+    return list(each_entry_from(tx, tenant, dataset_id, position))
+
+
+def each_entry_from(tx: Connection, tenant: str, dataset_id: str, position: int) -> Iterator[LedgerRow]:
+    """The same one by one, in memory that does not grow. Nothing may be appended meanwhile."""
     found = tx.execute(_ENTRIES_FROM, {"tenant": tenant, "dataset_id": dataset_id, "position": position})
-    return [LedgerRow(**r._mapping) for r in found]
+    return map(_entry, found)
 
 
 def entries_of_step(tx: Connection, tenant: str, dataset_id: str, run_id: str, seq: int) -> list[LedgerRow]:
     """Every entry about one step of one run, in order."""
     step = {"tenant": tenant, "dataset_id": dataset_id, "run_id": run_id, "seq": seq}
-    return [LedgerRow(**r._mapping) for r in tx.execute(_ENTRIES_OF_STEP, step)]
+    return sorted(map(_entry, tx.execute(_ENTRIES_OF_STEP, step)), key=lambda row: row.position)
+
+
+def _entry(found: Row[Any]) -> LedgerRow:
+    return LedgerRow(**dict(zip(_COLUMNS, found, strict=True)))
 
 
 def participations(
