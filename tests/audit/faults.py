@@ -5,6 +5,7 @@ Each is what a library or a hurried change has done before. ``plant`` puts one i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ from tg_tinker_server.dp.mechanism import ROUNDING_ROOM, GaussianMechanism
 from tg_tinker_server.dp.rng import SecureNormal
 from tg_tinker_server.engine import bigram, dp_optimizer, pending, torch_pass
 from tg_tinker_server.engine.bigram import BigramSession
-from tg_tinker_server.engine.dp_optimizer import ClippedRows, UnitClippingOptimizer
+from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
 from tg_tinker_server.engine.pending import PendingBatch
 from tg_tinker_server.engine.torch_pass import TorchPass
 
@@ -66,15 +67,12 @@ def clipping_of_the_batch(patch: pytest.MonkeyPatch) -> None:
             sum_P=total_P * min(1.0, max_grad_norm / max(np.linalg.norm(total_P), 1e-300)), norms_U=norms_U
         )
 
+    clip = UnitClippingOptimizer.clip_and_sum
+
     def whole_torch(self, grads_NW, unit_of_N, *, scale=1.0):
         rows = whole(grads_NW.double().cpu().numpy() / scale, max_grad_norm=self.max_grad_norm)
-        units = np.unique(unit_of_N)
-        return ClippedRows(
-            units=units.tolist(),
-            norms_U=np.resize(rows.norms_U, len(units)),
-            sum_P=self._columns.flat(torch.from_numpy(rows.sum_P)),
-            grads_UP=None,
-        )
+        sum_P = self._columns.flat(torch.from_numpy(rows.sum_P))
+        return dataclasses.replace(clip(self, grads_NW, unit_of_N, scale=scale), sum_P=sum_P)
 
     patch.setattr(bigram, "clip_and_sum", whole)
     patch.setattr(pending, "clip_and_sum", whole)

@@ -28,11 +28,11 @@ def audit(settings: AuditSettings, tell: Tell = lambda *_: None) -> AuditResult:
     at most ``settings.false_alarm_rate``. The probes have no chance in them and take no part of it.
     """
     started = time.monotonic()
-    smallest_p = settings.false_alarm_rate / (TESTS + 1)
+    half = settings.false_alarm_rate / 2
     with bench(settings) as tools:
         probes = probe_neighbours(tools, lambda what: tell("neighbours", what))
-        tests = examine_noise(tools, smallest_p=smallest_p, tell=lambda what: tell("noise", what))
-        found = distinguish(tools, smallest_p=smallest_p, tell=lambda what: tell("distinguisher", what))
+        tests = examine_noise(tools, smallest_p=half / TESTS, tell=lambda what: tell("noise", what))
+        found = distinguish(tools, smallest_p=half, tell=lambda what: tell("distinguisher", what))
     return AuditResult(
         version=version("tg-tinker"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -99,8 +99,8 @@ class Guessing:
 def guess(scores_M: Floats, included_M: Coins, guesses: int) -> Guessing:
     """Guess "in" for high scores and "out" for low ones, and count what was right.
 
-    Some guesses go half to the highest and half to the lowest scores. If every coin is guessed, the mean of the scores
-    divides them: as many "in" as "out" would be wrong wherever the coins fell otherwise.
+    Some guesses go half to the highest and half to the lowest scores. If every coin is guessed, the mean of the
+    scores divides them: as many "in" as "out" would be wrong wherever the coins fell otherwise.
 
     Args:
         scores_M: one score per canary, larger for "in"; computed without looking at the coins.
@@ -143,7 +143,7 @@ def lower_bound(
     claimed_epsilon: float,
     delta: float,
     confidence: float,
-    fractions: tuple[float, ...] = (1.0, 0.5, 0.2, 0.1),
+    fractions: tuple[float, ...] = (1.0, 0.2),
 ) -> LowerBound:
     """Bound epsilon from below, and test the claimed one.
 

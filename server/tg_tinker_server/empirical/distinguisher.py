@@ -21,12 +21,14 @@ from tg_tinker_server.empirical.findings import Claim, Finding
 from tg_tinker_server.empirical.planting import Planted
 
 _DATASET = "canaries"
-_BOUND = 4.0
-_LENGTH = 10.0
+_BOUND = {"gradient": 4.0, "input": 0.1}
+"""C. Records' own gradients must be longer than it, or they are weaker canaries than they could be."""
+_LENGTH = 1000.0
 """Norm of a planted gradient over C: the clip takes it to C, and where nothing clips it stands out."""
 _PER_CALL = 250
-_TOKENS = {"gradient": 4, "input": 16}
-_MOVE = {"gradient": 0.01, "input": 0.05}
+_TOKENS = {"gradient": 4, "input": 2}
+"""Of a canary. A pair, what follows what, moves losses of other pairs least."""
+_MOVE = {"gradient": 0.01, "input": 0.0005}
 """Of a weight by one step's noise. Losses follow weights to first order only while moves are small."""
 
 
@@ -98,17 +100,17 @@ def _coins(bench: Bench) -> npt.NDArray[np.bool_]:
 
 def _open(bench: Bench) -> TrainingClient:
     settings = bench.settings
-    expected = settings.canaries // 2
+    expected, bound = settings.canaries // 2, _BOUND[settings.mode]
     return bench.open(
         DPConfig(
             noise_multiplier="auto",
-            max_grad_norm=_BOUND,
+            max_grad_norm=bound,
             target_epsilon=settings.epsilon,
             target_delta=settings.delta,
             dataset_id=_DATASET,
         ),
         batch_size=expected,
-        learning_rate=_MOVE[settings.mode] * expected / _BOUND,
+        learning_rate=_MOVE[settings.mode] * expected / bound,
         max_steps=settings.steps,
     )
 
@@ -117,7 +119,7 @@ def _plant(bench: Bench, canaries: Sequence[Record], parameters: int) -> npt.NDA
     """Give every canary a gradient on a coordinate of its own, which is C there after the clip."""
     coordinates_M = bench.rng.choice(parameters, size=len(canaries), replace=len(canaries) > parameters)
     for record, coordinate in zip(canaries, coordinates_M, strict=True):
-        bench.watch.plant(record, Planted(coordinate=int(coordinate), value=_LENGTH * _BOUND))
+        bench.watch.plant(record, Planted(coordinate=int(coordinate), value=_LENGTH * _BOUND["gradient"]))
     return coordinates_M.astype(np.int64)
 
 

@@ -57,18 +57,18 @@ class Pair:
 def probe_neighbours(bench: Bench, tell: Callable[[str], None] = lambda _: None) -> list[Finding]:
     """Every pair at a bound below all norms and at one above them, then pairs of a run that merges units."""
     low = bench.settings.bounds[0]
-    short_norm = _natural_norm(bench, low)
+    short_norm = natural_norm(bench, low)
     findings = []
     for bound, merge in ((low, False), (1.5 * short_norm, False), (low, True)):
-        prober = _Prober(bench, bound, merge=merge)
-        for pair in _merging_pairs(bench, bound) if merge else _pairs(bench, bound):
+        prober = Prober(bench, bound, merge=merge)
+        for pair in merging_pairs(bench, bound) if merge else pairs(bench, bound):
             tell(pair.name)
             findings.append(prober.measure(pair))
         prober.client.close()
     return findings
 
 
-class _Prober:
+class Prober:
     """One run without noise, put back to the same weights before every measurement."""
 
     def __init__(self, bench: Bench, bound: float, *, merge: bool) -> None:
@@ -133,7 +133,7 @@ def _open(bench: Bench, bound: float, *, merge: bool) -> TrainingClient:
     return bench.open(dp, batch_size=_BATCH, learning_rate=1.0)
 
 
-def _natural_norm(bench: Bench, bound: float) -> float:
+def natural_norm(bench: Bench, bound: float) -> float:
     """Norm of a short record's own gradient at fresh weights, as the owner's diagnostics tell it."""
     client = bench.open(
         DPConfig(max_grad_norm=bound, target_epsilon=None, allow_unnoised_steps=True, dataset_id="norms"),
@@ -151,7 +151,7 @@ def _ids(prefix: str, count: int) -> list[str]:
     return [f"{prefix}-{i}" for i in range(count)]
 
 
-def _pairs(bench: Bench, bound: float) -> Iterator[Pair]:
+def pairs(bench: Bench, bound: float) -> Iterator[Pair]:
     """Pairs for a run in which each unit comes in one call."""
     base, ids = bench.records(_BATCH, _ORDINARY), _ids("base", _BATCH)
     (unit,) = bench.records(1, _ORDINARY)
@@ -218,7 +218,7 @@ def _pairs(bench: Bench, bound: float) -> Iterator[Pair]:
     )
 
 
-def _merging_pairs(bench: Bench, bound: float) -> Iterator[Pair]:
+def merging_pairs(bench: Bench, bound: float) -> Iterator[Pair]:
     """Pairs for a run in which a unit may come in several calls and is clipped once."""
     base, ids = bench.records(_BATCH, _ORDINARY), _ids("base", _BATCH)
     unit, other = bench.records(2, _ORDINARY)

@@ -20,12 +20,14 @@ class AuditSettings:
         mode: canaries as gradients (strong) or as records (plain).
         canaries: m; each is in the data with probability 1/2.
         epsilon: the budget of the audited run, which the service turns into noise.
-        delta: of the claim and of the bound.
+        delta: of the claim and of the bound. What it adds to a p-value, at most twice itself per canary, must leave
+            room for an alarm.
         steps: of the audited run; its noise is calibrated to them.
         confidence: of the lower bound.
         bounds: two values of C, at which the noise is measured.
         noise_steps: steps of each of those runs.
-        false_alarm_rate: of all tests together on an honest service; split evenly (Bonferroni).
+        false_alarm_rate: of all tests together on an honest service. The distinguisher has one half, the tests of
+            the noise share the other evenly (Bonferroni).
         seed: of canaries and coins, for repeatable tests; ``None`` takes them from the operating system. Noise has
             none.
     """
@@ -34,7 +36,7 @@ class AuditSettings:
     mode: Mode = "gradient"
     canaries: int = 1000
     epsilon: float = 4.0
-    delta: float = 1e-5
+    delta: float = 1e-6
     steps: int = 4
     confidence: float = 0.95
     bounds: tuple[float, float] = (0.5, 2.0)
