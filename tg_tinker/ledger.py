@@ -21,7 +21,7 @@ from tg_tinker.types.info import AuditLogEntry
 
 LEDGER_DOMAIN = b"tg-tinker/ledger/v1\x00"
 AUDIT_DOMAIN = b"tg-tinker/audit/v1\x00"
-KINDS = ("register", "open", "charge", "settle", "raise", "erase", "report")  # of ledger entries
+KINDS = ("register", "open", "charge", "settle", "raise", "erase", "audit", "report")  # of ledger entries
 START = bytes(32)  # what the first entry names as the hash before it
 
 
@@ -319,6 +319,10 @@ class _Budget:
             return "it reports on a dataset that was not opened"
         fits = float(body["delta"]) == self.terms[1] and float(body["epsilon"]) >= 0.0
         return "" if fits else "it reports at another delta"
+
+    def _audit(self, body: Mapping[str, Any]) -> str:
+        found = isinstance(body["result"], Mapping) and self.terms is not None
+        return "" if found else "it notes an audit of a dataset that was not opened"
 
     def _charge(self, body: Mapping[str, Any]) -> str:
         step = (str(body["run_id"]), int(body["seq"]))

@@ -321,6 +321,14 @@ class ServiceClient:
         """The report in its signed envelope, to hand out: ``tg-tinker audit verify`` checks it offline."""
         return str(self._transport.call(requests.report(dataset_or_run)).report_json).encode()
 
+    def attach_audit(self, dataset_id: str, result: Mapping[str, Any]) -> None:
+        """Note in a dataset's ledger what ``tg-tinker audit run --out FILE`` found, so that its reports say it.
+
+        Raises:
+            InvalidRequestError: ``result`` is not such a document.
+        """
+        self._transport.call(requests.attach_audit(dataset_id, result))
+
     def get_audit_logs(
         self,
         training_client_id: str | None = None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.reports.audits import check_summary
 from tg_tinker.reports.releases import Release, count_of, decimal_of, text_of
 
 NEIGHBOURS: Final = "add-or-remove-one"
@@ -29,6 +30,7 @@ FIELDS: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
     "open": (_TERMS | {"mechanism"}, frozenset({"initial_weights", "planned_steps"})),
     "charge": (_STEP | {"event", "unit", "neighbours", "accountant", "delta", "epsilon_after"}, frozenset()),
     "settle": (_STEP | {"charge_position", "outcome", "update_hash"}, frozenset()),
+    "audit": (_ACT | {"result"}, frozenset()),
     "report": (frozenset({"run_id", "seq", "epsilon", "delta", "charges"}), frozenset()),
 }
 
@@ -89,6 +91,7 @@ class History:
     Attributes:
         slots: privacy units of a registered dataset, from which the server draws; ``None`` for any other.
         changes: registrations, raises and erasures, as their entries have them.
+        audits: results of empirical audits, oldest first, as their entries have them.
         reports: earlier reports that were signed, and this one.
     """
 
@@ -99,6 +102,7 @@ class History:
     charges: list[Charge] = field(default_factory=list)
     runs: dict[str, Run] = field(default_factory=dict)
     changes: list[Mapping[str, Any]] = field(default_factory=list)
+    audits: list[Mapping[str, Any]] = field(default_factory=list)
     reports: list[Mapping[str, Any]] = field(default_factory=list)
     entries: int = 0
     _unsettled: dict[int, tuple[str, int, int]] = field(default_factory=dict)
@@ -161,6 +165,8 @@ class History:
                 self._charged(body)
             case "settle":
                 self._settled(body)
+            case "audit":
+                self._audited(body)
             case "report":
                 self._reported(body)
         self.entries += 1
@@ -252,6 +258,12 @@ class History:
         if spent != self.epsilon_spent:
             raise ValueError(f"it reports epsilon {spent}, and the last charge brought it to {self.epsilon_spent}")
         self.reports.append(body)
+
+    def _audited(self, body: Mapping[str, Any]) -> None:
+        _ = self.in_force
+        text_of(body["actor"], "actor")
+        check_summary(body["result"])
+        self.audits.append({k: v for k, v in body.items() if k not in _CHAIN})
 
     def _run(self, body: Mapping[str, Any]) -> Run:
         run = self.runs.get(text_of(body["run_id"], "run_id"))

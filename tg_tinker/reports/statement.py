@@ -50,6 +50,10 @@ TRUST: Final = (
     "The server's signature says that its log holds these entries. It does not show that the server drew the noise "
     "it recorded; an empirical audit can speak against that, and cannot prove it.",
 )
+RUN: Final = (
+    "An attack on the training itself, with canaries in place of data. Its lower bound on epsilon speaks against a "
+    "claim that is smaller, and can never prove one; what it could have shown at most stands beside it."
+)
 NOT_RUN: Final = "No empirical audit is recorded for this dataset."
 
 
@@ -114,8 +118,19 @@ def statement(
         "assumptions": _assumptions(releases),
         "accounting": _accounting(history, figures),
         "trust_model": list(TRUST),
-        "empirical_audit": {"status": "not run", "note": NOT_RUN},
+        "empirical_audit": _audited(history),
         "integrity": integrity,
+    }
+
+
+def _audited(history: History) -> dict[str, Any]:
+    if not history.audits:
+        return {"status": "not run", "note": NOT_RUN}
+    alarms = sum(bool(a["result"]["alarms"]) for a in history.audits)
+    return {
+        "status": "alarm" if alarms else "no alarm",
+        "note": RUN,
+        "results": [{"attached_by": a["actor"], "time": a["time"], **a["result"]} for a in history.audits],
     }
 
 
@@ -136,6 +151,15 @@ def rounded_up(epsilon: float, digits: int = 3) -> str:
     return f"{math.ceil(epsilon * scale) / scale:.{digits}f}"
 
 
+def small(number: float) -> str:
+    """A small probability as people write it.
+
+    >>> small(2e-05), small(0.01)
+    ('2e-5', '0.01')
+    """
+    return f"{number:g}".replace("e-0", "e-")
+
+
 def sentence(epsilon: float, terms: Terms) -> str:
     """The guarantee in one plain sentence."""
     what = "record" if terms.unit == "datum" else terms.unit
@@ -143,7 +167,7 @@ def sentence(epsilon: float, terms: Terms) -> str:
         return "An un-noised gradient was released: there is no finite guarantee."
     return (
         f"Adding or removing one {what} changes the probability of any outcome of the training by at most a "
-        f"factor of exp({rounded_up(epsilon)}), except with probability {terms.target_delta:g}."
+        f"factor of exp({rounded_up(epsilon)}), except with probability {small(terms.target_delta)}."
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2, sampling_pb2
 from tg_tinker.types import TrainingConfig
 from tg_tinker.types.sampling import SamplingParams
-from tg_tinker.wire.calls import sampling_to_proto
+from tg_tinker.wire.calls import json_to_text, sampling_to_proto
 from tg_tinker.wire.runs import config_to_json
 from tg_tinker.wire.times import time_to_proto
 
@@ -111,6 +112,15 @@ def ledger(dataset_id: str) -> privacy_pb2.GetLedgerRequest:
 def report(dataset_id: str) -> privacy_pb2.GetPrivacyReportRequest:
     """The privacy report on a dataset."""
     return privacy_pb2.GetPrivacyReportRequest(dataset_id=dataset_id)
+
+
+def attach_audit(dataset_id: str, result: Mapping[str, Any]) -> privacy_pb2.AttachAuditRequest:
+    """Note what an empirical audit found.
+
+    Raises:
+        InvalidRequestError: it is not JSON.
+    """
+    return privacy_pb2.AttachAuditRequest(dataset_id=dataset_id, result_json=json_to_text(result, field="result"))
 
 
 def audit_log(

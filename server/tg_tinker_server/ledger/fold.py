@@ -118,7 +118,7 @@ class Fold:
                 return _registered(moved, body)
             case "raise" if self.terms is not None:
                 return _raised(moved, self.terms, body)
-            case "report" if self.terms is not None:
+            case "report" | "audit" if self.terms is not None:
                 return moved
         raise ValueError(f"kind {body['kind']!r} cannot stand here")
 

@@ -254,6 +254,23 @@ class PrivacyLedger:
 
         return self._db.read(read)
 
+    def note_audit(self, scope: DatasetScope, *, result: Mapping[str, Any], actor: str) -> None:
+        """Record what an empirical audit found (``tg_tinker.reports.audits.summary_of``). The same again is one.
+
+        Raises:
+            ResourceNotFoundError: there is no such dataset.
+        """
+
+        def write(tx: Transaction) -> None:
+            fold, _ = self._opened(tx, scope)
+            last = rows.entries_from(tx, scope.tenant, scope.dataset_id, fold.position)
+            if last and json.loads(last[0].body_json).get("result") == dict(result):
+                return
+            body = {"run_id": "", "seq": fold.position + 1, "actor": actor, "result": dict(result)}
+            self._append(tx, scope, fold, "audit", body)
+
+        self._db.write(write)
+
     def attest(self, scope: DatasetScope) -> list[Leaf]:
         """Close a report: append an entry that states epsilon now; every entry of the dataset, that one last.
 

@@ -47,6 +47,13 @@ class PrivacyServicer:
         envelope = await self.privacy.report(call.tenant, request.dataset_id)
         return privacy_pb2.GetPrivacyReportReply(report_json=envelope.decode())
 
+    async def AttachAudit(  # noqa: N802
+        self, call: Call, request: privacy_pb2.AttachAuditRequest
+    ) -> privacy_pb2.AttachAuditReply:
+        """Note an empirical audit."""
+        await self.privacy.attach_audit(call.tenant, request.dataset_id, request.result_json, call.caller.key_id)
+        return privacy_pb2.AttachAuditReply()
+
     async def ForecastPrivacy(  # noqa: N802
         self, call: Call, request: privacy_pb2.ForecastPrivacyRequest
     ) -> privacy_pb2.ForecastPrivacyReply:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.ledger import LedgerEntry
+from tg_tinker.reports.audits import MAX_BYTES, summary_of
 from tg_tinker.types import TrainingConfig
+from tg_tinker.wire.calls import json_from_text
 from tg_tinker_server.dp.calibration import Forecast, noise_multiplier_for
 from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, SampledGaussian
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
@@ -106,6 +109,18 @@ class PrivacyService:
                 "no such dataset for this tenant", resource_type="dataset", resource_id=dataset_id
             )
         return entries, await self.executors.io(self.ledger.spent, scope)
+
+    async def attach_audit(self, tenant: str, dataset_id: str, result_json: str, actor: str) -> None:
+        """Note an empirical audit in the dataset's ledger.
+
+        Raises:
+            InvalidRequestError: it is not the result of one.
+        """
+        if len(result_json) > MAX_BYTES:
+            raise InvalidRequestError("the result is over 1 MiB", field="result", constraint="at most 1 MiB of JSON")
+        summary = summary_of(json_from_text(result_json, field="result"))
+        scope = DatasetScope(tenant=tenant, dataset_id=dataset_id)
+        await self.executors.io(partial(self.ledger.note_audit, scope, result=summary, actor=actor))
 
     async def report(self, tenant: str, dataset_or_run: str) -> bytes:
         """The signed report on a tenant's dataset, or on the dataset of a run. It leaves an entry of its own.

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tg_tinker.proto.v1 import common_pb2 as tg__tinker_dot_proto_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tg_tinker/proto/v1/privacy.proto\x12\x0ctg_tinker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ftg_tinker/proto/v1/common.proto\"&\n\x10GetLedgerRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\"x\n\x0eGetLedgerReply\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ntries_json\x18\x02 \x03(\t\x12\x15\n\repsilon_spent\x18\x03 \x01(\x01\x12\x16\n\x0etarget_epsilon\x18\x04 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x05 \x01(\x01\"-\n\x17GetPrivacyReportRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\",\n\x15GetPrivacyReportReply\x12\x13\n\x0breport_json\x18\x01 \x01(\t\"7\n\x16\x46orecastPrivacyRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x01(\x03\"\x7f\n\x14\x46orecastPrivacyReply\x12\x13\n\x0b\x65psilon_now\x18\x01 \x01(\x01\x12\x15\n\repsilon_after\x18\x02 \x01(\x01\x12\x17\n\x0fsteps_remaining\x18\x03 \x01(\x03\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x01\x12\x13\n\x0bledger_head\x18\x05 \x01(\x0c\"\xa4\x01\n\x12GetAuditLogRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05limit\x18\x05 \x01(\x03\"(\n\x10GetAuditLogReply\x12\x14\n\x0c\x65ntries_json\x18\x01 \x03(\t\"/\n\x14GetCheckpointRequest\x12\x17\n\x0bknown_sizes\x18\x01 \x03(\x04\x42\x02\x10\x01\"<\n\x12GetCheckpointReply\x12&\n\x06states\x18\x01 \x03(\x0b\x32\x16.tg_tinker.v1.LogState\"4\n\x14GetLogEntriesRequest\x12\r\n\x05start\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"*\n\x12GetLogEntriesReply\x12\x14\n\x0c\x65ntries_json\x18\x01 \x03(\t2\xbb\x04\n\x0ePrivacyService\x12O\n\tGetLedger\x12\x1e.tg_tinker.v1.GetLedgerRequest\x1a\x1c.tg_tinker.v1.GetLedgerReply\"\x04\x88\xe7\x18\x06\x12\x64\n\x10GetPrivacyReport\x12%.tg_tinker.v1.GetPrivacyReportRequest\x1a#.tg_tinker.v1.GetPrivacyReportReply\"\x04\x88\xe7\x18\x06\x12\x61\n\x0f\x46orecastPrivacy\x12$.tg_tinker.v1.ForecastPrivacyRequest\x1a\".tg_tinker.v1.ForecastPrivacyReply\"\x04\x88\xe7\x18\x02\x12[\n\rGetCheckpoint\x12\".tg_tinker.v1.GetCheckpointRequest\x1a .tg_tinker.v1.GetCheckpointReply\"\x04\x88\xe7\x18\x02\x12[\n\rGetLogEntries\x12\".tg_tinker.v1.GetLogEntriesRequest\x1a .tg_tinker.v1.GetLogEntriesReply\"\x04\x88\xe7\x18\x06\x12U\n\x0bGetAuditLog\x12 .tg_tinker.v1.GetAuditLogRequest\x1a\x1e.tg_tinker.v1.GetAuditLogReply\"\x04\x88\xe7\x18\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tg_tinker/proto/v1/privacy.proto\x12\x0ctg_tinker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ftg_tinker/proto/v1/common.proto\"&\n\x10GetLedgerRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\"x\n\x0eGetLedgerReply\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65ntries_json\x18\x02 \x03(\t\x12\x15\n\repsilon_spent\x18\x03 \x01(\x01\x12\x16\n\x0etarget_epsilon\x18\x04 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x05 \x01(\x01\"-\n\x17GetPrivacyReportRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\",\n\x15GetPrivacyReportReply\x12\x13\n\x0breport_json\x18\x01 \x01(\t\"=\n\x12\x41ttachAuditRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x13\n\x0bresult_json\x18\x02 \x01(\t\"\x12\n\x10\x41ttachAuditReply\"7\n\x16\x46orecastPrivacyRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x01(\x03\"\x7f\n\x14\x46orecastPrivacyReply\x12\x13\n\x0b\x65psilon_now\x18\x01 \x01(\x01\x12\x15\n\repsilon_after\x18\x02 \x01(\x01\x12\x17\n\x0fsteps_remaining\x18\x03 \x01(\x03\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x01\x12\x13\n\x0bledger_head\x18\x05 \x01(\x0c\"\xa4\x01\n\x12GetAuditLogRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05limit\x18\x05 \x01(\x03\"(\n\x10GetAuditLogReply\x12\x14\n\x0c\x65ntries_json\x18\x01 \x03(\t\"/\n\x14GetCheckpointRequest\x12\x17\n\x0bknown_sizes\x18\x01 \x03(\x04\x42\x02\x10\x01\"<\n\x12GetCheckpointReply\x12&\n\x06states\x18\x01 \x03(\x0b\x32\x16.tg_tinker.v1.LogState\"4\n\x14GetLogEntriesRequest\x12\r\n\x05start\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"*\n\x12GetLogEntriesReply\x12\x14\n\x0c\x65ntries_json\x18\x01 \x03(\t2\x92\x05\n\x0ePrivacyService\x12O\n\tGetLedger\x12\x1e.tg_tinker.v1.GetLedgerRequest\x1a\x1c.tg_tinker.v1.GetLedgerReply\"\x04\x88\xe7\x18\x06\x12\x64\n\x10GetPrivacyReport\x12%.tg_tinker.v1.GetPrivacyReportRequest\x1a#.tg_tinker.v1.GetPrivacyReportReply\"\x04\x88\xe7\x18\x06\x12U\n\x0b\x41ttachAudit\x12 .tg_tinker.v1.AttachAuditRequest\x1a\x1e.tg_tinker.v1.AttachAuditReply\"\x04\x88\xe7\x18\x06\x12\x61\n\x0f\x46orecastPrivacy\x12$.tg_tinker.v1.ForecastPrivacyRequest\x1a\".tg_tinker.v1.ForecastPrivacyReply\"\x04\x88\xe7\x18\x02\x12[\n\rGetCheckpoint\x12\".tg_tinker.v1.GetCheckpointRequest\x1a .tg_tinker.v1.GetCheckpointReply\"\x04\x88\xe7\x18\x02\x12[\n\rGetLogEntries\x12\".tg_tinker.v1.GetLogEntriesRequest\x1a .tg_tinker.v1.GetLogEntriesReply\"\x04\x88\xe7\x18\x06\x12U\n\x0bGetAuditLog\x12 .tg_tinker.v1.GetAuditLogRequest\x1a\x1e.tg_tinker.v1.GetAuditLogReply\"\x04\x88\xe7\x18\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PRIVACYSERVICE'].methods_by_name['GetLedger']._serialized_options = b'\210\347\030\006'
   _globals['_PRIVACYSERVICE'].methods_by_name['GetPrivacyReport']._loaded_options = None
   _globals['_PRIVACYSERVICE'].methods_by_name['GetPrivacyReport']._serialized_options = b'\210\347\030\006'
+  _globals['_PRIVACYSERVICE'].methods_by_name['AttachAudit']._loaded_options = None
+  _globals['_PRIVACYSERVICE'].methods_by_name['AttachAudit']._serialized_options = b'\210\347\030\006'
   _globals['_PRIVACYSERVICE'].methods_by_name['ForecastPrivacy']._loaded_options = None
   _globals['_PRIVACYSERVICE'].methods_by_name['ForecastPrivacy']._serialized_options = b'\210\347\030\002'
   _globals['_PRIVACYSERVICE'].methods_by_name['GetCheckpoint']._loaded_options = None
@@ -55,22 +57,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPRIVACYREPORTREQUEST']._serialized_end=323
   _globals['_GETPRIVACYREPORTREPLY']._serialized_start=325
   _globals['_GETPRIVACYREPORTREPLY']._serialized_end=369
-  _globals['_FORECASTPRIVACYREQUEST']._serialized_start=371
-  _globals['_FORECASTPRIVACYREQUEST']._serialized_end=426
-  _globals['_FORECASTPRIVACYREPLY']._serialized_start=428
-  _globals['_FORECASTPRIVACYREPLY']._serialized_end=555
-  _globals['_GETAUDITLOGREQUEST']._serialized_start=558
-  _globals['_GETAUDITLOGREQUEST']._serialized_end=722
-  _globals['_GETAUDITLOGREPLY']._serialized_start=724
-  _globals['_GETAUDITLOGREPLY']._serialized_end=764
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=766
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=813
-  _globals['_GETCHECKPOINTREPLY']._serialized_start=815
-  _globals['_GETCHECKPOINTREPLY']._serialized_end=875
-  _globals['_GETLOGENTRIESREQUEST']._serialized_start=877
-  _globals['_GETLOGENTRIESREQUEST']._serialized_end=929
-  _globals['_GETLOGENTRIESREPLY']._serialized_start=931
-  _globals['_GETLOGENTRIESREPLY']._serialized_end=973
-  _globals['_PRIVACYSERVICE']._serialized_start=976
-  _globals['_PRIVACYSERVICE']._serialized_end=1547
+  _globals['_ATTACHAUDITREQUEST']._serialized_start=371
+  _globals['_ATTACHAUDITREQUEST']._serialized_end=432
+  _globals['_ATTACHAUDITREPLY']._serialized_start=434
+  _globals['_ATTACHAUDITREPLY']._serialized_end=452
+  _globals['_FORECASTPRIVACYREQUEST']._serialized_start=454
+  _globals['_FORECASTPRIVACYREQUEST']._serialized_end=509
+  _globals['_FORECASTPRIVACYREPLY']._serialized_start=511
+  _globals['_FORECASTPRIVACYREPLY']._serialized_end=638
+  _globals['_GETAUDITLOGREQUEST']._serialized_start=641
+  _globals['_GETAUDITLOGREQUEST']._serialized_end=805
+  _globals['_GETAUDITLOGREPLY']._serialized_start=807
+  _globals['_GETAUDITLOGREPLY']._serialized_end=847
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=849
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=896
+  _globals['_GETCHECKPOINTREPLY']._serialized_start=898
+  _globals['_GETCHECKPOINTREPLY']._serialized_end=958
+  _globals['_GETLOGENTRIESREQUEST']._serialized_start=960
+  _globals['_GETLOGENTRIESREQUEST']._serialized_end=1012
+  _globals['_GETLOGENTRIESREPLY']._serialized_start=1014
+  _globals['_GETLOGENTRIESREPLY']._serialized_end=1056
+  _globals['_PRIVACYSERVICE']._serialized_start=1059
+  _globals['_PRIVACYSERVICE']._serialized_end=1717
 # @@protoc_insertion_point(module_scope)

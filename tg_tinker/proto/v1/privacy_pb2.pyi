@@ -42,6 +42,18 @@ class GetPrivacyReportReply(_message.Message):
     report_json: str
     def __init__(self, report_json: _Optional[str] = ...) -> None: ...
 
+class AttachAuditRequest(_message.Message):
+    __slots__ = ("dataset_id", "result_json")
+    DATASET_ID_FIELD_NUMBER: _ClassVar[int]
+    RESULT_JSON_FIELD_NUMBER: _ClassVar[int]
+    dataset_id: str
+    result_json: str
+    def __init__(self, dataset_id: _Optional[str] = ..., result_json: _Optional[str] = ...) -> None: ...
+
+class AttachAuditReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ForecastPrivacyRequest(_message.Message):
     __slots__ = ("run_id", "steps")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
