@@ -9,7 +9,7 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from tg_tinker_server.demo.charts import Chart, line_chart, smoothed
+from tg_tinker.reports.charts import Chart, line_chart, smoothed
 from tg_tinker_server.demo.ledger_file import LedgerFacts
 from tg_tinker_server.demo.settings import DemoSettings
 from tg_tinker_server.demo.state import Checkpoint, Measured, StepPoint

@@ -73,7 +73,10 @@ def test_the_demo_trains_saves_opens_and_reports_and_then_shows_it_again(termina
     second = terminal.demo()
     assert "nothing is trained again" in " ".join(terminal.printed.split())
     assert second.history == first.history
-    assert second.ledger.head == first.ledger.head
+    assert second.ledger.charges == first.ledger.charges
+    assert second.ledger.entries == first.ledger.entries + 1  # the first call's report noted itself
+    lines = (terminal.folder / "ledger.jsonl").read_text().splitlines()
+    verify_chain([ChainEntry.from_json(line) for line in lines], head=bytes.fromhex(first.ledger.head))
     assert second.checkpoint == first.checkpoint
     assert second.reopened_equal
 

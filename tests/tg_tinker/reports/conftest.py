@@ -67,7 +67,7 @@ class Forge:
         return {**unit, "target_epsilon": self.target, "target_delta": self.delta, **more}
 
     def open(self, run: str = "run_a", event: Mapping[str, Any] = EVENT, **more: Any) -> Forge:
-        self.append("open", run_id=run, mechanism=dict(event), initial_weights="base", **self.terms(**more))
+        self.append("open", run_id=run, mechanism=dict(event), **{"initial_weights": "base", **self.terms(**more)})
         return self
 
     def cost(self, events: list[Mapping[str, Any]]) -> float:

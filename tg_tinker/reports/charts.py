@@ -23,6 +23,7 @@ class Chart:
         dots: drawn as faint single points, e.g. the raw values behind a smoothed line.
         limit: a dashed horizontal line with its name, e.g. the budget.
         zero: whether the vertical axis starts at zero.
+        width, height: in units of the picture, which is scaled to the page.
     """
 
     label: str
@@ -32,6 +33,8 @@ class Chart:
     dots: Points = ()
     limit: tuple[float, str] | None = None
     zero: bool = False
+    width: int = WIDTH
+    height: int = HEIGHT
 
 
 def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
@@ -72,22 +75,23 @@ def line_chart(chart: Chart) -> str:
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def px(x: float) -> float:
-        return LEFT + (x - x_low) / ((x_high - x_low) or 1) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (x - x_low) / ((x_high - x_low) or 1) * (chart.width - LEFT - RIGHT)
 
     def py(y: float) -> float:
-        return HEIGHT - BOTTOM - (y - y_low) / ((y_high - y_low) or 1) * (HEIGHT - TOP - BOTTOM)
+        return chart.height - BOTTOM - (y - y_low) / ((y_high - y_low) or 1) * (chart.height - TOP - BOTTOM)
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.label, quote=True)}">',
-        *_y_axis(y_ticks, py),
-        *_x_axis([t for t in x_ticks if t <= x_high], px),
+        f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{escape(chart.label, quote=True)}">',
+        *_y_axis(chart, y_ticks, py),
+        *_x_axis(chart, [t for t in x_ticks if t <= x_high], px),
         f'<text class="axis" x="{LEFT}" y="{TOP - 12}">{escape(chart.y_name)}</text>',
-        f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(chart.x_name)}</text>',
+        f'<text class="axis" x="{chart.width - RIGHT}" y="{chart.height - 4}" text-anchor="end">'
+        f"{escape(chart.x_name)}</text>",
     ]
     if chart.limit is not None:
         value, name = chart.limit
         parts.append(
-            f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>'
+            f'<line class="limit" x1="{LEFT}" x2="{chart.width - RIGHT}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>'
             f'<text class="limit-name" x="{LEFT + 10}" y="{py(value) + 16:.1f}">{escape(name)}</text>'
         )
     parts += [f'<circle class="dot" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.2"/>' for x, y in chart.dots]
@@ -99,16 +103,16 @@ def line_chart(chart: Chart) -> str:
     return "\n".join([*parts, "</svg>"])
 
 
-def _y_axis(values: Sequence[float], py: Callable[[float], float]) -> list[str]:
+def _y_axis(chart: Chart, values: Sequence[float], py: Callable[[float], float]) -> list[str]:
     return [
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(v):.1f}" y2="{py(v):.1f}"/>'
+        f'<line class="grid" x1="{LEFT}" x2="{chart.width - RIGHT}" y1="{py(v):.1f}" y2="{py(v):.1f}"/>'
         f'<text class="tick" x="{LEFT - 8}" y="{py(v) + 4:.1f}" text-anchor="end">{v:g}</text>'
         for v in values
     ]
 
 
-def _x_axis(values: Sequence[float], px: Callable[[float], float]) -> list[str]:
+def _x_axis(chart: Chart, values: Sequence[float], px: Callable[[float], float]) -> list[str]:
     return [
-        f'<text class="tick" x="{px(v):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{v:g}</text>'
+        f'<text class="tick" x="{px(v):.1f}" y="{chart.height - BOTTOM + 16}" text-anchor="middle">{v:g}</text>'
         for v in values
     ]

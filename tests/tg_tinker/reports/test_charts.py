@@ -7,7 +7,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tg_tinker_server.demo.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, line_chart, smoothed, ticks
+from tg_tinker.reports.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, line_chart, smoothed, ticks
 
 values = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 
