@@ -13,7 +13,9 @@ from tg_tinker.ledger import PrivacyLedger
 # Command groups of the SDK, each imported when called for.
 MODULES: dict[str, str] = {
     "audit": "tg_tinker.commands.audit:audit",
+    "checkpoints": "tg_tinker.commands.checkpoints:checkpoints",
     "log": "tg_tinker.commands.log:log",
+    "privacy": "tg_tinker.commands.privacy:privacy",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,14 @@ def test_the_derived_gradients_are_those_of_autograd(capsys: pytest.CaptureFixtu
     (snippet,) = (s for s in snippets(ROOT / "docs" / "how-dp-lora-works.md") if s.marked)
     snippet.execute({})
     assert capsys.readouterr().out == "largest difference below 1e-12: True\n"
+
+
+def test_the_planned_run_is_the_one_the_page_speaks_of() -> None:
+    (snippet,) = (s for s in snippets(ROOT / "docs" / "how-to" / "choose-a-budget.md") if s.marked)
+    namespace: dict[str, Any] = {}
+    snippet.execute(namespace)
+    assert namespace["config"].dp_config.target_epsilon == 8
+    assert namespace["config"].max_steps == namespace["found"].steps > 90  # more noise than on the page: more steps
 
 
 @pytest.mark.usefixtures("documented_server")

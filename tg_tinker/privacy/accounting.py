@@ -8,14 +8,17 @@ comes with ``pip install 'tg-tinker[audit]'``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Any
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.privacy import renyi
 
+PLUGINS = "tg_tinker.accountants"
 Histogram = Mapping[tuple[float, float], int]
 
 _PLD_RELEASES = 1_000_000  # of one kind; dp_accounting needs minutes for ten times as many
@@ -99,6 +102,44 @@ def privacy_profile(
     return tuple(points)
 
 
+def prv_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
+    """Epsilon by PRV (Gopi et al. 2021), an upper bound for equal releases whose number is fixed in advance.
+
+    Opacus computes it, which comes with the server's dependencies; they join by the entry point ``prv`` of
+    ``tg_tinker.accountants``. inf where its grid would be too large.
+
+    Raises:
+        InvalidRequestError: impossible values, or the server's dependencies are not installed.
+    """
+    counts = _checked({(noise_multiplier, sample_rate): steps})
+    found = _prv()
+    if found is None:
+        raise InvalidRequestError(
+            "the PRV accountant comes with the server: pip install 'tg-tinker[server]'",
+            field="accountant",
+            constraint="opacus installed",
+        )
+    return float(found(noise_multiplier, sample_rate, steps, _delta(delta))) if counts else 0.0
+
+
+def installed(accountant: str) -> bool:
+    """Whether the packages behind "rdp", "prv", "pld" or "gdp" are here."""
+    if accountant == "pld":
+        return find_spec("dp_accounting") is not None
+    return accountant in ("rdp", "gdp") or (accountant == "prv" and _prv() is not None)
+
+
+@cache
+def _prv() -> Callable[[float, float, int, float], float] | None:
+    for entry in entry_points(group=PLUGINS, name="prv"):
+        try:
+            found: Callable[[float, float, int, float], float] = entry.load()
+        except ModuleNotFoundError:
+            continue
+        return found
+    return None
+
+
 def gdp_estimate(histogram: Histogram, delta: float) -> float | None:
     """The central-limit estimate (Bu et al. 2020, arXiv:1911.11607). NOT an upper bound; ``None`` if it says nothing.
 
@@ -170,20 +211,37 @@ def _composed(counts: tuple[tuple[tuple[float, float], int], ...], pessimistic: 
     scale = renyi.epsilon(gate_costs(dict(counts)), _TAIL_DELTA)
     if not math.isfinite(scale) or max(times for _, times in counts) > _PLD_RELEASES:
         return None
-    of_one_step = max(_largest_loss(sigma, rate) for (sigma, rate), _ in counts)
-    interval = max(scale, of_one_step, _FINEST * _PLD_CELLS) / _PLD_CELLS
-    library = _library()
-    composed = library.identity(value_discretization_interval=interval)
+    finest = max(_width(counts, scale) / _PLD_CELLS, _FINEST)
+    interval = 2.0 ** math.ceil(math.log2(finest))  # a power of two, so that like histories share a step
+    composed = _library().identity(value_discretization_interval=interval, pessimistic_estimate=pessimistic)
     for (sigma, rate), times in counts:
         whole = rate >= 1.0  # Gaussians add up exactly: k of them are one with the noise divided by sqrt(k)
-        step = library.from_gaussian_mechanism(
-            sigma / math.sqrt(times) if whole else sigma,
-            sampling_prob=rate,
-            value_discretization_interval=interval,
-            pessimistic_estimate=pessimistic,
-        )
+        step = _one_step(sigma / math.sqrt(times) if whole else sigma, rate, interval, pessimistic)
         composed = composed.compose(step if whole else step.self_compose(times))
     return _Composed(composed)
+
+
+@lru_cache(maxsize=32)
+def _one_step(sigma: float, rate: float, interval: float, pessimistic: bool) -> Any:
+    """One step's loss distribution, half a second to make; never changed by composing it."""
+    return _library().from_gaussian_mechanism(
+        sigma,
+        sampling_prob=rate,
+        value_discretization_interval=interval,
+        pessimistic_estimate=pessimistic,
+        use_connect_dots=pessimistic,  # the finer method has no optimistic side
+    )
+
+
+def _width(counts: tuple[tuple[tuple[float, float], int], ...], scale: float) -> float:
+    """The range of losses a grid must resolve: one step's, or 30 standard deviations of the sum, up to ``scale``.
+
+    Only the resolution rests on it. dp_accounting decides what to cut off, and counts that as a loss without bound.
+    """
+    # Near order 1 the divergence is order / 2 times the variance of the loss.
+    variance = sum(times * 2.0 * renyi.divergence(sigma, rate, 1.1) / 1.1 for (sigma, rate), times in counts)
+    of_one_step = max(_largest_loss(sigma, rate) for (sigma, rate), _ in counts)
+    return max(of_one_step, min(scale, 30.0 * math.sqrt(variance)))
 
 
 def _largest_loss(sigma: float, rate: float) -> float:
