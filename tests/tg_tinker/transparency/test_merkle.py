@@ -182,6 +182,33 @@ def spoilt(proof: list[bytes]) -> list[list[bytes]]:
     return [*flipped, *shorter, *longer, *swapped, [*proof, b""], [h[:31] for h in proof] or [b"x"]]
 
 
+def test_a_proof_longer_than_the_tree_is_high_is_refused_even_where_it_leads_to_the_root() -> None:
+    with refused():
+        verify_inclusion(LEAVES[1], 0, 1, [LEAVES[0]], mth(DATA[:2]))
+    with refused():
+        verify_inclusion(LEAVES[2], 0, 1, [mth(DATA[:2])], mth(DATA[:3]))
+    with refused():
+        verify_consistency(1, 2, LEAVES[0], mth(DATA[:4]), [LEAVES[1], mth(DATA[2:4])])
+
+
+def test_an_empty_log_has_one_root() -> None:
+    verify_consistency(0, 0, EMPTY_ROOT, EMPTY_ROOT, [])
+    for old_root, new_root in ((EMPTY_ROOT, LEAVES[0]), (LEAVES[0], LEAVES[0]), (LEAVES[0], EMPTY_ROOT)):
+        with refused():
+            verify_consistency(0, 0, old_root, new_root, [])
+
+
+def test_hashes_of_other_lengths_that_join_to_the_same_bytes_are_refused() -> None:
+    root, longer, shorter = mth(DATA[:2]), LEAVES[0] + LEAVES[1][:1], LEAVES[1][1:]
+    assert hashlib.sha256(b"\x01" + longer + shorter).digest() == root
+    with refused():
+        verify_inclusion(shorter, 1, 2, [longer], root)
+    with refused():
+        verify_consistency(1, 2, longer, root, [shorter])
+    with refused():
+        verify_subset({0: longer, 1: shorter}, 2, [], root)
+
+
 def test_a_tree_nobody_could_build_costs_nothing_to_refuse() -> None:
     root = mth(DATA)
     with refused():
