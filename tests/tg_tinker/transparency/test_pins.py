@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import pytest
 from tests.tg_tinker.transparency.logs import Log, entry, log_of
 from tg_tinker.errors import InvalidRequestError, LogVerificationError
 from tg_tinker.transparency.folder import Folder, data_folder
+from tg_tinker.transparency.note import VerifierKey, sign_note
 from tg_tinker.transparency.pins import KnownServer, Pin, Pins
 
 DAY = datetime(2026, 3, 1, 12, 30, 5, tzinfo=UTC)
@@ -88,7 +92,7 @@ def test_every_damage_of_a_pin_is_an_error_that_says_how_to_go_on(tmp_path: Path
     good = file.read_bytes()
     seen = json.loads(good)["seen"].encode()
     harmless = range(good.index(seen) * 8, (good.index(seen) + len(seen)) * 8)  # a date: only told to the user
-    for i in set(range(0, (len(good) - 1) * 8, 3)) - set(harmless):
+    for i in set(range(0, (len(good) - 1) * 8, 11)) - set(harmless):
         changed = bytearray(good)
         changed[i // 8] ^= 1 << i % 8
         file.write_bytes(changed)
@@ -188,6 +192,45 @@ def test_a_disk_that_fails_leaves_the_old_pin_whole(
     assert p.get(log.key.name) == pin(log, 9)
     assert pins(tmp_path).get(log.key.name) == pin(log, 3)
     assert [f.name for f in (tmp_path / "pins").iterdir()] == [pin_file(tmp_path).name]  # and nothing lies about
+
+
+def test_a_pin_under_a_name_that_does_not_follow_from_its_key_is_damaged(tmp_path: Path) -> None:
+    ours, theirs = log_of(5), log_of(5, seed=2)
+    false = VerifierKey(ours.key.name, theirs.key.public_key)
+    note = sign_note(pin(ours).checkpoint.body(), false, theirs.private.sign)
+    pins(tmp_path).put(pin(ours))
+    pin_file(tmp_path).write_text(Pin(false, note, DAY).to_json())
+    with pytest.raises(InvalidRequestError, match="another log"):
+        pins(tmp_path).get(ours.key.name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.put(pin(log_of(9))),
+        lambda p: p.know(KnownServer("b:1", "t", log_of(0).key.name)),
+        lambda p: p.forget("a:1"),
+    ],
+)
+def test_whoever_writes_waits_for_the_process_that_is_writing(
+    tmp_path: Path, change: Callable[[Pins], object]
+) -> None:
+    pins(tmp_path).put(pin(log_of(5)))
+    pins(tmp_path).know(KnownServer("a:1", "t", log_of(0).key.name))
+
+    def state() -> tuple[list[KnownServer], Pin | None]:
+        return pins(tmp_path).servers(), pins(tmp_path).get(log_of(0).key.name)
+
+    before = state()
+    with (tmp_path / ".lock").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=change, args=(pins(tmp_path),))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        assert state() == before
+    waiting.join(30)
+    assert state() != before
 
 
 def test_servers_are_known_by_address_and_tenant(tmp_path: Path) -> None:
