@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tg_tinker.reports import exported as _exported  # noqa: F401 - registers its type
 from tg_tinker.reports import verify as _report  # noqa: F401 - registers its type
 from tg_tinker.reports.verdicts import REGISTRY, Trust, Verdict
 

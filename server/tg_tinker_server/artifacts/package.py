@@ -14,7 +14,19 @@ import rfc8785
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.exports.manifest import PAYLOAD_TYPE, PEFT, PLAIN, Manifest
 from tg_tinker.exports.model_signing import make_bundle
-from tg_tinker.exports.tar import ADAPTER, ADAPTER_CONFIG, BUNDLE, BUNDLE_KEY, CARD, LARGEST_BYTES, MANIFEST, WEIGHTS
+from tg_tinker.exports.tar import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    BUNDLE,
+    BUNDLE_KEY,
+    CARD,
+    LARGEST_BYTES,
+    MANIFEST,
+    REPORT,
+    REPORT_PAGE,
+    WEIGHTS,
+)
+from tg_tinker.reports.statement import rounded_up, small
 from tg_tinker_server.artifacts.weights import PEFT_PREFIX
 from tg_tinker_server.crypto.signing import ModelSigner, Signer
 
@@ -100,10 +112,10 @@ def guarantee(privacy: Mapping[str, Any] | None) -> str:
     if not math.isfinite(float(privacy["epsilon"])):
         return "An un-noised gradient was released in training: there is no finite guarantee."
     what = "record" if privacy["unit"] == "datum" else privacy["unit"]
-    shown = math.ceil(float(privacy["epsilon"]) * 1000) / 1000
+    epsilon, delta = rounded_up(float(privacy["epsilon"])), small(float(privacy["delta"]))
     return (
         f"Adding or removing one {what} of the training data changes the probability of any outcome of the training "
-        f"by at most a factor of exp({shown:.3f}), except with probability {float(privacy['delta']):g}."
+        f"by at most a factor of exp({epsilon}), except with probability {delta}."
     )
 
 
@@ -164,7 +176,7 @@ def model_card(source: Source, privacy: Mapping[str, Any] | None, verifier_key: 
         if source.layout == PEFT
         else f"state = safetensors.torch.load_file(<this folder> + '/{WEIGHTS}')"
     )
-    report = "`report.json` is the signed report on every run over that data, `report.html` the same to read."
+    report = f"`{REPORT}` is the signed report on every run over that data, `{REPORT_PAGE}` the same to read."
     lines = [
         "---",
         f"base_model: {model}",

@@ -13,7 +13,9 @@ from typing import IO, Any
 from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.exports import age, hpke
 from tg_tinker.exports.pieces import read_file
-from tg_tinker.exports.tar import LARGEST_MEMBER_BYTES, ORDER, REPORT, Bytes, write_tar
+from tg_tinker.exports.tar import LARGEST_MEMBER_BYTES, ORDER, REPORT, REPORT_PAGE, Bytes, write_tar
+from tg_tinker.reports.page import render
+from tg_tinker.wire.privacy import report_of
 from tg_tinker_server.artifacts.package import Source, documents
 from tg_tinker_server.artifacts.tensors import FormatError, state_from
 from tg_tinker_server.artifacts.vault import Vault
@@ -143,7 +145,8 @@ class ExportService:
         return state_from(file.metadata), names
 
     async def _report(self, tenant: str, state: Mapping[str, Any]) -> dict[str, bytes]:
-        return {REPORT: await self.reporter(tenant, str(state["ledger"]["dataset_id"]))}
+        envelope = await self.reporter(tenant, str(state["ledger"]["dataset_id"]))
+        return {REPORT: envelope, REPORT_PAGE: render(report_of(envelope)).encode()}
 
     def _build(self, row: ArtifactRow, source: Source, sealing: Sealing) -> tuple[IO[bytes], str, int]:
         digest, size = hashlib.sha256(), 0

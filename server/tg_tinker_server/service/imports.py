@@ -19,6 +19,8 @@ from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, TGTinke
 from tg_tinker.exports.errors import refused
 from tg_tinker.exports.manifest import PEFT, Manifest
 from tg_tinker.exports.reader import ExportReader
+from tg_tinker.reports.exported import check_export
+from tg_tinker.reports.verdicts import Trust
 from tg_tinker.transparency.note import VerifierKey
 from tg_tinker.types import LoRAConfig
 from tg_tinker_server.artifacts.tensors import FormatError
@@ -99,6 +101,8 @@ class ImportService:
         self, tenant: str, artifact_id: str, key: VerifierKey, pieces: Iterator[bytes]
     ) -> tuple[SealedArtifact, Manifest]:
         reader = ExportReader(pieces, key)
+        for _ in check_export(reader, Trust(keys=[key])):
+            pass
         state, modules = self._state(tenant, reader)
         try:
             plaintext = put_weights(reader.weights(), reader.weights_bytes, state, modules)
