@@ -214,6 +214,7 @@ def _accounting(accounting: Mapping[str, Any], guarantee: Mapping[str, Any]) -> 
         "claimed epsilon",
         f"<b>{_up(guarantee['epsilon'])}</b> by {text(accounting['accountant'])}: {text(accounting['gate'])}",
     )
+    yield "steps chosen on the way", text(accounting["adaptivity"])
     if accounting["accountant"] != "rdp":
         yield "by the Renyi gate", _up(accounting["rdp"])
     check = accounting["cross_check"]

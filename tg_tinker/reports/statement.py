@@ -29,6 +29,13 @@ GATES: Final = {
     "rdp": "Renyi DP with integer costs rounded up, composed adaptively",
     "prv": "privacy loss distribution of one schedule that was fixed before anything was released",
 }
+KEPT: Final = (
+    "However the steps were chosen along the way, the gate keeps the dataset within its target epsilon. An epsilon "
+    "below the target is that of the releases as recorded, as if they had been fixed beforehand."
+)
+NOT_KEPT: Final = (
+    "No target was set: epsilon is that of the releases as recorded, as if they had been fixed beforehand."
+)
 ALL_RUNS: Final = (
     "Every run ever opened on this dataset, with every release that was paid for. Failed, repeated and unsettled "
     "releases and runs made to tune something count in full."
@@ -265,6 +272,7 @@ def _accounting(history: History, figures: Figures) -> dict[str, Any]:
     return {
         "accountant": accountant,
         "gate": GATES[accountant],
+        "adaptivity": KEPT if math.isfinite(history.in_force.target_epsilon) else NOT_KEPT,
         "rdp": number(figures.rdp),
         "cross_check": {
             "accountant": "pld (dp_accounting)",

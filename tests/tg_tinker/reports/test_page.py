@@ -80,6 +80,8 @@ def test_every_figure_and_list_of_the_report_is_on_the_page(forge: Forge) -> Non
         assert line in text
     for line in [*report["assumptions"], report["sampling"]["claim"], report["empirical_audit"]["note"]]:
         assert line in text
+    for line in [report["accounting"]["adaptivity"], report["accounting"]["gate"], report["mechanism"]["name"]]:
+        assert line in text
     for point in report["privacy_profile"]:
         assert f"{rounded_up(float(point['rdp']))} {rounded_up(float(point['pld']))}" in text
     assert "run_a 3 2 1 0 the base model run_b 2 1 0 1 the base model" in text

@@ -113,6 +113,7 @@ DOCUMENT_LIES: list[tuple[str, Edit, str]] = [
     ("smaller rdp", lambda d: d["accounting"].update(rdp="1.0"), r"^accounting: rdp is 1.0"),
     ("a bound of an estimate", lambda d: d["accounting"]["estimate"].update(note="a bound"), r"^accounting: .*note"),
     ("smaller estimate", lambda d: d["accounting"]["estimate"].update(epsilon="0.5"), r"^accounting: the estimate"),
+    ("promise for adaptive runs", lambda d: d["accounting"].update(adaptivity="Any."), r"^accounting: .*adaptivity"),
     ("no estimate", lambda d: d["accounting"].update(estimate=None), r"^accounting: the estimate"),
     ("profile", lambda d: d["privacy_profile"][0].update(rdp="0.5"), r"^accounting: rdp at delta 0.001 is 0.5"),
     ("profile, pld", lambda d: d["privacy_profile"][7].update(pld="0.5"), r"^accounting: pld at delta 1e-10 is 0.5"),
