@@ -47,7 +47,7 @@ def _table(findings: list[Finding], *, chances: bool) -> Table:
     table.add_column("")
     for finding in findings:
         state = "[bold red]ALARM[/bold red]" if finding.alarm else "ok"
-        cells = [state, finding.name, f"{finding.figure:.4g}"]
+        cells = [state, finding.name, f"{finding.figure:.{4 if chances else 6}g}"]
         if chances:
             cells.append(f"{finding.p_value:.2g}")
         table.add_row(*cells, _word(finding))

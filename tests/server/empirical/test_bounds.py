@@ -134,6 +134,18 @@ def test_scores_without_noise_reach_the_power() -> None:
     assert found.p_value < 5e-4
 
 
+def test_the_p_value_of_a_claim_pays_for_every_count_that_was_tried() -> None:
+    rng = np.random.default_rng(3)
+    included = rng.random(200) < 0.5
+    found = lower_bound(included + rng.normal(size=200), included, claimed_epsilon=0.5, delta=1e-6, confidence=0.95)
+    single = [
+        p_value(canaries=200, guesses=g.guesses, correct=g.correct, epsilon=0.5, delta=1e-6) for g in found.tried
+    ]
+    assert len(single) == 2
+    assert found.p_value == pytest.approx(2 * min(single))
+    assert found.p_value < 1.0
+
+
 def test_several_counts_of_guesses_share_the_error_probability() -> None:
     """Coins that have nothing to do with scores: a bound above 0 is wrong, and comes in at most 5 % of the runs."""
     rng = np.random.default_rng(2)

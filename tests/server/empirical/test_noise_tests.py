@@ -44,6 +44,14 @@ def test_p_values_of_honest_noise_are_not_too_small_too_often() -> None:
         assert values.min() > 1e-7, name
 
 
+def test_the_scale_is_held_against_what_was_paid_for_and_the_room_above_it() -> None:
+    """At either end of what is allowed a chi-square that is exactly its mean is as likely above as below."""
+    for size, name in ((1.0, "less noise than paid for"), (1.001, "more noise than paid for")):
+        (found,) = (t for t in noise_tests.scale(np.full(SHAPE, size)) if t.name == name)
+        assert found.p_value == pytest.approx(0.5, abs=0.01)
+        assert found.figure == pytest.approx(size)
+
+
 def test_two_sided_p_values_are_uniform() -> None:
     rng = np.random.default_rng(1)
     for name in ("mean", "times the clipped sum is in it"):

@@ -7,10 +7,11 @@ import pytest
 
 from tg_tinker.data import collate
 from tg_tinker.types import DPConfig
-from tg_tinker_server.empirical.bench import Bench, bench
+from tg_tinker_server.empirical.bench import Bench, Record, bench
 from tg_tinker_server.empirical.planting import Planted
 from tg_tinker_server.empirical.settings import MODELS, AuditSettings
-from tg_tinker_server.engine.backend import PassRequest
+from tg_tinker_server.empirical.watching import Watch, WatchedBackend
+from tg_tinker_server.engine.backend import PassRequest, StepRequest
 from tg_tinker_server.engine.bigram import BigramBackend
 
 
@@ -28,14 +29,14 @@ def open_run(tools: Bench, bound: float):
 def test_a_planted_gradient_is_released_on_its_coordinate_and_nowhere_else(tools: Bench) -> None:
     small, large, own = tools.records(3, 5)
     tools.watch.plant(small, Planted(coordinate=100, value=0.25))
-    tools.watch.plant(large, Planted(coordinate=1001, value=-70.0))
+    tools.watch.plant(large, Planted(coordinate=2001, value=-70.0))
     client = open_run(tools, 0.5)
     client.forward_backward(collate([small, large]))
     client.optim_step(apply_dp_noise=False).result()
     (step,) = tools.watch.steps
     assert step.released_P[100] == pytest.approx(0.25, rel=1e-5)
-    assert step.released_P[1001] == pytest.approx(-0.5, rel=1e-5)
-    assert np.flatnonzero(np.abs(step.released_P) > 1e-4).tolist() == [100, 1001]
+    assert step.released_P[2001] == pytest.approx(-0.5, rel=1e-5)
+    assert np.flatnonzero(np.abs(step.released_P) > 1e-4).tolist() == [100, 2001]
     client.forward_backward(collate([own]))
     client.optim_step(apply_dp_noise=False).result()
     assert np.count_nonzero(np.abs(tools.watch.steps[1].released_P) > 1e-6) > 5, (
@@ -55,15 +56,28 @@ def test_what_is_released_without_noise_is_the_clipped_sum_and_with_it_is_not(to
     assert np.std(noised.noise_P) == pytest.approx(0.5, rel=0.05)
 
 
-def test_dropped_calls_are_not_in_the_sum(tools: Bench) -> None:
-    record = tools.records(1, 6)
-    client = open_run(tools, 0.5)
-    start = client.save_state().artifact_id
-    client.forward_backward(collate(tools.records(4, 6))).result()
-    client.load_state(start)
-    client.forward_backward(collate(record))
-    client.optim_step(apply_dp_noise=False).result()
-    assert np.abs(tools.watch.steps[0].noise_P).max() < 1e-5
+@pytest.mark.parametrize("how", ["discard", "import"])
+def test_dropped_calls_are_not_in_the_sum(how: str) -> None:
+    with bench(AuditSettings(model="bigram", seed=0)) as tools:
+        dropped, kept = tools.records(4, 6), tools.records(1, 6)
+        config = open_run(tools, 0.5).config
+    watch = Watch()
+    session = WatchedBackend(BigramBackend(), watch).open(run_id="r", config=config)
+    start = session.export_state(optimizer=False)
+
+    def send(records: list[Record]) -> None:
+        contribution = session.forward_backward(PassRequest.of_batch(collate(records))).contribution
+        assert contribution is not None
+        session.accumulate(contribution)
+
+    send(dropped)
+    if how == "discard":
+        session.discard_pending()
+    else:
+        session.import_state(start, optimizer=False)
+    send(kept)
+    session.step(StepRequest(learning_rate=1.0))
+    assert np.abs(watch.steps[0].noise_P).max() < 1e-5
 
 
 def test_evaluation_reports_the_records_own_loss(tools: Bench) -> None:
