@@ -29,6 +29,18 @@ def test_the_marked_blocks_of_a_page_run_in_order(page: str, blocks: int, capsys
     assert 7.5 < epsilons[-1] <= 8.0
 
 
+@pytest.mark.usefixtures("documented_server")
+def test_the_page_on_datasets_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, object] = {}
+    for snippet in (s for s in snippets(ROOT / "docs" / "how-to" / "datasets.md") if s.marked):
+        snippet.execute(namespace)
+    printed = capsys.readouterr().out
+    epsilons = [float(e) for e in re.findall(r"step \d+: epsilon ([0-9.]+) of 8", printed)]
+    assert len(epsilons) == 3
+    assert 7.5 < epsilons[-1] <= 8.0
+    assert "erased: 2 left: 198 slots: 200" in printed
+
+
 def test_the_derived_gradients_are_those_of_autograd(capsys: pytest.CaptureFixture[str]) -> None:
     (snippet,) = (s for s in snippets(ROOT / "docs" / "how-dp-lora-works.md") if s.marked)
     snippet.execute({})
