@@ -85,7 +85,7 @@ def test_whatever_is_asked_the_answer_keeps_the_target_or_there_is_none(
     most = {"noise_multiplier": 1e6, "steps": 1, "batch_size": 1, "dataset_size": 10**12}[unknown]
     reachable = plan(delta=delta, **{**values, unknown: most, "epsilon": None}).epsilon <= epsilon  # type: ignore[arg-type]
     if not reachable:
-        with pytest.raises(InvalidRequestError, match="out of reach|promises no epsilon"):
+        with pytest.raises(InvalidRequestError, match=r"out of reach|promises no epsilon"):
             plan(delta=delta, **values)  # type: ignore[arg-type]
         return
     found = plan(delta=delta, **values)  # type: ignore[arg-type]
