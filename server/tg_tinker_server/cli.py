@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from tg_tinker.commands.plugins import PluginGroup
 from tg_tinker.errors import TGTinkerError
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.crypto.keys import create_key_file
@@ -65,9 +66,15 @@ async def _serve(config: ServerConfig, foundation: Foundation) -> None:
     click.echo("stopped")
 
 
-@click.group()
+# What changes the keys that encrypt, each imported when called for.
+KEY_COMMANDS = {
+    name: f"tg_tinker_server.cli_keys:{name.replace('-', '_')}" for name in ("show", "rotate", "shred", "rewrap-root")
+}
+
+
+@click.group(cls=PluginGroup, plugins="tg_tinker.commands.keys", modules=KEY_COMMANDS)
 def keys() -> None:
-    """API keys of this server; run these where its data folder is."""
+    """API keys of this server, and the keys that encrypt; run these where its data folder is."""
 
 
 @keys.command("create")

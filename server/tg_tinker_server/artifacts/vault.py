@@ -228,7 +228,31 @@ class Vault:
         unlocked = _uniform(artifact_id, lambda: self._unlock(tenant, artifact_id, None))
         slot = self._keys.wrap_dek(tenant, unlocked.dek, unlocked.scope.aad)
         self._blobs.put(artifact_id + SLOTS_SUFFIX, [slots_bytes((slot,), unlocked.keys)], replace=True)
+        if not self.exists(artifact_id):  # deleted meanwhile: its slot would lie there for ever
+            self._blobs.delete(artifact_id + SLOTS_SUFFIX)
         return slot.key_id
+
+    def owned(self, tenant: str) -> Iterator[tuple[str, str]]:
+        """Ids of a tenant's artifacts, and the version that wraps each one's key, as their headers say unverified."""
+        for name in self._blobs.names():
+            if name.endswith(SLOTS_SUFFIX):
+                continue
+            try:
+                header, _ = parse_header(self._start(name)[0])
+                slots = header.slots
+                with contextlib.suppress(BlobNotFoundError):
+                    slots, _ = parse_slots(next(self._blobs.read(name + SLOTS_SUFFIX), b""))
+            except (FormatError, BlobNotFoundError):
+                continue  # too damaged to name anybody, or deleted meanwhile
+            if header.scope.tenant == tenant:
+                yield name, slots[0].key_id
+
+    def exists(self, artifact_id: str) -> bool:
+        """Whether anything lies under the id."""
+        try:
+            return self._blobs.size(artifact_id) >= 0
+        except BlobNotFoundError:
+            return False
 
     def delete(self, *, tenant: str, artifact_id: str) -> None:
         """Delete an artifact of this tenant, damaged or not; no error if it is gone already.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from tg_tinker.errors import InvalidRequestError, ServerError
@@ -156,6 +156,10 @@ class TenantKeyring:
                 f"a stored value ({purpose}) failed verification; restore the database or submit the operation again"
             ) from None
 
+    def is_newest(self, tenant: str, sealed: bytes) -> bool:
+        """Whether a value that `seal_value` made is sealed under the tenant's newest version."""
+        return int.from_bytes(sealed[1:VALUE_HEADER_BYTES], "big") == self._newest(tenant).version
+
     def mac_key(self, tenant: str, purpose: str) -> bytes:
         """32 bytes for keyed hashes: the same for a tenant and purpose for ever, unrelated for any other."""
         return derive_key(
@@ -222,6 +226,23 @@ class TenantKeyring:
         self._cache.pop(tenant, None)
         doomed = [r.version for r in self._rows.get_versions(tenant) if r.destroyed is None and r.version != keep]
         self._rows.destroy_versions(tenant, doomed, self._now())
+
+
+def rewrap_row(row: KeyRow, old: KeyProvider, new: KeyProvider) -> KeyRow:
+    """The same version of a tenant's key under another root key, opened again to be sure.
+
+    Raises:
+        DecryptionError: it does not open under ``old``.
+        ServerError: ``new`` gives back another key than it was given.
+    """
+    aad = _row_aad(row.tenant, row.version)
+    size = int.from_bytes(row.wrapped[:2], "big")
+    key, secret = old.unwrap(row.wrapped[2 : 2 + size], aad), row.wrapped[2 + size :]
+    open_sealed(_secret_key(key), secret, aad)
+    wrapped = new.wrap(key, aad)
+    if new.unwrap(wrapped, aad) != key:
+        raise ServerError("the new root key does not open what it wrapped; nothing was changed")
+    return replace(row, wrapped=len(wrapped).to_bytes(2, "big") + wrapped + secret)
 
 
 def _key_id(tenant: str, version: int) -> str:

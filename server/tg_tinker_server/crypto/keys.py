@@ -1,7 +1,8 @@
 """The root key of a server, behind one URI: it wraps the key of every tenant and nothing else.
 
-``file:/path`` is a file, ``env:NAME`` an environment variable; both hold base64 of 32 bytes. Losing the root
-key loses every artifact; `create_key_file` is the only thing here that makes one, and only when asked.
+``file:/path`` is a file, ``env:NAME`` an environment variable; both hold base64 of 32 bytes. ``vault:https://...``
+is a key in HashiCorp Vault (transit.py). Losing the root key loses every artifact; `create_key_file` is the only
+thing here that makes one, and only when asked.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Protocol
 
 from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker_server.crypto.aead import KEY_BYTES, associated_data, derive_key, new_key, open_sealed, seal
+from tg_tinker_server.crypto.transit import SCHEME, TransitKeyProvider
 
 FIELD = "root_key"
 LARGEST_FILE_BYTES = 1024
@@ -76,8 +78,13 @@ def key_provider(uri: str, environ: Mapping[str, str] = os.environ) -> KeyProvid
         if where not in environ:
             raise _refused(f"the environment variable {where} with the root key is not set", "set")
         return LocalKeyProvider(_decode(environ[where], f"the environment variable {where}"))
+    if separator and where and scheme == SCHEME:
+        return TransitKeyProvider(where, environ)
     # The URI itself is not repeated: a key pasted here by mistake would land in a log.
-    raise _refused("the root key's URI is not understood; use file:/path/to/root.key or env:NAME", "file: or env:")
+    raise _refused(
+        "the root key's URI is not understood; use file:/path/to/root.key, env:NAME or vault:https://...",
+        "file:, env: or vault:",
+    )
 
 
 def create_key_file(path: Path) -> None:

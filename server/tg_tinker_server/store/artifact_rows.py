@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -55,6 +56,13 @@ def mark_deleted(tx: Connection, tenant: str, artifact_id: str, when: datetime) 
     """Remember that a checkpoint was deleted."""
     c = t.artifacts.c
     tx.execute(update(t.artifacts).where(c.tenant == tenant, c.artifact_id == artifact_id).values(deleted=when))
+
+
+def set_key_ids(tx: Connection, tenant: str, key_id: str, *, but: Collection[str]) -> None:
+    """Note which version of the tenant's key wraps those of all checkpoints, but of some."""
+    c = t.artifacts.c
+    where = (c.tenant == tenant) & (c.key_id != key_id) & c.artifact_id.not_in(but)
+    tx.execute(update(t.artifacts).where(where).values(key_id=key_id))
 
 
 def live_artifact_ids(tx: Connection) -> set[str]:

@@ -56,6 +56,13 @@ def list_api_keys(tx: Connection) -> list[ApiKeyRow]:
     return [_key(r) for r in tx.execute(select(t.api_keys).order_by(t.api_keys.c.created))]
 
 
+def revoke_tenant(tx: Connection, tenant: str, when: datetime) -> int:
+    """Revoke every key of a tenant; returns how many."""
+    c = t.api_keys.c
+    changed = tx.execute(update(t.api_keys).where(c.tenant == tenant, c.revoked.is_(None)).values(revoked=when))
+    return int(changed.rowcount)
+
+
 def revoke_api_key(tx: Connection, key_id: str, when: datetime) -> bool:
     """Revoke a key; says whether there was one to revoke."""
     c = t.api_keys.c

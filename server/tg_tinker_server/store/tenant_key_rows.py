@@ -24,6 +24,22 @@ def put_version(tx: Connection, values: dict[str, Any]) -> None:
         tx.execute(insert(t.tenant_keys).values(**values))
 
 
+def all_versions(tx: Connection) -> list[dict[str, Any]]:
+    """All versions of every tenant, destroyed ones too."""
+    c = t.tenant_keys.c
+    return [dict(r._mapping) for r in tx.execute(select(t.tenant_keys).order_by(c.tenant, c.version))]
+
+
+def replace_wrapped(tx: Connection, tenant: str, version: int, wrapped: bytes) -> None:
+    """Put another wrapping of the same key in the place of the stored one."""
+    c = t.tenant_keys.c
+    tx.execute(
+        update(t.tenant_keys)
+        .where(c.tenant == tenant, c.version == version, c.destroyed.is_(None))
+        .values(wrapped=wrapped)
+    )
+
+
 def destroy_versions(tx: Connection, tenant: str, versions: list[int], when: datetime) -> None:
     """Erase key material that is not erased yet."""
     c = t.tenant_keys.c
