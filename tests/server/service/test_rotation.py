@@ -144,11 +144,10 @@ def test_a_rotation_interrupted_anywhere_is_finished_by_running_it_again(
 
         return call
 
-    monkeypatch.setattr(type(rotation.db), "write", dying(type(rotation.db).write))
-    monkeypatch.setattr(type(rotation.vault), "rewrap", dying(type(rotation.vault).rewrap))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(rotation.db), "write", dying(type(rotation.db).write))
+        patch.setattr(type(rotation.vault), "rewrap", dying(type(rotation.vault).rewrap))
         rotation.rotate("acme")
-    monkeypatch.undo()
     rotation.db.close()
     rotation = reopened(place)
     rotation.renew("acme")
