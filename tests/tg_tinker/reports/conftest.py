@@ -18,12 +18,13 @@ from tg_tinker.reports import recompute
 from tg_tinker.reports.documents import verify_document
 from tg_tinker.reports.history import read_history
 from tg_tinker.reports.releases import Release, histogram
-from tg_tinker.reports.statement import PAYLOAD_TYPE, statement
+from tg_tinker.reports.statement import PAYLOAD_TYPE, Figures, statement
 from tg_tinker.reports.verdicts import Trust
 from tg_tinker.transparency import dsse, merkle, note
 
 EVENT = {"kind": "sampled_gaussian", "noise_multiplier": "1.0", "sample_rate": "0.1", "vouched_by": "client"}
 DELTA = 1e-5
+FIGURES: dict[Any, Figures] = {}  # many tests, one history
 
 
 @dataclass
@@ -138,7 +139,8 @@ class Forge:
     def document(self) -> dict[str, Any]:
         """The report that an honest server would write over this chain."""
         history = read_history(self.dataset_id, [b for b, _ in self.chain])
-        time, figures = self.chain[-1][0]["time"], recompute.figures(history)
+        time, known = self.chain[-1][0]["time"], (tuple(history.releases), history.in_force.target_delta)
+        figures = FIGURES[known] if known in FIGURES else FIGURES.setdefault(known, recompute.figures(history))
         made = statement(history, figures, time=time, server_version="0.1.0", integrity=self.integrity())
         parsed: dict[str, Any] = json.loads(rfc8785.dumps(made))
         return parsed

@@ -145,6 +145,11 @@ DOCUMENT_LIES: list[tuple[str, Edit, str]] = [
     ),
     ("first dropped", lambda d: d["integrity"]["entries"].pop(0), r"^chain: its first entry is not the first"),
     ("end cut off", lambda d: d["integrity"]["entries"].pop(), r"^checkpoint: .*entries after it may be missing"),
+    (
+        "capitals",
+        lambda d: d["integrity"].update(proof=[h.upper() for h in d["integrity"]["proof"]]),
+        r"^format: .*hash",
+    ),
     ("proof cut", lambda d: d["integrity"]["proof"].pop(), r"^leaves: "),
     ("index moved", lambda d: d["integrity"]["entries"][0].update(leaf_index=1), r"^leaves: "),
     (
