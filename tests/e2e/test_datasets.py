@@ -53,10 +53,12 @@ class Draws:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[list[int]] = []
+        self.asked: list[tuple[int, float]] = []
         self.forced: list[int] | None = None
         monkeypatch.setattr(draws, "poisson_draw", self)
 
     def __call__(self, slots: int, sample_rate: float) -> Any:
+        self.asked.append((slots, sample_rate))
         drawn = poisson_draw(slots, sample_rate) if self.forced is None else np.array(self.forced, dtype=np.int64)
         self.made.append([int(s) for s in drawn])
         return drawn
@@ -234,6 +236,7 @@ def test_erasing_one_unit_moves_the_clipped_sum_by_at_most_the_bound(
         tc.forward_backward(dataset=ds)
         tc.optim_step().result(30)
     assert charges(service, "whole")[0]["event"] == charges(service, "less")[0]["event"]  # the rate is a constant
+    assert drawn.asked == [(4, 0.5), (4, 0.5)]
     moved = np.linalg.norm(sums.seen[0] - sums.seen[1])
     assert 0.9 * bound < moved <= bound
 
