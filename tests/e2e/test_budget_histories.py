@@ -174,7 +174,7 @@ def live(house: House, histories: int) -> None:
 
 
 def test_no_history_of_runs_and_data_lowers_what_was_spent(house: House) -> None:
-    live(house, 25)
+    live(house, 12)
 
 
 @pytest.mark.slow

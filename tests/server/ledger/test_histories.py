@@ -245,7 +245,7 @@ COMMON: Any = {
 SEEN: list[int] = []
 
 
-@settings(max_examples=150, **COMMON)
+@settings(max_examples=80, **COMMON)
 @given(HISTORIES)
 def test_no_history_lowers_what_was_spent(db: Database, history: Any) -> None:
     live(db, history, SEEN)
