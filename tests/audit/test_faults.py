@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.audit.faults import FAULTS, plant
+from tg_tinker.data import collate
 from tg_tinker_server.dp.calibration import epsilon_for
 from tg_tinker_server.empirical.audit import audit
 from tg_tinker_server.empirical.bench import bench
 from tg_tinker_server.empirical.distinguisher import distinguish
 from tg_tinker_server.empirical.findings import Finding
-from tg_tinker_server.empirical.neighbours import Prober, pairs, probe_neighbours
+from tg_tinker_server.empirical.neighbours import Call, Pair, Prober, pairs, probe_neighbours
 from tg_tinker_server.empirical.noise_run import TESTS, examine_noise
 from tg_tinker_server.empirical.settings import AuditSettings, Mode
 
@@ -51,8 +53,30 @@ def test_worst_case_neighbours_show_a_loss_that_couples_records() -> None:
     assert found.figure > 5
 
 
-def test_a_gradient_that_is_not_finite_shows_where_nothing_clips() -> None:
-    """The service refuses the step that follows; that is no answer to which batch it was."""
+def test_every_measurement_starts_from_the_same_weights() -> None:
+    with bench(SMALL) as tools:
+        (pair,) = (p for p in pairs(tools, 10.0) if p.name == "ordinary record")
+        prober = Prober(tools, 10.0, merge=False)
+        assert prober.measure(pair).figure == pytest.approx(prober.measure(pair).figure, rel=1e-5)
+
+
+@pytest.mark.parametrize("refusable", [False, True])
+def test_only_the_refusal_of_a_unit_that_comes_again_is_an_answer(refusable: bool) -> None:
+    """Whoever may not send the batch for another reason has measured nothing, and nothing is an alarm."""
+    with bench(SMALL) as tools:
+        too_long, fits = tools.records(1, 600), tools.records(1, 6)
+        pair = Pair(
+            name="too long",
+            with_unit=[Call(records=too_long, units=["unit"])],
+            without=[Call(records=fits, units=["other"])],
+            refusable=refusable,
+        )
+        found = Prober(tools, LOW, merge=False).measure(pair)
+    assert found.alarm
+    assert "longer than max_sequence_length" in found.note
+
+
+def test_a_gradient_too_long_for_any_weight_shows_where_nothing_clips() -> None:
     with plant("no clipping"):
         assert probe("huge loss weight: gradient of 1e18 C").alarm
 
@@ -72,6 +96,7 @@ def test_statistics_show_noise_that_is_not_what_was_paid_for(fault: str, test: s
         found = {f.name: f for f in examine_noise(tools, smallest_p=SMALLEST_P)}
     assert found[test].alarm
     assert found[test].figure == pytest.approx(figure, abs=0.15)
+    assert found[test].p_value < 1e-30
 
 
 @pytest.mark.parametrize("fault", ["no noise", "no clipping"])
@@ -108,6 +133,16 @@ def test_worst_cases_reach_the_bound_of_an_honest_service_and_do_not_pass_it() -
     assert max(found.values()) <= 1.0 + 1e-4
     assert not any(f.alarm for f in findings)
     assert sum("refused" in f.note for f in findings) == 4
+
+
+@pytest.mark.slow
+def test_both_halves_of_an_adapter_are_probed() -> None:
+    with bench(AuditSettings(seed=0)) as tools:
+        prober = Prober(tools, LOW, merge=False)
+        prober.client.forward_backward(collate(tools.records(8, 12)))
+        prober.client.optim_step(apply_dp_noise=False).result()
+        released = tools.watch.steps[-1].released_P
+    assert np.count_nonzero(released) > 0.9 * len(released)
 
 
 @pytest.mark.slow
