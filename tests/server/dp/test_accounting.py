@@ -176,6 +176,14 @@ def test_prv_gives_up_to_infinity_where_its_grid_would_not_fit() -> None:
     assert prv_epsilon(1.0, 0.01, 0, 1e-5) == 0.0
 
 
+def test_prv_says_nothing_where_rounding_would_decide() -> None:
+    """At delta 1e-12 a thousand steps lose more to the Fourier transform than delta has; Opacus then says 7.41."""
+    truth = 7.56  # dp_accounting's loss distribution, composed in tests/golden/epsilon_grid.py
+    assert prv_epsilon(0.3, 1e-7, 1000, 1e-12) == math.inf > truth
+    assert math.isfinite(prv_epsilon(0.3, 1e-7, 1000, 1e-8))
+    assert prv_epsilon(1.0, 0.01, 1000, 1e-5) == pytest.approx(1.836, abs=5e-3)
+
+
 def test_delta_and_epsilon_of_the_loss_distribution_undo_each_other() -> None:
     at = pld_epsilon([sampled(1.0, 0.01)] * 1000, 1e-5)
     assert pld_delta(1.0, 0.01, 1000, at) == pytest.approx(1e-5, rel=1e-3)
