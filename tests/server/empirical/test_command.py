@@ -36,6 +36,8 @@ def test_an_honest_service_exits_with_0_and_writes_its_result(tmp_path: Path) ->
     assert 0 <= float(document["lower_bound"]["epsilon"]) < float(document["claimed"]["epsilon"]) <= 8
     assert float(document["lower_bound"]["epsilon"]) <= float(document["lower_bound"]["most_provable"])
     assert {f["instrument"] for f in document["findings"]} == {"neighbours", "noise", "distinguisher"}
+    shares = [float(f["threshold"]) for f in document["findings"] if f["p_value"] is not None]
+    assert sum(shares) == pytest.approx(float(document["false_alarm_rate"])), "every test has its share of the rate"
 
 
 def test_an_alarm_exits_with_1(tmp_path: Path) -> None:
