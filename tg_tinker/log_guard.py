@@ -5,8 +5,11 @@ What is verified here is what `tg_tinker.transparency` knows; this file asks the
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import threading
+import weakref
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,6 +23,15 @@ from tg_tinker.wire.log import checkpoint_from_proto, checkpoint_request
 
 _MOST_SIZES = 50  # in one question
 _ATTEMPTS = 3  # the first answer may tell which log it is, and with it what we know of it
+
+
+_open: weakref.WeakSet[LogGuard] = weakref.WeakSet()
+
+
+@atexit.register
+def _remember() -> None:
+    for guard in list(_open):
+        guard.close()
 
 
 class LogGuard:
@@ -36,6 +48,7 @@ class LogGuard:
         self._broken: LogVerificationError | None = None
         self._loose: set[int] = set()  # sizes of verified trees that the newest one was not proven to continue
         self._tying = False
+        _open.add(self)
 
     @property
     def known_size(self) -> int:
@@ -113,6 +126,11 @@ class LogGuard:
         self._watch.check_receipt(kept)
         if known_size != newest:  # another step's answer came meanwhile: show that both are of one history
             self._tie(newest, kept.verify().size)
+
+    def close(self) -> None:
+        """Remember for the next process what this one saw last."""
+        with contextlib.suppress(TGTinkerError):  # said before, or by whoever connects next
+            self._watch.save()
 
     def _take(self, reply: Any, asked: set[int]) -> bool:
         states = checkpoint_from_proto(reply)

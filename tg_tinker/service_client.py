@@ -376,6 +376,8 @@ class ServiceClient:
         deadline = time.monotonic() + wait_s
         for session in list(self._sessions.values()):
             session.close(wait_s=max(0.0, deadline - time.monotonic()))
+        if self._guard is not None:
+            self._guard.close()
         self._transport.close()
 
     def __enter__(self) -> Self:

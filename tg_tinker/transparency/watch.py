@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -36,6 +38,7 @@ class Watch:
         loopback: bool,
         receipts: Receipts | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        save_s: float = 1.0,
     ) -> None:
         """Begin where the pins left off.
 
@@ -44,6 +47,7 @@ class Watch:
             loopback: the address is this machine; then another log may answer at it, since embedded servers come
                 and go. A log once seen is held to its pin there too.
             receipts: where verified receipts are kept.
+            save_s: a pin is written at most so often, since flushing it to disk takes as long as a small step.
 
         Raises:
             InvalidRequestError: a pin is damaged.
@@ -51,6 +55,8 @@ class Watch:
         self._pins, self._receipts, self._now = pins, receipts, now
         self._address, self._tenant, self._loopback = address, tenant, loopback
         self._lock = threading.RLock()
+        self._unsaved: Pin | None = None
+        self._save_s, self._saved_s = save_s, -math.inf
         self._broken: LogVerificationError | None = None
         self._origin = pins.origin_at(address, tenant)
         self._seen: dict[int, tuple[bytes, datetime]] = {}  # size -> root and when
@@ -96,6 +102,18 @@ class Watch:
             self._raise_again()
             try:
                 return self._advance(checkpoint_note, verifier_key, from_size, proof)
+            except LogVerificationError as e:
+                self._break(e)
+
+    def save(self) -> None:
+        """Write the newest pin now, which otherwise waits for its turn: a process that is killed may forget it.
+
+        Raises:
+            LogVerificationError: another process saw another history.
+        """
+        with self._lock:
+            try:
+                self._save()
             except LogVerificationError as e:
                 self._break(e)
 
@@ -188,7 +206,15 @@ class Watch:
             del self._seen[min(self._seen)]
         if self._newest is None or checkpoint.size > self._newest.size:
             self._newest = checkpoint
-            self._pins.put(Pin(key, note, moment))
+            self._unsaved = Pin(key, note, moment)
+            if time.monotonic() - self._saved_s >= self._save_s:
+                self._save()
+
+    def _save(self) -> None:
+        if self._unsaved is not None:
+            pin, self._unsaved = self._unsaved, None
+            self._pins.put(pin)
+            self._saved_s = time.monotonic()
 
     def _same_root(self, checkpoint: Checkpoint, seen: tuple[bytes, datetime], note: str = "") -> None:
         root, when = seen

@@ -20,7 +20,9 @@ from tg_tinker.transparency.watch import Watch
 DAY = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
 
 
-def watch(folder: Path, *, address: str = "host:1", loopback: bool = False, tenant: str = "acme") -> Watch:
+def watch(
+    folder: Path, *, address: str = "host:1", loopback: bool = False, tenant: str = "acme", save_s: float = 0.0
+) -> Watch:
     """As a new process would make one."""
     return Watch(
         Pins(Folder(folder)),
@@ -29,6 +31,7 @@ def watch(folder: Path, *, address: str = "host:1", loopback: bool = False, tena
         loopback=loopback,
         receipts=Receipts(Folder(folder)),
         now=lambda: DAY,
+        save_s=save_s,
     )
 
 
@@ -275,3 +278,31 @@ def test_many_threads_follow_one_log(tmp_path: Path) -> None:
     assert w.known_size == log.size == 81
     assert watch(tmp_path).known_size == 81
     assert len(Receipts(Folder(tmp_path)).read_all(log.key.name, "data-1")) == 80
+
+
+def test_pins_are_written_now_and_then_and_when_asked(tmp_path: Path) -> None:
+    log = log_of(3)
+    w = watch(tmp_path, save_s=3600.0)
+    assert w.advance(*log.answer(w.known_size))
+    assert watch(tmp_path).known_size == 3  # the first at once
+    log.append(entry(3))
+    assert w.advance(*log.answer(w.known_size))
+    assert w.known_size == 4
+    assert watch(tmp_path).known_size == 3
+    w.save()
+    assert watch(tmp_path).known_size == 4
+
+
+def test_a_pin_that_waited_is_held_to_what_another_process_saw(tmp_path: Path) -> None:
+    mine, other = log_of(3), log_of(3)
+    w = watch(tmp_path, save_s=3600.0)
+    assert w.advance(*mine.answer(w.known_size))
+    elsewhere = watch(tmp_path)
+    mine.append(entry(3))
+    other.append(entry(99))
+    for at, log in ((w, mine), (elsewhere, other)):
+        assert at.advance(*log.answer(at.known_size))
+    with kind("forked"):
+        w.save()
+    with kind("forked"):
+        _ = w.known_size
