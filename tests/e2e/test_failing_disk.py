@@ -31,7 +31,7 @@ CONFIG = TrainingConfig(
 def serving(folder: Path) -> Iterator[ServiceClient]:
     with EmbeddedServer(ServerConfig(port=0, backend="bigram", data_dir=folder)) as server:
         key = server.mint_key("tenant-a")
-        with ServiceClient(base_url=server.address, api_key=key, timeout=10, retry_count=0) as service:
+        with ServiceClient(base_url=server.address, api_key=key, timeout=30) as service:
             yield service
 
 
