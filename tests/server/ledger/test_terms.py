@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from tests.server.ledger.conftest import Book
-from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
+from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError
 from tg_tinker.ledger import LEDGER_DOMAIN, START, ChainEntry
 from tg_tinker.ledger import PrivacyLedger as ClientLedger
 from tg_tinker_server.dp.accounting import pld_delta
 from tg_tinker_server.dp.events import Gaussian, SampledGaussian
+from tg_tinker_server.ledger.fold import Fold
 from tg_tinker_server.ledger.pricing import filter_delta
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
+from tg_tinker_server.store.ledger_rows import LedgerRow
 
 Books = Callable[..., Book]
 DRAWN = SampledGaussian(noise_multiplier=1.0, sample_rate=0.1, vouched_by="server")
@@ -193,3 +195,50 @@ def test_the_client_finds_every_lie_about_the_terms(book: Books, at: int, change
     with pytest.raises(InvalidRequestError, match=why) as e:
         replace(whole, entries=tuple(forged(entries, at, **changed))).verify()
     assert e.value.details["position"] == (3 if at == 0 and "kind" in changed else at)
+
+
+def as_rows(entries: list[ChainEntry]) -> list[LedgerRow]:
+    return [
+        LedgerRow(
+            tenant="t",
+            dataset_id="data-1",
+            position=e.position,
+            kind=e.kind,
+            run_id=e.body["run_id"],
+            seq=e.body.get("seq", 0),
+            attempt=e.body.get("attempt", 0),
+            body_json=e.body_json(),
+            prev_hash=e.prev_hash,
+            entry_hash=e.entry_hash,
+            leaf_index=e.position,
+        )
+        for e in entries
+    ]
+
+
+@pytest.mark.parametrize(
+    ("at", "changed"),
+    [
+        (0, {"kind": "open", "mechanism": {"kind": "gaussian", "noise_multiplier": "1.0"}}),
+        (0, {"slots": 0}),
+        (0, {"slots": "many"}),
+        (0, {"target_delta": "1.5"}),
+        (1, {"target_epsilon": "9.0"}),
+        (2, {"target_epsilon": "7.0"}),
+        (2, {"target_epsilon": "inf"}),
+        (2, {"kind": "register", "slots": 5, "target_epsilon": "9.0", "target_delta": "1e-05", "unit": "datum"}),
+        (5, {"records": -1}),
+        (5, {"kind": "forget"}),
+    ],
+)
+def test_the_server_releases_nothing_on_terms_it_cannot_have_written(
+    book: Books, at: int, changed: dict[str, Any]
+) -> None:
+    b = book(event=DRAWN).register().open()
+    raise_to(b, 10.0)
+    b.settle(b.reserve(1))
+    b.db.write(lambda tx: b.ledger.note_erasure(tx, b.scope, records=3, actor="key_1"))
+    entries = b.ledger.entries(b.scope)
+    assert Fold().extended(as_rows(entries)).slots == 1000
+    with pytest.raises(ServerError, match="cannot be trusted at position"):
+        Fold().extended(as_rows(forged(entries, at, **changed)))
