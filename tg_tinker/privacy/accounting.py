@@ -179,7 +179,10 @@ def loss_distribution(histogram: Histogram, *, pessimistic: bool = True) -> Any 
     ``None`` where there is too little noise or there are too many releases to hold it in memory. Optimistic ones
     bound from below and are as coarse as their grid times the number of releases.
     """
-    return _composed(tuple(sorted(_checked(histogram).items())), pessimistic)
+    try:
+        return _composed(tuple(sorted(_checked(histogram).items())), pessimistic)
+    except ArithmeticError:  # a noise multiplier whose square float64 cannot hold
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +249,7 @@ def _width(counts: tuple[tuple[tuple[float, float], int], ...], scale: float) ->
 
 def _largest_loss(sigma: float, rate: float) -> float:
     """The privacy loss of one step ten standard deviations out, where dp_accounting cuts it off."""
-    exponent = (10.0 * sigma + 0.5) / sigma**2
+    exponent = 10.0 / sigma + 0.5 / sigma / sigma
     return exponent + math.log(rate) if exponent > 50.0 else math.log1p(rate * math.expm1(exponent))
 
 

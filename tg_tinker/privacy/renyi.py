@@ -104,7 +104,7 @@ def _log_moment(sigma: float, rate: float, order: float) -> float:
     """
     width = min(sigma, 0.5) / 2.0
     u = _grid(sigma, rate, order, width)
-    exponent = u / sigma - 0.5 / sigma**2
+    exponent = u / sigma - 0.5 / sigma / sigma
     log_ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + exponent)
     log_density = -0.5 * u * u + math.log(width / math.sqrt(2.0 * math.pi))
     log_terms = order * log_ratio + log_density

@@ -54,7 +54,10 @@ def verify_report(document: Document) -> Iterator[Verdict]:
     yield Verdict("leaves", "each of them is a leaf of that log")
     history = _history(dataset_id, log.bodies)
     yield Verdict("last entry", f"the last one is this report's own, over {len(history.charges)} charges")
-    yield from _numbers(report, history)
+    try:
+        yield from _numbers(report, history)
+    except ArithmeticError as e:  # numbers that no training has: what cannot be computed is not believed
+        raise refused("epsilon", f"it cannot be computed from these entries ({type(e).__name__})") from e
     yield from _receipts(document, dataset_id, log)
 
 

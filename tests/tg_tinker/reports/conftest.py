@@ -77,6 +77,8 @@ class Forge:
 
     def charge(self, seq: int, run: str = "run_a", event: Mapping[str, Any] = EVENT, **more: Any) -> dict[str, Any]:
         events = [b["event"] for b, _ in self.chain if b["kind"] == "charge"]
+        if "epsilon_after" not in more:
+            more = {**more, "epsilon_after": repr(self.cost([*events, event]))}
         return self.append(
             "charge",
             **{
@@ -88,7 +90,6 @@ class Forge:
                 "neighbours": "add-or-remove-one",
                 "accountant": "rdp",
                 "delta": self.delta,
-                "epsilon_after": repr(self.cost([*events, event])),
                 **more,
             },
         )
@@ -105,6 +106,10 @@ class Forge:
 
     def unnoised(self) -> Forge:
         self.charge(1, event={"kind": "unnoised"})
+        return self
+
+    def settled_again(self) -> Forge:
+        self.settle(next(b for b, _ in self.chain if b["kind"] == "charge"))
         return self
 
     def refund(self) -> Forge:

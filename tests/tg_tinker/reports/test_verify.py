@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.tg_tinker.reports.conftest import EVENT, Forge, Refusal, settled_forge
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.reports.documents import verify_document
+from tg_tinker.reports.history import read_history
+from tg_tinker.reports.statement import Figures, statement
 from tg_tinker.reports.verdicts import Trust
 from tg_tinker.transparency import dsse, merkle, note
 from tg_tinker.transparency.folder import Folder
@@ -250,6 +252,9 @@ ENTRY_LIES: list[tuple[str, Callable[[], Forge], str]] = [
         lambda: lied(lambda b: b.update(target_delta="0.01"), "open", Forge().open()).open().close(),
         r"^entries: .*it changes the budget",
     ),
+    ("infinity misspelt", lambda: Forge(target="1e999").open().close(), r"^entries: .*target_epsilon is no finite"),
+    ("a run opened twice", lambda: settled_forge().open().close(), r"^entries: .*it opens run 'run_a' again"),
+    ("settled twice", lambda: settled_forge().settled_again().close(), r"^entries: .*or was settled already"),
     ("no report's entry", settled_forge, r"^last entry: the last entry is not a report's own"),
     ("over the target", lambda: Forge(target="2.0").open().spend(3).close(), r"^entries: .*over the 2.0 in force"),
     ("lowered target", lambda: Forge().open().raised("8.0", "4.0").close(), r"^entries: .*which is no raise"),
@@ -453,6 +458,25 @@ def test_an_understated_claim_is_caught_by_the_second_accountant_alone(
     said = refusal(false.sign(), false.trust())
     assert said.startswith("second accountant: the report claims epsilon 1.4")
     assert float(said.split("at least ")[1].split()[0]) == pytest.approx(2.354, abs=1e-3)
+
+
+@pytest.mark.parametrize("rate", ["1e-300", "1e-09", "1.0"])
+@pytest.mark.parametrize("sigma", ["1e-310", "1e-05", "1e+300"])
+def test_numbers_that_no_training_has_are_refused_and_not_stumbled_over(
+    refusal: Refusal, sigma: str, rate: str
+) -> None:
+    event = {**EVENT, "noise_multiplier": sigma, "sample_rate": rate}
+    forge = Forge().open(event=event, planned_steps=2**53 - 1)
+    forge.charge(1, event=event, accountant="prv", epsilon_after="0.5")
+    forge.charge(2, event=event, epsilon_after="7.75")
+    history = read_history("data-1", [b for b, _ in forge.close().chain])
+    figures = Figures(rdp=7.75, pld=7.75, gdp=None, profile=())
+    time = forge.chain[-1][0]["time"]
+    made = statement(history, figures, time=time, server_version="0", integrity=forge.integrity())
+    assert refusal(forge.sign(json.loads(rfc8785.dumps(made))), forge.trust()).split(":")[0] in (
+        "epsilon",
+        "accounting",
+    )
 
 
 def test_without_noise_no_finite_epsilon_is_believed(refusal: Refusal) -> None:
