@@ -269,13 +269,13 @@ class Transport:
         source = iter(requests)
         first = next(source)
         method, request_id = method_of(type(first)), uuid.uuid4().hex
-        failure: list[BaseException] = []
+        failure: list[Exception] = []
 
         def payloads() -> Iterator[bytes]:
             try:
                 for request in itertools.chain((first,), source):
                     yield request.SerializeToString()
-            except BaseException as e:
+            except Exception as e:
                 failure.append(e)  # grpc reads this on a thread of its own, and tells the caller nothing
                 raise
 

@@ -101,9 +101,15 @@ class Vault:
             InvalidRequestError: state that is not plain JSON, or a tensor that is not of numbers.
             ServerError: it could not be stored; then nothing was.
         """
-        return self.seal_plain(
-            tenant=tenant, artifact_id=artifact_id, kind=kind, plaintext=serialize(tensors, state), hashed=hashed
-        )
+        plaintext = serialize(tensors, state)
+        try:
+            return self.seal_plain(
+                tenant=tenant, artifact_id=artifact_id, kind=kind, plaintext=plaintext, hashed=hashed
+            )
+        except ValueError as e:
+            raise InvalidRequestError(
+                f"this state cannot be saved: {e}", field="state", constraint="JSON values and arrays of numbers"
+            ) from e
 
     def seal_plain(
         self, *, tenant: str, artifact_id: str, kind: str, plaintext: Iterable[Bytes], hashed: bool = True
@@ -129,12 +135,7 @@ class Vault:
             size += len(piece)
             return (piece,)
 
-        try:
-            self._blobs.put(artifact_id, pieces())
-        except ValueError as e:
-            raise InvalidRequestError(
-                f"this state cannot be saved: {e}", field="state", constraint="JSON values and arrays of numbers"
-            ) from e
+        self._blobs.put(artifact_id, pieces())
         return SealedArtifact(
             artifact_id=artifact_id,
             size_bytes=size,
