@@ -129,8 +129,6 @@ def put_weights(
     described = [
         (WEIGHTS + engine_name(e.name, saved_modules), e.dtype, e.shape, e.end - e.start) for e in file.entries
     ]
-    if len({d[0] for d in described}) != len(described):
-        raise FormatError("two tensors of one name")
     yield header_bytes(described, {STATE: state_to_json(state)})
     yield from file.data
 

@@ -8,9 +8,14 @@ import pickle
 
 import pytest
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.exports.model_signing import P256_ORDER
+from tg_tinker.transparency.dsse import open_envelope
+from tg_tinker.transparency.note import VerifierKey, open_note
 from tg_tinker_server.crypto.envelope import TenantKeyring
 from tg_tinker_server.crypto.key_rows import MemoryKeyRows
 from tg_tinker_server.crypto.keys import LocalKeyProvider
@@ -86,3 +91,27 @@ def test_a_signing_key_leaves_the_process_neither_in_a_log_nor_in_a_pickle() -> 
     assert repr(signer) == f"Signer({signer.origin})"
     with pytest.raises(TypeError):
         pickle.dumps(signer)
+
+
+def test_the_key_for_model_signing_is_another_one_and_signs_alike_each_time(keyring: TenantKeyring) -> None:
+    signers = TenantSigner(keyring)
+    signer, again, other = signers.model_signer("acme"), signers.model_signer("acme"), signers.model_signer("other")
+    assert signer.public_pem == again.public_pem != other.public_pem
+    signature = signer.sign(b"message")
+    assert signature == again.sign(b"message")
+    public = serialization.load_pem_public_key(signer.public_pem)
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    public.verify(signature, b"message", ec.ECDSA(hashes.SHA256()))
+    _, s = utils.decode_dss_signature(signature)
+    assert s <= P256_ORDER // 2
+    with pytest.raises(TypeError):
+        pickle.dumps(signer)
+    assert "acme" not in repr(signer)
+
+
+def test_the_sdk_reads_what_a_tenant_signs() -> None:
+    signer = Signer(b"k" * 32)
+    key = VerifierKey.parse(signer.verifier_key)
+    assert key == VerifierKey.of(signer.public_key)
+    assert open_note(signer.sign_note("a\nb\n"), key) == "a\nb\n"
+    assert open_envelope(signer.sign_dsse("t", b"payload"), key, payload_type="t") == b"payload"

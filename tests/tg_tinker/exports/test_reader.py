@@ -61,10 +61,10 @@ def flips(data: bytes, positions: range | list[int], bits: range) -> list[tuple[
     return accepted
 
 
-def test_no_bit_of_the_manifest_can_be_changed() -> None:
+def test_no_byte_of_the_manifest_can_be_changed() -> None:
     manifest = files()[MANIFEST]
     accepted = []
-    for bit in range(8 * len(manifest)):
+    for bit in range(0, 8 * len(manifest), 7):  # every byte, and every bit of a byte; all of them in the slow test
         changed = bytearray(manifest)
         changed[bit // 8] ^= 1 << bit % 8
         try:
