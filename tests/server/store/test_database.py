@@ -243,8 +243,8 @@ def _append(conn: sa.Connection, position: int, name: str = "d", run: str = "r")
         "UPDATE ledger SET body_json = 'x'",
         "DELETE FROM ledger",
         "INSERT OR REPLACE INTO ledger SELECT * FROM ledger WHERE position = 0",
-        "INSERT INTO ledger SELECT tenant, dataset_id, 5, kind, run_id, 5, attempt, body_json, prev_hash, entry_hash, 5 "
-        "FROM ledger WHERE position = 0",
+        "INSERT INTO ledger SELECT tenant, dataset_id, 5, kind, run_id, 5, attempt, body_json, prev_hash, entry_hash, "
+        "5 FROM ledger WHERE position = 0",
     ],
 )
 def test_the_ledger_can_only_be_added_to_at_its_end(db: Database, statement: str) -> None:
@@ -257,11 +257,8 @@ def test_the_ledger_can_only_be_added_to_at_its_end(db: Database, statement: str
 
 @pytest.mark.parametrize("statement", ["UPDATE audit SET body_json = 'x'", "DELETE FROM audit"])
 def test_the_audit_log_can_only_be_added_to(db: Database, statement: str) -> None:
-    db.write(
-        lambda c: c.execute(
-            audit.insert().values(tenant="t", position=0, body_json="{}", prev_hash=b"", record_hash=b"", leaf_index=0)
-        )
-    )
+    row = {"tenant": "t", "position": 0, "body_json": "{}", "prev_hash": b"", "record_hash": b"", "leaf_index": 0}
+    db.write(lambda c: c.execute(audit.insert().values(row)))
     with pytest.raises(ServerError, match="append-only"):
         db.write(lambda c: c.exec_driver_sql(statement))
 
