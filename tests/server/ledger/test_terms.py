@@ -240,5 +240,6 @@ def test_the_server_releases_nothing_on_terms_it_cannot_have_written(
     b.db.write(lambda tx: b.ledger.note_erasure(tx, b.scope, records=3, actor="key_1"))
     entries = b.ledger.entries(b.scope)
     assert Fold().extended(as_rows(entries)).slots == 1000
-    with pytest.raises(ServerError, match="cannot be trusted at position"):
+    with pytest.raises(ServerError, match="cannot be trusted at position") as e:
         Fold().extended(as_rows(forged(entries, at, **changed)))
+    assert e.value.details["position"] == (3 if at == 0 and "kind" in changed else at)
