@@ -243,8 +243,8 @@ def _append(conn: sa.Connection, position: int, name: str = "d", run: str = "r")
         "UPDATE ledger SET body_json = 'x'",
         "DELETE FROM ledger",
         "INSERT OR REPLACE INTO ledger SELECT * FROM ledger WHERE position = 0",
-        "INSERT INTO ledger SELECT tenant, dataset_id, 5, kind, run_id, 5, attempt, body_json, prev_hash, entry_hash, "
-        "5 FROM ledger WHERE position = 0",
+        "INSERT INTO ledger SELECT tenant, dataset_id, 5, kind, run_id, 5, attempt, body_json, prev_hash, "
+        "entry_hash, 5 FROM ledger WHERE position = 0",
     ],
 )
 def test_the_ledger_can_only_be_added_to_at_its_end(db: Database, statement: str) -> None:

@@ -77,7 +77,11 @@ def test_what_was_changed_cut_or_sealed_for_others_does_not_open() -> None:
         opened(data, str(OTHER))
 
 
-@pytest.mark.parametrize("bad", ["", "age1", "ssh-ed25519 AAAA", PUBLIC[:-1], PUBLIC.replace("age1", "age2"), " "])
+@pytest.mark.parametrize(
+    "bad",
+    ["", "age1", "ssh-ed25519 AAAA", PUBLIC[:-1], PUBLIC.replace("age1", "age2"), " "],
+    ids=["empty", "age1", "ssh", "cut", "age2", "space"],  # the key is another in every process
+)
 def test_a_text_that_is_no_recipient_is_refused_with_how_to_make_one(bad: str) -> None:
     with pytest.raises(InvalidRequestError, match="age-keygen"):
         age.check_recipients([bad])
