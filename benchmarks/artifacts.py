@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pyrage
 
+from tg_tinker.exports.age import seal_age
+from tg_tinker.exports.hpke import Identity, seal_hpke
 from tg_tinker.streaming import Bytes, encrypt_segments
 from tg_tinker_server.artifacts.blobs import LocalBlobs
 from tg_tinker_server.artifacts.vault import Vault
@@ -65,6 +68,12 @@ def hashed(pieces: Iterable[Bytes]) -> None:
     digest.hexdigest()
 
 
+def sealed_for_age(recipient: str, pieces: Iterable[Bytes]) -> None:
+    """To /dev/null, through pyrage."""
+    with Path(os.devnull).open("wb", buffering=0) as sink:
+        seal_age([recipient], pieces, sink)
+
+
 def main() -> None:
     """Print one line for each measurement."""
     plain = memoryview(TENSOR.view(np.uint8).data)
@@ -88,6 +97,11 @@ def main() -> None:
         report("Vault.seal to a durable file", seal_and_delete)
         report("Vault.verify from a file", lambda: vault.verify(tenant="t", artifact_id=NAME, kind="state"))
         report("Vault.open from a file", lambda: vault.open(tenant="t", artifact_id=NAME, kind="state"))
+        archive = [plain[i : i + 2**20] for i in range(0, len(plain), 2**20)]
+        age_key = str(pyrage.x25519.Identity.generate().to_public())
+        pq_key = Identity(KEY).recipient.text
+        report("an export's age seal to /dev/null", lambda: sealed_for_age(age_key, archive))
+        report("an export's post-quantum seal to /dev/null", lambda: write(seal_hpke([pq_key], archive)))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import pyrage
 import pytest
 
 from tests.docs.snippets import snippets
+from tg_tinker import LoRAConfig, ServiceClient, TrainingConfig
+from tg_tinker_server.app import EmbeddedServer
+from tg_tinker_server.crypto.signing import TenantSigner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +43,33 @@ def test_the_page_on_datasets_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(epsilons) == 3
     assert 7.5 < epsilons[-1] <= 8.0
     assert "erased: 2 left: 198 slots: 200" in printed
+
+
+def test_the_page_on_sharing_a_model_runs(
+    documented_server: EmbeddedServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    identity = pyrage.x25519.Identity.generate()
+    Path("key.txt").write_text(f"{identity}\n")
+    config = TrainingConfig(model_ref="tiny-llama-2m", batch_size=2, lora_config=LoRAConfig(rank=2))
+    with ServiceClient() as service:
+        checkpoint = service.create_training_client(config).save_state()
+        verifier_key = TenantSigner(documented_server._foundation.keyring).signer("documents").verifier_key
+        namespace: dict[str, object] = {
+            "service": service,
+            "checkpoint": checkpoint,
+            "config": config,
+            "recipient": str(identity.to_public()),
+            "verifier_key": verifier_key,
+        }
+        for snippet in (s for s in snippets(ROOT / "docs" / "how-to" / "share-a-model.md") if s.marked):
+            snippet.execute(namespace)
+    printed = capsys.readouterr().out
+    assert "export.age sha256:" in printed
+    assert "goes on at step 0" in printed
 
 
 def test_the_derived_gradients_are_those_of_autograd(capsys: pytest.CaptureFixture[str]) -> None:
