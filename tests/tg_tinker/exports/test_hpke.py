@@ -79,6 +79,16 @@ def test_a_file_that_was_cut_or_continued_is_refused(end: int) -> None:
             opened(bad, ALICE)
 
 
+def test_a_file_that_commits_to_another_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender could otherwise make one file that opens to one thing for one receiver, and to another for another."""
+    derive = hpke._keys
+    with monkeypatch.context() as patch:
+        patch.setattr(hpke, "_keys", lambda key: (derive(key)[0], bytes(32)))
+        data = sealed(b"x", ALICE)
+    with pytest.raises(InvalidRequestError, match="export is refused"):
+        opened(data, ALICE)
+
+
 def test_a_number_of_slots_that_is_not_there_allocates_nothing() -> None:
     for count in (0, 21, 65535):
         data = bytearray(sealed(b"x", ALICE))
