@@ -20,7 +20,7 @@ ORDERS: Floats = np.array([1 + x / 10.0 for x in range(1, 100)] + list(range(12,
 UNITS = 2.0**40  # integer cost per unit of Renyi divergence
 INFINITE = np.int64(2**61)  # costs saturate here; the sum of two must not wrap around an int64
 _MARGIN = 1.0 + 1e-11  # float64 rounding inside the divergence
-_REACH = 10.0  # standard deviations around each peak of the integrand: exp(-50) of it lies beyond
+_REACH = 10.0  # standard deviations around each peak of the integrand; exp(-50) of it lies beyond
 _SMALLEST_SIGMA = 0.01  # below it the grid would be long, and a bound without one is close
 _ORDERS_AND_ONE = np.log1p(-1.0 / ORDERS)
 
@@ -103,7 +103,7 @@ def _log_moment(sigma: float, rate: float, order: float) -> float:
     of sigma / 2 leaves an error of exp(-4 pi^2), which is 7e-18.
     """
     width = min(sigma, 0.5) / 2.0
-    u = _grid(sigma, rate, order, width)
+    u = _grid(sigma, order, width)
     exponent = u / sigma - 0.5 / sigma / sigma
     log_ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + exponent)
     log_density = -0.5 * u * u + math.log(width / math.sqrt(2.0 * math.pi))
@@ -125,18 +125,15 @@ def _log_moment(sigma: float, rate: float, order: float) -> float:
     return math.log1p(max(0.0, float(excess.sum())))
 
 
-def _grid(sigma: float, rate: float, order: float, width: float) -> Floats:
-    """Multiples of ``width`` near every place where the integrand, or its excess over 1, can peak.
+def _grid(sigma: float, order: float, width: float) -> Floats:
+    """Multiples of ``width`` around the two places where the integrand can weigh anything: 0 and order / sigma.
 
-    Where the mixture's shift is small its power is a sum of shift^k, k from 2 to the order, each times the density a
-    Gaussian around k / sigma; those between are below one of the two ends. Where it is large, only order / sigma is
-    left. At orders below 2 the place where the one passes into the other lies between the two peaks.
+    Where the mixture's shift is small its power is a sum of shift^k, each times the density a Gaussian around
+    k / sigma; those between are below one of the two ends, or too small to count, as is what lies at 2 / sigma for
+    orders near 1 and rates below 1e-16.
     """
-    end = max(order, 2.0) / sigma
-    crossing = sigma * (math.log1p(-rate) - math.log(rate)) + 0.5 / sigma
-    peaks = sorted({0.0, 2.0 / sigma, order / sigma, min(max(crossing, 0.0), end)})
     spans: list[tuple[int, int]] = []
-    for peak in peaks:
+    for peak in (0.0, order / sigma):
         first, last = math.floor((peak - _REACH) / width), math.ceil((peak + _REACH) / width)
         if spans and first <= spans[-1][1] + 1:
             first = spans.pop()[0]

@@ -51,6 +51,22 @@ def test_the_divergence_is_that_of_thirty_digits(sigma: float, rate: float, orde
     assert divergence(sigma, rate, order) == pytest.approx(truth, rel=3e-12, abs=1e-16)
 
 
+@pytest.mark.parametrize(
+    ("sigma", "rate", "order"),
+    [
+        (0.15, 1e-12, 1.1),
+        (0.1, 1e-12, 1.1),
+        (0.17, 1e-9, 1.1),
+        (0.2, 1e-17, 2.5),
+        (0.05, 1e-9, 1.5),
+        (0.05, 1e-9, 1.1),
+    ],
+)
+def test_little_noise_and_tiny_rates_lose_nothing_between_the_peaks(sigma: float, rate: float, order: float) -> None:
+    truth = in_many_digits(sigma, rate, order)
+    assert divergence(sigma, rate, order) == pytest.approx(truth, rel=3e-12, abs=1e-15)
+
+
 @pytest.mark.parametrize("sigma", [0.02, 0.1, 0.5, 1.0, 20.0])
 @pytest.mark.parametrize("rate", [1e-9, 1e-4, 0.3, 1 - 1e-9, 1.0])
 def test_the_divergence_is_that_of_opacus_at_every_order(sigma: float, rate: float) -> None:
