@@ -10,11 +10,18 @@ from click.testing import CliRunner
 
 from tests.audit.faults import plant
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker_server.empirical import command
 from tg_tinker_server.empirical.command import run
 from tg_tinker_server.empirical.findings import SCHEMA, Finding
 from tg_tinker_server.empirical.settings import AuditSettings
 
-SMALL = ["--model", "bigram", "--canaries", "60", "--epsilon", "8", "--seed", "0"]
+SMALL = ["--full", "--model", "bigram", "--canaries", "60", "--epsilon", "8", "--seed", "0"]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --full measures, in a few steps."""
+    monkeypatch.setattr(command, "_FULL", AuditSettings(canaries=5000, noise_steps=3))
 
 
 def test_an_honest_service_exits_with_0_and_writes_its_result(tmp_path: Path) -> None:
