@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 
-from sqlalchemy import Connection, bindparam, insert, select, tuple_
+from sqlalchemy import Connection, and_, bindparam, func, insert, select
 
 from tg_tinker_server.store import tables as t
 
@@ -17,10 +18,18 @@ _LAST_LEAF = select(_C.idx).where(_C.tenant == bindparam("tenant"), _C.level == 
 _ONE = select(_C.hash).where(
     _C.tenant == bindparam("tenant"), _C.level == bindparam("level"), _C.idx == bindparam("idx")
 )
-_SOME = select(_C.level, _C.idx, _C.hash).where(
-    _C.tenant == bindparam("tenant"), tuple_(_C.level, _C.idx).in_(bindparam("nodes", expanding=True))
+# For pairs in a list SQLite reads all nodes of the tenant; an outer join leaves it no choice but to look up each.
+_WANTED = func.json_each(bindparam("nodes")).table_valued("value")
+_SOME = select(_C.level, _C.idx, _C.hash).select_from(
+    _WANTED.outerjoin(
+        t.log_nodes,
+        and_(
+            _C.tenant == bindparam("tenant"),
+            _C.level == func.json_extract(_WANTED.c.value, "$[0]"),
+            _C.idx == func.json_extract(_WANTED.c.value, "$[1]"),
+        ),
+    )
 )
-_PER_QUERY = 400
 _LEAVES = {
     table: select(table.c.leaf_index, table.c.body_json)
     .where(
@@ -47,13 +56,8 @@ def node(tx: Connection, tenant: str, at: Node) -> bytes | None:
 
 def nodes(tx: Connection, tenant: str, wanted: Iterable[Node]) -> dict[Node, bytes]:
     """The hashes of these nodes; those that are not there are left out."""
-    asked = list(wanted)
-    found: dict[Node, bytes] = {}
-    for start in range(0, len(asked), _PER_QUERY):
-        part = asked[start : start + _PER_QUERY]
-        rows = tx.execute(_SOME, {"tenant": tenant, "nodes": part})
-        found.update({(int(level), int(idx)): bytes(value) for level, idx, value in rows})
-    return found
+    rows = tx.execute(_SOME, {"tenant": tenant, "nodes": json.dumps(list(wanted))})
+    return {(int(level), int(idx)): bytes(value) for level, idx, value in rows if value is not None}
 
 
 def insert_nodes(tx: Connection, tenant: str, added: Mapping[Node, bytes]) -> None:

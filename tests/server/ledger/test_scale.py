@@ -18,6 +18,7 @@ from tg_tinker.ledger import verify_chain
 from tg_tinker_server.dp.accounting import cost, epsilon, repeated
 from tg_tinker_server.ledger.fold import Fold
 from tg_tinker_server.ledger.folds import Folds
+from tg_tinker_server.ledger.log import TransparencyLog
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.store.database import Database
 
@@ -62,35 +63,66 @@ def test_a_built_ledger_is_what_charging_one_by_one_writes(ledgers: dict[int, Pa
     assert check_trees(ledgers[SHORT]) == check_trees(tmp_path / "l.db") == SHORT + 1
 
 
-def work_of_a_step(path: Path, tmp_path: Path) -> int:
-    """How many instructions SQLite's machine runs for a charge and its settlement, in hundreds."""
-    copy(path, tmp_path / path.name)
-    db, ledger = open_ledger(tmp_path / path.name)
-    counted = 0
+class Counter:
+    """How many instructions SQLite's machine runs, in tens."""
 
-    def count() -> int:
-        nonlocal counted
-        counted += 1
+    def __init__(self, db: Database) -> None:
+        self.count = 0
+        for engine in (db._reader_engine, db._writer_engine):
+            engine.dispose()
+            sa.event.listen(engine, "connect", self._watch)
+
+    def _watch(self, connection: Any, _record: object) -> None:
+        connection.set_progress_handler(self._add, 10)
+
+    def _add(self) -> int:
+        self.count += 1
         return 0
 
-    def watch(connection: Any, _record: object) -> None:
-        connection.set_progress_handler(count, 100)
+    def of(self, fn: Callable[[], object]) -> int:
+        before = self.count
+        fn()
+        return self.count - before
 
-    for engine in (db._reader_engine, db._writer_engine):
-        engine.dispose()
-        sa.event.listen(engine, "connect", watch)
+
+def work_of_a_step(path: Path, tmp_path: Path) -> int:
+    """A charge and its settlement, twenty times."""
+    copy(path, tmp_path / path.name)
+    db, ledger = open_ledger(tmp_path / path.name)
+    counter = Counter(db)
     ledger.open_dataset(SCOPE, run_id="new", **TERMS)
     spend(db, ledger, 1)
-    before = counted
-    for seq in range(2, 22):
-        spend(db, ledger, seq)
+    work = counter.of(lambda: [spend(db, ledger, seq) for seq in range(2, 22)])
     db.close()
-    return counted - before
+    return work
 
 
 def test_a_charge_is_as_much_work_after_thousands_as_after_a_few(ledgers: dict[int, Path], tmp_path: Path) -> None:
     short, long = work_of_a_step(ledgers[SHORT], tmp_path), work_of_a_step(ledgers[LONG], tmp_path)
     assert 0 < long < 1.5 * short
+
+
+def work_of_proofs(path: Path, entries: int) -> dict[str, int]:
+    """Each kind of proof, for leaves and sizes in the middle."""
+    db, _ = open_ledger(path)
+    log = TransparencyLog(db, signers=None)  # type: ignore[arg-type]  # nothing is signed here
+    counter = Counter(db)
+    db.read(lambda tx: log.inclusion(tx, SCOPE.tenant, 0, 1))
+    work: dict[str, Callable[[Any], object]] = {
+        "inclusion": lambda tx: log.inclusion(tx, SCOPE.tenant, entries // 3, entries - 1),
+        "consistency": lambda tx: log.consistency(tx, SCOPE.tenant, entries // 3, entries - 1),
+        "subset": lambda tx: log.subset(tx, SCOPE.tenant, [3, entries // 3], entries - 1),
+        "leaves": lambda tx: log.leaves(tx, SCOPE.tenant, entries // 3, 5),
+    }
+    counted = {name: counter.of(lambda fn=fn: db.read(fn)) for name, fn in work.items()}
+    db.close()
+    return counted
+
+
+def test_a_proof_grows_with_the_height_of_the_tree_and_not_with_its_leaves(ledgers: dict[int, Path]) -> None:
+    short, long = work_of_proofs(ledgers[SHORT], SHORT), work_of_proofs(ledgers[LONG], LONG)
+    for proof, work in long.items():
+        assert 0 < work < 3 * max(10, short[proof]), proof  # 12 levels against 7, 30 times as many leaves
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
