@@ -36,9 +36,11 @@ from tg_tinker_server.service.datasets import DatasetService
 from tg_tinker_server.service.draws import DrawService
 from tg_tinker_server.service.durability import Durability, now
 from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.exports import MOST_AT_ONCE as MOST_EXPORTS
 from tg_tinker_server.service.exports import ExportService
 from tg_tinker_server.service.fitting import PassLimits
-from tg_tinker_server.service.imports import MOST_AT_ONCE, ImportService
+from tg_tinker_server.service.imports import MOST_AT_ONCE as MOST_IMPORTS
+from tg_tinker_server.service.imports import ImportService
 from tg_tinker_server.service.log import LogService
 from tg_tinker_server.service.operations import OperationService
 from tg_tinker_server.service.passes import PassQueue
@@ -123,8 +125,18 @@ class Server:
         # A folder of this machine means nothing elsewhere.
         hub_ids = {n: s for n, s in config.models.items() if not Path(s).exists()}
         scratch = config.resolved_artifacts_dir
-        exports = ExportService(vault, checkpoints, signers, audit, executors, scratch, privacy.report, hub_ids)
-        imports = ImportService(db, vault, ledger, signers, audit, executors, texts, asyncio.Semaphore(MOST_AT_ONCE))
+        exports = ExportService(
+            vault,
+            checkpoints,
+            signers,
+            audit,
+            executors,
+            scratch,
+            privacy.report,
+            hub_ids,
+            asyncio.Semaphore(MOST_EXPORTS),
+        )
+        imports = ImportService(db, vault, ledger, signers, audit, executors, texts, asyncio.Semaphore(MOST_IMPORTS))
         submitting = Submitting(self._registry, operations)
         endpoint = Endpoint(Authenticator(db, foundation.desk.pepper), executors)
         self._grpc = GrpcServer(

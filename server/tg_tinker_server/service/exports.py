@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ from tg_tinker_server.service.lineage import is_foreign
 from tg_tinker_server.store.artifact_rows import ArtifactRow
 
 OPERATION = "export_artifact"
+MOST_AT_ONCE = 2
 Reporter = Callable[[str, str], Awaitable[bytes]]
 
 
@@ -77,6 +79,7 @@ class ExportService:
     Attributes:
         scratch: folder for sealed exports on their way out; they have no name there and are gone with the process.
         reporter: the signed report on a tenant's dataset.
+        places: how many may be packed at once.
         hub_ids: where a base model comes from, by its name here, if that means something elsewhere.
     """
 
@@ -88,6 +91,7 @@ class ExportService:
     scratch: Path
     reporter: Reporter
     hub_ids: Mapping[str, str]
+    places: asyncio.Semaphore
 
     async def export(self, caller: Caller, artifact_id: str, sealing: Sealing) -> Iterator[bytes]:
         """The sealed export, in pieces of at most 1 MiB; iterate it off the event loop.
@@ -100,7 +104,9 @@ class ExportService:
         """
         started = now()
         row = await self.checkpoints.row(caller.tenant, artifact_id)
-        state, names = await self.executors.io(self._inspect, row)
+        # Not on the threads that steps wait for, and only so many at once: each keeps a core busy.
+        async with self.places:
+            state, names = await asyncio.to_thread(self._inspect, row)
         report: dict[str, bytes] = {}  # where the data was never here, its own server reports on it
         if state["ledger"] is not None and not is_foreign(state):
             report = await self._report(caller.tenant, state)
@@ -114,7 +120,8 @@ class ExportService:
             exported=started.isoformat(),
             server_version=version("tg-tinker"),
         )
-        file, digest, size = await self.executors.io(self._build, row, source, sealing)
+        async with self.places:
+            file, digest, size = await asyncio.to_thread(self._build, row, source, sealing)
         try:
             record = AuditRecord(
                 operation=OPERATION,
