@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from tg_tinker.exports.tar import ORDER, write_tar
+from tg_tinker.exports.model_signing import make_bundle
+from tg_tinker.exports.tar import BUNDLE, MANIFEST, ORDER, write_tar
 from tg_tinker.transparency.note import VerifierKey
 from tg_tinker_server.artifacts.package import Source, documents
 from tg_tinker_server.artifacts.weights import METADATA, header_bytes
@@ -53,6 +54,14 @@ def files(made: Source | None = None, *, signer: Signer = SIGNER, weights: bytes
     made = made or source()
     digest = hashlib.sha256(weights).hexdigest()
     return {**documents(made, digest, signer, MODEL_SIGNER), made.weights_name: weights}
+
+
+def with_manifest(contents: Mapping[str, bytes], manifest: bytes) -> dict[str, bytes]:
+    """An export with another manifest, and a bundle to match: what its signer can do."""
+    changed = {**contents, MANIFEST: manifest}
+    digests = {n: hashlib.sha256(d).hexdigest() for n, d in changed.items() if n != BUNDLE}
+    changed[BUNDLE] = make_bundle(ARTIFACT, digests, MODEL_SIGNER.public_pem, MODEL_SIGNER.sign)
+    return changed
 
 
 def archive(contents: Mapping[str, bytes] | None = None, folder: str = ARTIFACT) -> bytes:

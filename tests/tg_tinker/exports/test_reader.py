@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import rfc8785
 
-from tests.support.exports import ARTIFACT, CLAIM, KEY, NAME, SIGNER, WEIGHTS, archive, files, source
+from tests.support.exports import ARTIFACT, CLAIM, KEY, NAME, SIGNER, WEIGHTS, archive, files, source, with_manifest
 from tg_tinker.errors import InvalidRequestError, LogVerificationError, TGTinkerError
 from tg_tinker.exports.manifest import PAYLOAD_TYPE, Manifest, open_manifest
 from tg_tinker.exports.reader import ExportReader
-from tg_tinker.exports.tar import ADAPTER, BUNDLE, CARD, MANIFEST, write_tar
+from tg_tinker.exports.tar import ADAPTER, BUNDLE, END, MANIFEST, ORDER, write_tar
 from tg_tinker.transparency.note import VerifierKey
 from tg_tinker_server.crypto.signing import Signer
 
@@ -112,13 +112,22 @@ def test_a_file_cannot_be_added_swapped_or_moved() -> None:
         read(archive({**contents, "report.json": b"{}"}))
     with pytest.raises(TGTinkerError, match="folder"):
         read(archive(contents, folder="ckpt_ffffffffffffffff"))
-    moved = b"".join(
-        bytes(p)
-        for n in [CARD, MANIFEST]
-        for p in list(write_tar(ARTIFACT, [(n, len(contents[n]), [contents[n]])]))[:-1]
-    )
-    with pytest.raises(InvalidRequestError, match="begin with a manifest"):
-        read(moved)
+
+
+def test_files_stand_once_and_in_their_order() -> None:
+    contents = files()
+    names = sorted(contents, key=ORDER.__getitem__)
+    blocks = {
+        n: b"".join(bytes(p) for p in write_tar(ARTIFACT, [(n, len(contents[n]), [contents[n]])]))[:-1024]
+        for n in names
+    }
+    read(b"".join(blocks[n] for n in names) + END)
+    for i, name in enumerate(names[:-1]):
+        twice = [*names[: i + 1], name, *names[i + 1 :]]
+        swapped = [*names[:i], names[i + 1], name, *names[i + 2 :]]
+        for order in (twice, swapped):
+            with pytest.raises(InvalidRequestError, match="refused"):
+                read(b"".join(blocks[n] for n in order) + END)
 
 
 def raw_tar(*members: tarfile.TarInfo | tuple[str, bytes]) -> bytes:
@@ -167,12 +176,11 @@ def test_a_file_larger_than_any_export_has_is_refused_by_its_header() -> None:
 
 
 def resigned(change: Callable[[dict[str, Any]], None], signer: Signer = SIGNER) -> dict[str, bytes]:
-    """An export whose signer put another statement into its manifest."""
+    """An export whose signer put another statement into its manifest, and signed all of it again."""
     contents = files()
     statement = json.loads(base64.b64decode(json.loads(contents[MANIFEST])["payload"]))
     change(statement)
-    contents[MANIFEST] = rfc8785.dumps(signer.sign_dsse(PAYLOAD_TYPE, rfc8785.dumps(statement)))
-    return contents
+    return with_manifest(contents, rfc8785.dumps(signer.sign_dsse(PAYLOAD_TYPE, rfc8785.dumps(statement))))
 
 
 FRAUDS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -217,6 +225,7 @@ FRAUDS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("fraud", FRAUDS)
 def test_a_signed_statement_of_another_shape_is_refused(fraud: str) -> None:
+    read(archive(resigned(lambda statement: None)))
     with pytest.raises(TGTinkerError):
         read(archive(resigned(FRAUDS[fraud])))
 
@@ -229,7 +238,7 @@ def test_another_key_is_refused_and_so_is_a_second_signature() -> None:
     envelope = json.loads(contents[MANIFEST])
     envelope["signatures"] += json.loads(files(signer=other)[MANIFEST])["signatures"]
     with pytest.raises(TGTinkerError):
-        read(archive({**contents, MANIFEST: rfc8785.dumps(envelope)}))
+        read(archive(with_manifest(contents, rfc8785.dumps(envelope))))
 
 
 def test_a_manifest_in_another_spelling_is_refused() -> None:
