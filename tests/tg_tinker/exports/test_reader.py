@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import rfc8785
+from cryptography.hazmat.primitives.asymmetric import utils
 
 from tests.support.exports import ARTIFACT, CLAIM, KEY, NAME, SIGNER, WEIGHTS, archive, files, source, with_manifest
 from tg_tinker.errors import InvalidRequestError, LogVerificationError, TGTinkerError
 from tg_tinker.exports.manifest import PAYLOAD_TYPE, Manifest, open_manifest
+from tg_tinker.exports.model_signing import P256_ORDER
 from tg_tinker.exports.reader import ExportReader
 from tg_tinker.exports.tar import ADAPTER, BUNDLE, END, MANIFEST, ORDER, write_tar
 from tg_tinker.transparency.note import VerifierKey
@@ -266,6 +268,11 @@ def test_the_bundle_is_checked_besides() -> None:
     signature = bytearray(base64.b64decode(bundle["dsseEnvelope"]["signatures"][0]["sig"]))
     signature[-1] ^= 1
     bundle["dsseEnvelope"]["signatures"][0]["sig"] = base64.b64encode(signature).decode()
+    with pytest.raises(InvalidRequestError, match=r"model\.sig"):
+        read(archive({**contents, BUNDLE: rfc8785.dumps(bundle)}))
+    r, s = utils.decode_dss_signature(bytes(signature[:-1]) + bytes([signature[-1] ^ 1]))
+    mirrored = utils.encode_dss_signature(r, P256_ORDER - s)  # it verifies, and is not what the signer wrote
+    bundle["dsseEnvelope"]["signatures"][0]["sig"] = base64.b64encode(mirrored).decode()
     with pytest.raises(InvalidRequestError, match=r"model\.sig"):
         read(archive({**contents, BUNDLE: rfc8785.dumps(bundle)}))
     elsewhere = files(source(step=9))[BUNDLE]
