@@ -43,6 +43,29 @@ def verify(file: Path, key_text: str | None, folder: Path | None) -> None:
     click.echo(f"verified: {file}")
 
 
+@audit.command("attach")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("dataset_id")
+def attach(file: Path, dataset_id: str) -> None:
+    """Note in a dataset's ledger what `audit run --out FILE` found, so that its reports say it.
+
+    The server is found by TG_TINKER_BASE_URL and TG_TINKER_API_KEY; the key needs the role auditor.
+    """
+    from tg_tinker.service_client import ServiceClient
+    from tg_tinker.wire.calls import json_from_text
+
+    try:
+        result = json_from_text(file.read_text(encoding="utf-8"), field="result")
+        with ServiceClient() as service:
+            service.check_log()
+            service.attach_audit(dataset_id, result)
+    except UnicodeDecodeError as e:
+        raise click.ClickException(f"{file} is not a text file") from e
+    except TGTinkerError as e:
+        raise click.ClickException(e.message) from e
+    click.echo(_plain(f"noted in the ledger of {dataset_id}; its next report says it"))
+
+
 def _plain(text: str) -> str:
     """The text without what a terminal would obey: parts of it come out of the document."""
     return "".join(c if c.isprintable() else "?" for c in text)

@@ -33,7 +33,7 @@ def report(dataset_or_run: str, out: Path, key_text: str | None) -> None:
     _writable(out)  # before the report leaves an entry in the ledger
     try:
         with ServiceClient() as service:
-            service.get_server_capabilities()  # holds the server to its log, and pins it the first time
+            service.check_log()  # holds the server to its log, and pins it the first time
             envelope = service.get_signed_report(dataset_or_run)
         statement = report_of(envelope)
         key, checks = _check(envelope, key_text)

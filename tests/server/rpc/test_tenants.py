@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pyrage
@@ -9,6 +10,7 @@ import pytest
 from google.protobuf.message import Message
 
 from tests.server.rpc.raw_client import RawClient, batch
+from tests.tg_tinker.reports.test_audits import RESULT
 from tg_tinker.errors import AuthenticationError, AuthorizationError, ResourceNotFoundError, TGTinkerError
 from tg_tinker.proto.v1 import artifacts_pb2, datasets_pb2, privacy_pb2, runs_pb2, sampling_pb2
 from tg_tinker.types import DPConfig, TrainingConfig
@@ -46,6 +48,7 @@ def requests_on(run_id: str, artifact_id: str, dataset_id: str, upload_id: str) 
         artifacts_pb2.ExportArtifactRequest(artifact_id=artifact_id, recipients=[RECIPIENT]),
         privacy_pb2.GetLedgerRequest(dataset_id=dataset_id),
         privacy_pb2.GetPrivacyReportRequest(dataset_id=dataset_id),
+        privacy_pb2.AttachAuditRequest(dataset_id=dataset_id, result_json=json.dumps(RESULT)),
         privacy_pb2.ForecastPrivacyRequest(run_id=run_id, steps=1),
         append_records(upload_id, 0, [(Record(text="x").to_bytes(), 0)]),
         datasets_pb2.SealDatasetRequest(upload_id=upload_id),

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.tg_tinker.reports.conftest import Forge, settled_forge
+from tests.tg_tinker.reports.test_audits import RESULT
 from tg_tinker import DPConfig, LoRAConfig, ServiceClient, TrainingConfig
 from tg_tinker.cli import main
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
@@ -158,3 +159,30 @@ def test_without_dp_accounting_the_error_says_what_to_install(file: Path) -> Non
     done = subprocess.run(args, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "pip install 'tg-tinker[audit]'" in done.stdout
+
+
+def test_an_audit_is_noted_and_every_later_report_says_so(server: EmbeddedServer, tmp_path: Path) -> None:
+    result = tmp_path / "audit.json"
+    result.write_text(json.dumps(RESULT))
+    with ServiceClient() as service:
+        trained(service, steps=1)
+    code, said = run("audit", "attach", str(result), "notes")
+    assert (code, said) == (0, "noted in the ledger of notes; its next report says it\n")
+    code, said = run("privacy", "report", "notes", "--out", str(tmp_path))
+    assert code == 0, said
+    page = (tmp_path / "report.html").read_text()
+    assert "1.2" in page
+    assert "not run" not in page
+    code, said = run("audit", "verify", str(tmp_path / "report.json"))
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff\xfe", json.dumps({**RESULT, "alarm": True}).encode()])
+def test_what_is_no_audit_is_not_noted(server: EmbeddedServer, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "audit.json").write_bytes(content)
+    with ServiceClient() as service:
+        trained(service, steps=1)
+        code, said = run("audit", "attach", str(tmp_path / "audit.json"), "notes")
+        assert code == 1
+        assert said.startswith("Error: ")
+        assert [e.kind for e in service.get_privacy_ledger("notes").entries] == ["open", "charge", "settle"]
