@@ -511,7 +511,9 @@ class ScriptedServer:
 
     def GetLedger(self, request):  # noqa: N802
         terms = {"unit": "datum", "target_epsilon": "8.0", "target_delta": "1e-05"}
-        body = {"kind": "open", "dataset_id": request.dataset_id, **terms}
+        event = {"kind": "gaussian", "noise_multiplier": "1.0"}
+        more = {"neighbours": "add-or-remove-one", "run_id": "run_1", "time": NOW.isoformat(), "mechanism": event}
+        body = {"kind": "open", "dataset_id": request.dataset_id, **terms, **more}
         entry = ChainEntry.make(LEDGER_DOMAIN, body, position=0, prev_hash=START)
         return privacy_pb2.GetLedgerReply(
             dataset_id=request.dataset_id,

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from tests.tg_tinker.ledger.test_chain import charge, opening, settle
 from tg_tinker import cli
 from tg_tinker.ledger import LEDGER_DOMAIN, START, ChainEntry
 
 
 @pytest.fixture
 def lines() -> list[str]:
-    bodies = [
-        {"kind": "open", "run_id": "r", "unit": "datum", "target_epsilon": "4.0", "target_delta": "1e-05"},
-        {"kind": "charge", "run_id": "r", "seq": 1, "epsilon_after": "1.25", "delta": "1e-05"},
-        {"kind": "settle", "run_id": "r", "seq": 1, "charge_position": 1, "outcome": "released"},
+    bodies: list[dict[str, Any]] = [
+        opening(),
+        charge(1, "1.25"),
+        settle(1, 1),
     ]
     entries: list[ChainEntry] = []
     for position, body in enumerate(bodies):

@@ -13,9 +13,9 @@ from typing import Final
 
 import numpy as np
 
+from tg_tinker.ledger.history import Charge, History
+from tg_tinker.ledger.releases import Release, histogram
 from tg_tinker.privacy import accounting, renyi
-from tg_tinker.reports.history import Charge, History
-from tg_tinker.reports.releases import Release, histogram
 from tg_tinker.reports.statement import Figures, profile_deltas, thinned
 
 TOLERANCE: Final = 1e-9  # relative above 1; the gate's integers leave about 1e-12 per release

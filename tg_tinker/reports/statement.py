@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tg_tinker.reports.history import NEIGHBOURS, History, Terms
-from tg_tinker.reports.releases import Release
+from tg_tinker.ledger.history import NEIGHBOURS, History, Terms
+from tg_tinker.ledger.releases import Release
 
 FORMAT: Final = "tg-tinker/privacy-report/v2"
 PAYLOAD_TYPE: Final = "application/vnd.tg-tinker.privacy-report.v2+json"

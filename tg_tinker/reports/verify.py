@@ -15,8 +15,8 @@ import rfc8785
 
 from tg_tinker.errors import InvalidRequestError, LogVerificationError
 from tg_tinker.ledger import LEDGER_DOMAIN, START, ChainEntry, entry_hash, verify_chain
+from tg_tinker.ledger.history import History, read_history
 from tg_tinker.reports import recompute
-from tg_tinker.reports.history import History, read_history
 from tg_tinker.reports.statement import FORMAT, PAYLOAD_TYPE, Figures, rounded_up, statement
 from tg_tinker.reports.verdicts import REGISTRY, Document, Verdict, refused
 from tg_tinker.transparency.merkle import leaf_hash, verify_subset

@@ -255,7 +255,7 @@ class PrivacyLedger:
         return self._db.read(read)
 
     def note_audit(self, scope: DatasetScope, *, result: Mapping[str, Any], actor: str) -> None:
-        """Record what an empirical audit found (``tg_tinker.reports.audits.summary_of``). The same again is one.
+        """Record what an empirical audit found (``tg_tinker.ledger.audits.summary_of``). The same again is one.
 
         Raises:
             ResourceNotFoundError: there is no such dataset.

@@ -8,8 +8,8 @@ from typing import Any
 
 import rfc8785
 
+from tg_tinker.ledger.history import read_history
 from tg_tinker.reports import recompute
-from tg_tinker.reports.history import read_history
 from tg_tinker.reports.statement import PAYLOAD_TYPE, statement
 from tg_tinker_server.ledger.log import TransparencyLog
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger

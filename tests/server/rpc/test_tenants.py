@@ -10,7 +10,7 @@ import pytest
 from google.protobuf.message import Message
 
 from tests.server.rpc.raw_client import RawClient, batch
-from tests.tg_tinker.reports.test_audits import RESULT
+from tests.tg_tinker.ledger.test_audits import RESULT
 from tg_tinker.errors import AuthenticationError, AuthorizationError, ResourceNotFoundError, TGTinkerError
 from tg_tinker.proto.v1 import artifacts_pb2, datasets_pb2, privacy_pb2, runs_pb2, sampling_pb2
 from tg_tinker.types import DPConfig, TrainingConfig

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from tests.tg_tinker.ledger.test_audits import RESULT
 from tests.tg_tinker.reports.conftest import Forge, settled_forge
-from tests.tg_tinker.reports.test_audits import RESULT
 from tg_tinker import DPConfig, LoRAConfig, ServiceClient, TrainingConfig
 from tg_tinker.cli import main
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError

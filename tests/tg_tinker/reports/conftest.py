@@ -13,11 +13,11 @@ import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tg_tinker.ledger import LEDGER_DOMAIN, START, entry_hash
+from tg_tinker.ledger.history import read_history
+from tg_tinker.ledger.releases import Release, histogram
 from tg_tinker.privacy import accounting
 from tg_tinker.reports import recompute
 from tg_tinker.reports.documents import verify_document
-from tg_tinker.reports.history import read_history
-from tg_tinker.reports.releases import Release, histogram
 from tg_tinker.reports.statement import PAYLOAD_TYPE, Figures, statement
 from tg_tinker.reports.verdicts import Trust
 from tg_tinker.transparency import dsse, merkle, note

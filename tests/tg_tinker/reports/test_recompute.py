@@ -12,8 +12,8 @@ from dp_accounting.rdp import RdpAccountant
 
 from tests.tg_tinker.reports.conftest import DELTA, EVENT, Forge
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.ledger.history import History, read_history
 from tg_tinker.reports import recompute
-from tg_tinker.reports.history import History, read_history
 
 COUNTED = {"kind": "participation_gaussian", "noise_multiplier": "3.0", "releases": 1}
 

@@ -14,7 +14,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.tg_tinker.reports.conftest import Forge, settled_forge
-from tg_tinker.reports import history, statement
+from tg_tinker.ledger import history
+from tg_tinker.reports import statement
 from tg_tinker.reports.documents import verify_document
 from tg_tinker.reports.page import render
 from tg_tinker.reports.verdicts import Trust

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.tg_tinker.reports.conftest import EVENT, Forge, Refusal, settled_forge
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.ledger.history import read_history
 from tg_tinker.reports.documents import verify_document
-from tg_tinker.reports.history import read_history
 from tg_tinker.reports.statement import Figures, statement
 from tg_tinker.reports.verdicts import Trust
 from tg_tinker.transparency import dsse, merkle, note

@@ -28,6 +28,8 @@ from tg_tinker.types import AuditLogEntry
 from tg_tinker.wire.privacy import audit_from_lines
 
 EVENT = {"kind": "gaussian", "noise_multiplier": "1.0"}
+ALWAYS = {"dataset_id": "d", "run_id": "r", "time": "2026-01-02T03:04:05+00:00"}
+UNIT = {"unit": "datum", "neighbours": "add-or-remove-one"}
 
 
 def chain(bodies: list[dict[str, Any]], domain: bytes = LEDGER_DOMAIN) -> list[ChainEntry]:
@@ -39,18 +41,25 @@ def chain(bodies: list[dict[str, Any]], domain: bytes = LEDGER_DOMAIN) -> list[C
 
 
 def opening(**more: Any) -> dict[str, Any]:
-    return {"kind": "open", "dataset_id": "d", "run_id": "r", "unit": "datum", "target_epsilon": "4.0",
-            "target_delta": "1e-05", **more}  # fmt: skip
+    return {
+        **ALWAYS,
+        **UNIT,
+        "kind": "open",
+        "target_epsilon": "4.0",
+        "target_delta": "1e-05",
+        "mechanism": EVENT,
+        **more,
+    }
 
 
 def charge(seq: int, epsilon: str, **more: Any) -> dict[str, Any]:
-    return {"kind": "charge", "dataset_id": "d", "run_id": "r", "seq": seq, "attempt": 1, "event": EVENT,
+    return {**ALWAYS, **UNIT, "kind": "charge", "seq": seq, "attempt": 1, "event": EVENT, "accountant": "rdp",
             "epsilon_after": epsilon, "delta": "1e-05", **more}  # fmt: skip
 
 
 def settle(seq: int, charge_position: int, outcome: str = "released", **more: Any) -> dict[str, Any]:
-    return {"kind": "settle", "dataset_id": "d", "run_id": "r", "seq": seq, "attempt": 1,
-            "charge_position": charge_position, "outcome": outcome, **more}  # fmt: skip
+    return {**ALWAYS, "kind": "settle", "seq": seq, "attempt": 1, "charge_position": charge_position,
+            "outcome": outcome, "update_hash": "", **more}  # fmt: skip
 
 
 GOOD = [opening(), charge(1, "1.0"), settle(1, 1), charge(2, "2.0"), settle(2, 3, "failed"), charge(2, "3.0")]
@@ -153,18 +162,28 @@ def test_a_good_ledger_verifies_and_names_its_charges_and_head() -> None:
 
 WRONG: list[tuple[str, Callable[[], list[dict[str, Any]]], int, str]] = [
     ("another dataset", lambda: [opening(), charge(1, "1.0", dataset_id="e")], 1, "belongs to dataset 'e'"),
-    ("no opening", lambda: [charge(1, "1.0")], 0, "not opened"),
+    ("no opening", lambda: [charge(1, "1.0")], 0, "no entry before it|was not opened before"),
     ("unpaid release", lambda: [opening(), settle(1, 1)], 1, "not charged before"),
     ("settled twice", lambda: [opening(), charge(1, "1.0"), settle(1, 1), settle(1, 1)], 3, "settled already"),
     ("paid for another", lambda: [opening(), charge(1, "1.0"), settle(2, 1)], 2, "not charged before"),
     ("charged after release", lambda: [opening(), charge(1, "1.0"), settle(1, 1), charge(1, "2.0")], 3, "released"),
-    ("over budget", lambda: [opening(), charge(1, "4.000001")], 1, "over 4.0"),
-    ("not a number", lambda: [opening(), charge(1, "nan")], 1, "over 4.0"),
-    ("another delta", lambda: [opening(), charge(1, "1.0", delta="0.1")], 1, "delta 0.1"),
+    ("over budget", lambda: [opening(), charge(1, "4.000001")], 1, "over the 4.0"),
+    ("not a number", lambda: [opening(), charge(1, "nan")], 1, "no decimal string"),
+    ("another delta", lambda: [opening(), charge(1, "1.0", delta="0.1")], 1, "delta are not those"),
     ("another budget", lambda: [opening(), opening(target_epsilon="9.0")], 1, "changes the budget"),
-    ("unknown kind", lambda: [opening(), {**charge(1, "1.0"), "kind": "refund"}], 1, "unknown kind 'refund'"),
-    ("unknown outcome", lambda: [opening(), charge(1, "1.0"), settle(1, 1, "refunded")], 2, "'refunded' is unknown"),
-    ("missing field", lambda: [opening(), {"kind": "charge", "dataset_id": "d"}], 1, "field is missing"),
+    (
+        "unknown kind",
+        lambda: [opening(), {**charge(1, "1.0"), "kind": "refund"}],
+        1,
+        "kind 'refund', which this version",
+    ),
+    (
+        "unknown outcome",
+        lambda: [opening(), charge(1, "1.0"), settle(1, 1, "refunded")],
+        2,
+        "'refunded' is not known",
+    ),
+    ("missing field", lambda: [opening(), {**ALWAYS, "kind": "charge"}], 1, "lacks the fields"),
 ]
 
 
@@ -240,7 +259,8 @@ def test_audit_records_out_of_order_are_refused() -> None:
 
 def test_a_specimen_of_the_format_still_verifies() -> None:
     """Written by release 0.1.0; every later release must read it."""
-    line = rfc8785.dumps(json.loads(chain([opening()])[0].to_json())).decode()
+    body = {"kind": "open", "dataset_id": "d", "run_id": "r", "unit": "datum", "target_epsilon": "4.0"}
+    line = rfc8785.dumps(json.loads(chain([{**body, "target_delta": "1e-05"}])[0].to_json())).decode()
     assert ChainEntry.from_json(line).entry_hash.hex() == (
         "0c8f8ca4c2a223505d0f73378d81d8ce83be479b652b61c837e6a3b5aa864f66"
     )

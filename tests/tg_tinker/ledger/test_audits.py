@@ -14,8 +14,8 @@ from tests.e2e.server_process import batch
 from tests.tg_tinker.reports.conftest import Forge
 from tg_tinker import DPConfig, ServiceClient, TrainingConfig
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
-from tg_tinker.reports.audits import summary_of
-from tg_tinker.reports.history import read_history
+from tg_tinker.ledger.audits import summary_of
+from tg_tinker.ledger.history import read_history
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import rfc8785
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.reports.releases import count_of, decimal_of, text_of
+from tg_tinker.ledger.releases import count_of, decimal_of, text_of
 
 SCHEMA: Final = "tg-tinker/empirical-audit/v1"
 MODES: Final = ("input", "gradient")

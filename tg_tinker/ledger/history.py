@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.reports.audits import check_summary
-from tg_tinker.reports.releases import Release, count_of, decimal_of, text_of
+from tg_tinker.ledger.audits import check_summary
+from tg_tinker.ledger.releases import Release, count_of, decimal_of, text_of
 
 NEIGHBOURS: Final = "add-or-remove-one"
 ACCOUNTANTS: Final = ("rdp", "prv")
@@ -106,6 +106,7 @@ class History:
     reports: list[Mapping[str, Any]] = field(default_factory=list)
     entries: int = 0
     _unsettled: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+    _released: set[tuple[str, int]] = field(default_factory=set)
 
     @property
     def releases(self) -> list[Release]:
@@ -175,6 +176,8 @@ class History:
         if self.entries:
             raise ValueError("it registers a dataset that has entries already")
         self.terms, self.slots = _terms(body), count_of(body["slots"], "slots")
+        if not self.slots:
+            raise ValueError("it registers a dataset without units")
         self._changed(body)
 
     def _raised(self, body: Mapping[str, Any]) -> None:
@@ -219,11 +222,14 @@ class History:
             raise ValueError(f"it goes to epsilon {spent}, over the {terms.target_epsilon} in force")
         if body["accountant"] not in ACCOUNTANTS:
             raise ValueError(f"its accountant {body['accountant']!r} is not known to this version of tg-tinker")
+        seq, attempt = count_of(body["seq"], "seq"), count_of(body["attempt"], "attempt")
+        if (run.run_id, seq) in self._released:
+            raise ValueError(f"it charges step {seq} of {run.run_id}, which was released before")
         release = Release.from_json(body["event"])
         if release.vouched_by == "server" and self.slots is None:
             raise ValueError("the server vouches for a draw that it cannot have made")
         run.charged += 1
-        self._unsettled[self.entries] = run.run_id, count_of(body["seq"], "seq"), count_of(body["attempt"], "attempt")
+        self._unsettled[self.entries] = run.run_id, seq, attempt
         self.charges.append(
             Charge(
                 position=self.entries,
@@ -244,6 +250,7 @@ class History:
             raise ValueError("it settles what was not charged before it, or was settled already")
         if outcome == "released":
             run.released += 1
+            self._released.add(step[:2])
         elif outcome == "failed":
             run.failed += 1
         else:

@@ -42,6 +42,8 @@ class Release:
         Raises:
             ValueError, TypeError: it is no event that this version knows, in exactly its fields.
         """
+        if not isinstance(event, Mapping):
+            raise ValueError("its event is no object")
         fields = dict(event)
         kind = fields.pop("kind", None)
         if not isinstance(kind, str) or kind not in _FIELDS:
