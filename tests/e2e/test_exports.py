@@ -309,7 +309,7 @@ def test_a_promise_missing_anywhere_in_the_past_is_no_promise(site: Site) -> Non
     def imported(privacy: dict[str, str] | None) -> str:
         entry = {"artifact": "a", "base_model": "bigram", "manifest": "", "origin": "elsewhere", "privacy": privacy}
         config = {"model_ref": "bigram", "lora_config": None}
-        weights = header_bytes([("table", "F32", (256, 256), 2**18)], METADATA) + bytes(2**18)
+        weights = header_bytes([("table", "F32", (260, 260), 270_400)], METADATA) + bytes(270_400)
         made = replace(source(config=config, ledger=CLAIM, provenance=[entry]), weight_names=["table"])
         data = archive(specimen(made, weights=weights))
         return site.service._transport.upload(
