@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import rfc8785
 import safetensors.numpy
 from click.testing import CliRunner
 
-from tests.support.exports import SIGNER, WEIGHTS, archive
+from tests.support.exports import CLAIM, SIGNER, WEIGHTS, archive, source
 from tests.support.exports import files as specimen
 from tg_tinker import BatchData, DPConfig, ServiceClient, TrainingClient, TrainingConfig
 from tg_tinker.cli import main
@@ -288,6 +289,37 @@ def test_weights_without_a_promise_do_not_become_private_by_travelling(
     with pytest.raises(DPUnsupportedError, match="not in any budget"):
         there.trained(private("clinic"), steps=0, start=info.artifact_id)
     there.trained(private("clinic", initial_weights="public"), steps=0, start=info.artifact_id)
+
+
+def test_what_was_not_trained_here_leaves_without_a_report_of_ours(sites: tuple[Site, Site], tmp_path: Path) -> None:
+    here, there = sites
+    saved = here.trained(private("hospital")).save_state()
+    here.service.export_artifact(saved.artifact_id, RECIPIENT, tmp_path / "e.age")
+    there.trained(private("hospital"), steps=1)  # other data of the same name, whose report says nothing of these
+    info = there.service.import_artifact(tmp_path / "e.age", signer=here.key, identity=[str(IDENTITY)])
+    there.service.export_artifact(info.artifact_id, RECIPIENT, tmp_path / "f.age")
+    reader = files.check(tmp_path / "f.age", VerifierKey.parse(there.key), [str(IDENTITY)])
+    assert "report.json" not in reader.files
+    (earlier,) = reader.manifest.predicate["provenance"]
+    assert earlier["origin"] == here.signer.origin
+    assert earlier["privacy"] == reader.manifest.predicate["privacy"]
+
+
+def test_a_promise_missing_anywhere_in_the_past_is_no_promise(site: Site) -> None:
+    def imported(privacy: dict[str, str] | None) -> str:
+        entry = {"artifact": "a", "base_model": "bigram", "manifest": "", "origin": "elsewhere", "privacy": privacy}
+        config = {"model_ref": "bigram", "lora_config": None}
+        weights = header_bytes([("table", "F32", (260, 260), 270_400)], METADATA) + bytes(270_400)
+        made = replace(source(config=config, ledger=CLAIM, provenance=[entry]), weight_names=["table"])
+        data = archive(specimen(made, weights=weights))
+        return site.service._transport.upload(
+            requests.import_artifact(SIGNER.verifier_key, [data])
+        ).artifact.artifact_id
+
+    site.trained(private("clinic"), steps=0, start=imported({**CLAIM, "dataset_id": "more"}))
+    for missing in (None, {**CLAIM, "dataset_id": "more", "epsilon": "inf"}):
+        with pytest.raises(DPUnsupportedError, match="further from such weights"):
+            site.trained(private("clinic"), steps=0, start=imported(missing))
 
 
 def test_an_unknown_signer_and_a_wrong_one_are_refused_and_leave_nothing(

@@ -16,10 +16,12 @@ makes the test harder to pass.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +35,7 @@ SIGMAS = (0.1, 0.3, 0.5, 0.7, 1.0, 2.0, 4.0, 8.0, 20.0)
 RATES = (1e-9, 1e-7, 1e-5, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.999999, 1.0)
 STEPS = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 DELTAS = (1e-3, 1e-5, 1e-8, 1e-12)
+PRV_DELTAS = (1e-5, 1e-12)  # PRV takes up to two seconds at each
 TABLE = Path(__file__).with_name("epsilon_grid.json")
 
 _TILTS = np.geomspace(1e-4, 1e3, 71)
@@ -42,20 +45,21 @@ _WINDOW = 2**17  # of the composed distribution, in cells
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One place of the grid: an accountant's epsilon beside the reference, an upper bound on the truth."""
+    """One place of the grid: two accountants' epsilon beside the reference, an upper bound on the truth.
+
+    ``overstated`` bounds how far the reference can lie above the truth: the grid of the loss distribution makes it,
+    halving the grid at least halves it, so it is at most what halving took away. Computed where PRV is finite, since
+    PRV stands a hundredth above the truth; 0 where the reference is exact.
+    """
 
     noise_multiplier: float
     sample_rate: float
     steps: int
     delta: float
     reference: float
+    overstated: float
     gate: float
     prv: float
-
-    @property
-    def slack(self) -> float:
-        """How far the gate lies above the reference, as a share of it."""
-        return self.gate / self.reference - 1.0 if self.reference > 0 else math.inf
 
 
 def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
@@ -77,8 +81,10 @@ def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
     return high
 
 
-def reference(noise_multiplier: float, sample_rate: float, steps: int, deltas: Sequence[float]) -> list[float]:
-    """An upper bound on the true epsilon at each delta."""
+def reference(
+    noise_multiplier: float, sample_rate: float, steps: int, deltas: Sequence[float], *, fineness: int = 1
+) -> list[float]:
+    """An upper bound on the true epsilon at each delta; ``fineness`` divides the interval of its grid."""
     if sample_rate == 1.0:
         return [gaussian_epsilon(noise_multiplier / math.sqrt(steps), delta) for delta in deltas]
     smallest = _largest_loss(noise_multiplier, sample_rate) / _CELLS
@@ -86,10 +92,13 @@ def reference(noise_multiplier: float, sample_rate: float, steps: int, deltas: S
     coarse = _one_step(noise_multiplier, sample_rate, rough)
     tilts = [_best_tilts(step, steps, deltas, rough) for step in coarse]
     widest = max(_tilted(step, tilt, rough)[3] for step, own in zip(coarse, tilts, strict=True) for tilt in own)
-    interval = max(smallest, 24.0 * math.sqrt(steps) * widest * rough / _WINDOW)
+    interval = max(smallest, 24.0 * math.sqrt(steps) * widest * rough / _WINDOW) / fineness
     both = _one_step(noise_multiplier, sample_rate, interval)
     return [
-        max(_epsilon_at(step, steps, own[i], delta, interval) for step, own in zip(both, tilts, strict=True))
+        max(
+            _epsilon_at(step, steps, own[i], delta, interval, _WINDOW * fineness)
+            for step, own in zip(both, tilts, strict=True)
+        )
         for i, delta in enumerate(deltas)
     ]
 
@@ -148,10 +157,10 @@ def _best_tilts(step: _Step, steps: int, deltas: Sequence[float], interval: floa
     return [float(_TILTS[np.argmin((steps * moments - math.log(delta)) / _TILTS)]) for delta in deltas]
 
 
-def _epsilon_at(step: _Step, steps: int, tilt: float, delta: float, interval: float) -> float:
+def _epsilon_at(step: _Step, steps: int, tilt: float, delta: float, interval: float, window: int) -> float:
     """Epsilon of ``steps`` of them, from the tilted distribution of the sum inside a window around its mean."""
     probabilities, log_moment, mean, _ = _tilted(step, tilt, interval)
-    size = max(_WINDOW, 2 ** math.ceil(math.log2(2 * len(probabilities))))
+    size = max(window, 2 ** math.ceil(math.log2(2 * len(probabilities))))
     first = max(0, round(steps * mean) - size // 2)  # cells above steps * lowest
     summed = np.fft.irfft(np.fft.rfft(probabilities, size) ** steps, size)
     summed = np.maximum(np.roll(summed, -(first % size)), 0.0)
@@ -180,21 +189,79 @@ def _epsilon_at(step: _Step, steps: int, tilt: float, delta: float, interval: fl
     return max(0.0, float(mass[k] + math.log1p(-math.exp(math.log(left) - mass[k])) - scaled[k]))
 
 
-def points(
-    *, sigmas: Sequence[float], rates: Sequence[float], steps: Sequence[int], deltas: Sequence[float], prv: bool
-) -> Iterator[Point]:
-    """Every point of a grid at which the gate says anything finite."""
-    for sigma, rate, n in itertools.product(sigmas, rates, steps):
-        total = repeated(cost(_event(sigma, rate)), n)
-        if not math.isfinite(epsilon(total, 0.5)):
-            continue
-        for delta, truth in zip(deltas, reference(sigma, rate, n, deltas), strict=True):
-            yield Point(
-                noise_multiplier=sigma,
-                sample_rate=rate,
-                steps=n,
-                delta=delta,
-                reference=truth,
-                gate=epsilon(total, delta),
-                prv=prv_epsilon(sigma, rate, n, delta) if prv else math.inf,
-            )
+def points_at(sigma: float, rate: float, steps: int, deltas: Sequence[float]) -> Iterator[Point]:
+    """The points at each delta; none where the gate says infinity, which nothing exceeds."""
+    total = repeated(cost(_event(sigma, rate)), steps)
+    if not math.isfinite(epsilon(total, 0.5)):
+        return
+    prv = [prv_epsilon(sigma, rate, steps, delta) if delta in PRV_DELTAS else math.inf for delta in deltas]
+    coarse = fine = reference(sigma, rate, steps, deltas)
+    if rate < 1 and any(math.isfinite(value) for value in prv):
+        fine = reference(sigma, rate, steps, deltas, fineness=2)
+    for delta, by_prv, first, second in zip(deltas, prv, coarse, fine, strict=True):
+        yield Point(
+            noise_multiplier=sigma,
+            sample_rate=rate,
+            steps=steps,
+            delta=delta,
+            reference=min(first, second),
+            overstated=max(0.0, first - second),
+            gate=epsilon(total, delta),
+            prv=by_prv,
+        )
+
+
+def whole_grid() -> Iterator[Point]:
+    """Every point of the grid at which the gate says anything finite."""
+    for sigma, rate, steps in itertools.product(SIGMAS, RATES, STEPS):
+        yield from points_at(sigma, rate, steps, DELTAS)
+
+
+def table(found: Sequence[Point]) -> dict[str, Any]:
+    """The figures of a grid: how close each accountant comes to the reference, and where."""
+    by_prv = [p for p in found if math.isfinite(p.prv)]
+    rows = []
+    for sigma, rate in sorted({(p.noise_multiplier, p.sample_rate) for p in found}):
+        own = [p for p in found if (p.noise_multiplier, p.sample_rate) == (sigma, rate)]
+        worst = min(own, key=gate_ratio)
+        rows.append(
+            {
+                "noise_multiplier": sigma,
+                "sample_rate": rate,
+                "points": len(own),
+                "smallest_ratio": _rounded(gate_ratio(worst)),
+                "at": {"steps": worst.steps, "delta": worst.delta, "gate": worst.gate, "reference": worst.reference},
+            }
+        )
+    return {
+        "about": "Epsilon of the gate (rdp) and of prv over an upper bound on the truth; see epsilon_grid.py.",
+        "command": "python -m tests.golden.epsilon_grid",
+        "gate": {
+            "points": len(found),
+            "below_reference": sum(p.gate < p.reference for p in found),
+            "smallest_ratio": _rounded(min(map(gate_ratio, found))),
+            "largest_ratio_where_epsilon_is_0.1_to_20": _rounded(
+                max(p.gate / p.reference for p in found if 0.1 <= p.reference <= 20)
+            ),
+        },
+        "prv": {
+            "points": len(by_prv),
+            "below_truth": sum(p.prv < p.reference - p.overstated for p in by_prv),
+            "smallest_margin": _rounded(min(p.prv - (p.reference - p.overstated) for p in by_prv)),
+        },
+        "rows": rows,
+    }
+
+
+def gate_ratio(point: Point) -> float:
+    """The gate's epsilon over the reference; inf where the reference is below 1e-3, and no ratio says anything."""
+    return point.gate / point.reference if point.reference > 1e-3 else math.inf
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+if __name__ == "__main__":
+    TABLE.write_text(json.dumps(table(list(whole_grid())), indent=1) + "\n")
+    print(f"written to {TABLE}")

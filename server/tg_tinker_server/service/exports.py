@@ -144,8 +144,7 @@ class ExportService:
         return _closing(file)
 
     def _inspect(self, row: ArtifactRow) -> tuple[dict[str, Any], list[str]]:
-        """State and names of weights; the whole artifact is verified first."""
-        self.vault.verify(tenant=row.tenant, artifact_id=row.artifact_id, kind=CHECKPOINT)
+        """State and names of weights. They are authentic; that the rest is intact is seen when it is read."""
         size, pieces = self.vault.plaintext(tenant=row.tenant, artifact_id=row.artifact_id, kind=CHECKPOINT)
         file = TensorFile.read(pieces, size)
         names = [e.name.removeprefix("weights/") for e in file.entries if e.name.startswith("weights/")]

@@ -23,7 +23,7 @@ from tg_tinker_server.crypto.signing import TenantSigner
 from tg_tinker_server.foundation import SYSTEM_TENANT, Foundation
 from tg_tinker_server.service.dataset_keys import DatasetKeys
 from tg_tinker_server.service.rotation import KeyRotation
-from tg_tinker_server.store import dataset_rows, sealed_rows, tables
+from tg_tinker_server.store import dataset_rows, sealed_rows, tables, tenant_key_rows
 
 CONFIG = TrainingConfig(model_ref="bigram", batch_size=4, seed=1, metadata={"note": "kept"})
 PRIVATE = CONFIG.model_copy(update={"dp_config": DPConfig(dataset_id="data", target_epsilon=100.0)})
@@ -273,6 +273,15 @@ def test_a_root_key_that_does_not_work_changes_nothing(place: Place, rotation: K
     with pytest.raises(ServerError, match="nothing was changed"):
         rotation.rewrap_root(LocalKeyProvider(bytes(32)), old)
     assert [rotation.versions(t) for t in rotation.tenants()] == before
+
+
+def test_a_key_row_that_is_damaged_is_not_carried_over(place: Place, rotation: KeyRotation) -> None:
+    (row,) = rotation.versions("acme")
+    damaged = row.wrapped[:-1] + bytes([row.wrapped[-1] ^ 1])  # in the tenant's secret, behind the key itself
+    rotation.db.write(lambda tx: tenant_key_rows.replace_wrapped(tx, "acme", 1, damaged))
+    with pytest.raises(ServerError, match="nothing was changed"):
+        rotation.rewrap_root(key_provider(place.config.resolved_root_key), LocalKeyProvider(bytes(32)))
+    assert rotation.versions("acme")[0].wrapped == damaged
 
 
 def test_the_operators_doings_stand_in_the_tenants_audit_log(place: Place, rotation: KeyRotation) -> None:
