@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.e2e.server_process import batch
@@ -108,8 +107,12 @@ def test_a_step_releases_nothing_that_is_not_paid_for_on_disk(
     for first in range(1, calm.asked + 1, stride):
         chosen = range(first, sys.maxsize) if for_ever else (first,)
         outcomes.append(step_on_a_failing_disk(tmp_path / str(first), fault, chosen))
-        assert outcomes[-1].failed > 0
-        assert not outcomes[-1].succeeded or outcomes[-1].draws == 1
+        released = outcomes[-1].draws
+        assert released == 1 if outcomes[-1].succeeded else released in (0, 1)
+        # The line of the audit log follows the reply: the last operations may come after the step, or not at all.
+        assert outcomes[-1].failed > 0 or (outcomes[-1].succeeded and first > calm.asked / 2)
     assert not outcomes[0].succeeded
     assert outcomes[0].draws == 0
-    assert np.any([not o.succeeded and o.draws for o in outcomes]) or stride > 1  # paid, drawn, and never settled
+    if stride == 1:
+        assert any(not o.succeeded and o.draws == 0 for o in outcomes[5:])  # the flush of the charge failed
+        assert any(not o.succeeded and o.draws == 1 for o in outcomes)  # paid, drawn, and never settled
