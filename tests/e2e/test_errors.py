@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tg_tinker import (
     FutureCancelledError,
     FutureTimeoutError,
     InvalidRequestError,
+    LogVerificationError,
     RateLimitedError,
     ResourceNotFoundError,
     ServerError,
@@ -25,10 +27,13 @@ from tg_tinker import (
     TGTinkerError,
     TrainingConfig,
 )
+from tg_tinker.transparency.note import Checkpoint, VerifierKey
+from tg_tinker.transparency.pins import Pin, Pins
 from tg_tinker.wire.status import TABLE
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.crypto import api_keys
+from tg_tinker_server.crypto.signing import TenantSigner
 
 CONFIG = TrainingConfig(model_ref="bigram", batch_size=4)
 
@@ -107,6 +112,16 @@ def nobody_there(server: EmbeddedServer) -> None:
     ).get_server_capabilities()
 
 
+def put_back(server: EmbeddedServer) -> None:
+    """As if this user had seen a larger log of the same server."""
+    keyring = server._foundation.keyring
+    keyring.ensure("put-back")
+    signer = TenantSigner(keyring).signer("put-back")
+    note = signer.sign_note(Checkpoint(signer.origin, 1000, bytes(32)).body())
+    Pins.of_user().put(Pin(VerifierKey.parse(signer.verifier_key), note, datetime.now(UTC)))
+    ServiceClient(api_key=server.mint_key("put-back"), base_url=server.address).check_log()
+
+
 CAUSES: dict[type[TGTinkerError], Callable[[EmbeddedServer], None]] = {
     AuthenticationError: wrong_key,
     AuthorizationError: key_without_the_role,
@@ -117,6 +132,7 @@ CAUSES: dict[type[TGTinkerError], Callable[[EmbeddedServer], None]] = {
     DPBudgetExceededError: spent_budget,
     FutureTimeoutError: impatience,
     FutureCancelledError: cancelled,
+    LogVerificationError: put_back,
     ServerError: nobody_there,
 }
 
