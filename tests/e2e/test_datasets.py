@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -287,6 +288,30 @@ def test_records_that_do_not_fit_are_refused_at_the_first_use_by_counts_alone(se
     tc = service.create_training_client(TrainingConfig(**config, dp_config=foreign.dp_config()))
     with pytest.raises(InvalidRequestError, match="1 of 2 records hold ids outside"):
         tc.forward_backward(dataset=foreign).result(30)
+
+
+@pytest.mark.parametrize("diagnostics", ["owner", "off"])
+def test_without_diagnostics_nothing_in_a_reply_tells_one_draw_from_another(
+    service: ServiceClient, drawn: Draws, diagnostics: str
+) -> None:
+    """Of a dataset with one unit left, two values of anything would say when it came."""
+    ds = service.create_dataset("one", ["only me", "gone"], target_epsilon=1e4)
+    ds.erase(ds.record_ids[1:])
+    tc = run_on(service, ds, batch_size=1, diagnostics=diagnostics, noise_multiplier=50.0)
+    said = []
+    for drawn.forced in ([0], [], [1], [0, 1]):
+        passed = tc.forward_backward(dataset=ds).result(30)
+        stepped = tc.optim_step().result(30).dp_metrics
+        said.append(
+            f"{dataclasses.replace(passed, latency_ms=0)} {stepped.num_clipped} {stepped.grad_norm_before_clip}"
+        )
+    assert all(s == said[0] for s in said) == (diagnostics == "off")
+    chosen = (
+        run_on(service, ds, batch_size=1, diagnostics=diagnostics, sampling="none")
+        .forward_backward(batch(1))
+        .result(30)
+    )
+    assert chosen.batch_hash.startswith("hmac-sha256:")  # the caller's own batch is no secret from the caller
 
 
 def test_masks_and_labels_of_token_records_count(service: ServiceClient, drawn: Draws) -> None:

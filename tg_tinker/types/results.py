@@ -32,7 +32,8 @@ class ForwardBackwardResult:
 
     Attributes:
         loss: mean over records of each record's own mean negative log-likelihood per target token, in nats.
-        batch_hash: ``sha256:...`` of the batch; ``hmac-sha256:...`` under differential privacy.
+        batch_hash: ``sha256:...`` of the batch; ``hmac-sha256:...`` under differential privacy. Empty, like the next,
+            for a draw of the server under ``diagnostics="off"``.
         gradient_hash: identifies the gradient this call contributed; empty in eval mode.
         num_tokens: sum of the attention mask.
         latency_ms: time on the server.

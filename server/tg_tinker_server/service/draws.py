@@ -1,4 +1,4 @@
-"""Draws batches from registered datasets. The draw is made here, used here, and told to nobody.
+"""Draws batches from registered datasets. The draw is made here, used here, and stored nowhere.
 
 Every slot of the registration is drawn on its own with the run's rate, however many records were erased since: an
 erased slot contributes nothing, so the rate is a public constant.
