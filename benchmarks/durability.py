@@ -1,7 +1,7 @@
 """What the ledger keeps when processes are killed, the power goes and the disk fails: the long counts.
 
 ``python -m benchmarks.durability`` runs the loops of tests/server/ledger in processes of their own and keeps what
-they saw. ``make test-slow`` asserts the same; this records the figures. About half an hour on two cores.
+they saw. ``make test-slow`` asserts the same; this records the figures. Most of an hour on two cores.
 """
 
 from __future__ import annotations
