@@ -11,18 +11,72 @@ import json
 import threading
 import weakref
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 from tg_tinker._transport import Transport, encode
 from tg_tinker.errors import LogVerificationError, TGTinkerError
+from tg_tinker.ledger.history import NEIGHBOURS
+from tg_tinker.ledger.releases import Release
 from tg_tinker.transparency.receipts import Receipt
 from tg_tinker.transparency.watch import Watch
-from tg_tinker.types import OptimStepOutput
+from tg_tinker.types import DPMetrics, OptimStepOutput
 from tg_tinker.types.log import LogReceipt
+from tg_tinker.types.run import PrivacyState, RunInfo
 from tg_tinker.wire.log import checkpoint_from_proto, checkpoint_request
 
+_SAVE_S = 1.0  # how long a pin may wait
+_UNTIED = 3  # questions in a row that a server may leave unanswered
 _MOST_SIZES = 50  # in one question
 _ATTEMPTS = 3  # the first answer may tell which log it is, and with it what we know of it
+
+
+@dataclass(frozen=True, slots=True)
+class RunTerms:
+    """What every charge of a run must say, as it was agreed when the run was made or taken up.
+
+    Attributes:
+        privacy: ``None`` for a run without differential privacy, which has no charges.
+        unit: what one epsilon protects.
+    """
+
+    run_id: str
+    privacy: PrivacyState | None
+    unit: str = "datum"
+
+    @classmethod
+    def of(cls, info: RunInfo) -> RunTerms:
+        """Of a run as the server describes it.
+
+        Raises:
+            LogVerificationError: it is private by its configuration, and the server knows of no budget.
+        """
+        dp = info.config.dp_config
+        if info.config.private and info.privacy is None:
+            raise LogVerificationError(
+                f"the server keeps no budget for {info.run_id}, whose configuration asks for privacy",
+                kind="bad_proof",
+            )
+        return cls(info.run_id, info.privacy, dp.privacy_unit if dp is not None else "datum")
+
+    def paid_by(self, receipt: LogReceipt, seq: int, dp: DPMetrics) -> bool:
+        """Whether a receipt is of the charge of step ``seq`` that ``dp`` reports, unverified."""
+        privacy = self.privacy
+        assert privacy is not None
+        try:
+            body = json.loads(receipt.entry_json)
+            release = Release.from_json(body["event"])
+            told = (body["kind"], body["dataset_id"], body["run_id"], body["seq"], body["unit"], body["neighbours"])
+            figures = float(body["epsilon_after"]), float(body["delta"])
+        except (ValueError, KeyError, TypeError):
+            return False
+        if told != ("charge", privacy.dataset_id, self.run_id, seq, self.unit, NEIGHBOURS):
+            return False
+        if figures != (dp.total_epsilon, dp.delta):
+            return False
+        if not dp.noise_applied:
+            return release.kind == "unnoised"
+        return (release.noise_multiplier, release.sample_rate) == (privacy.noise_multiplier, privacy.sample_rate)
 
 
 _open: weakref.WeakSet[LogGuard] = weakref.WeakSet()
@@ -45,9 +99,11 @@ class LogGuard:
         self._transport = transport
         self._watch = watch
         self._lock = threading.Lock()
-        self._broken: LogVerificationError | None = None
+        self._broken: TGTinkerError | None = None
         self._loose: set[int] = set()  # sizes of verified trees that the newest one was not proven to continue
         self._tying = False
+        self._untied = 0
+        self._saving = False
         _open.add(self)
 
     @property
@@ -62,6 +118,7 @@ class LogGuard:
         for _ in range(_ATTEMPTS):
             known = self.known_size
             if self._take(self._transport.call(checkpoint_request([known])), {known}):
+                self._settle()
                 return
         raise self._refused("the server's log changed its identity while it was asked for")
 
@@ -82,6 +139,7 @@ class LogGuard:
         def judge(answered: Future[Any], known: int, attempts: int) -> None:
             try:
                 if self._take(answered.result(), {known}):
+                    self._settle()
                     done.set_result(None)
                 elif attempts > 1:
                     ask(attempts - 1)
@@ -89,29 +147,41 @@ class LogGuard:
                     raise self._refused("the server's log changed its identity while it was asked for")
             except TGTinkerError as e:
                 done.set_exception(e)
+            except Exception as e:  # noqa: BLE001 - whoever waits must learn that it will not come
+                done.set_exception(self._unreadable(e))
 
         ask(_ATTEMPTS)
         return done
 
-    def accept(self, run_id: str, seq: int, known_size: int, result: OptimStepOutput) -> None:
+    def accept(self, terms: RunTerms, seq: int, known_size: int, result: OptimStepOutput) -> None:
         """Verify what proves that a step was paid for; a step without privacy has nothing to prove.
 
         Args:
             known_size: the size that the step's request named.
 
         Raises:
-            LogVerificationError: the charge is not in the log, or is not what the result says.
+            LogVerificationError: the charge is not in the log, or is not what the run and the result say.
+            InvalidRequestError: what is remembered of the log is damaged.
         """
-        if result.dp_metrics is None:
+        if terms.privacy is None:
             return
+        try:
+            self._accept(terms, seq, known_size, result)
+        except TGTinkerError:
+            raise
+        except Exception as e:  # whatever a server may have put into a receipt
+            raise self._unreadable(e) from e
+        self._settle()
+
+    def _accept(self, terms: RunTerms, seq: int, known_size: int, result: OptimStepOutput) -> None:
         receipt = result.receipt
-        if receipt is None:
-            raise self._refused(f"step {seq} of {run_id} came without the receipt of its charge")
+        if receipt is None or result.dp_metrics is None:
+            raise self._refused(f"step {seq} of {terms.run_id} came without the receipt of its charge")
         if receipt.log.known_size != known_size:
             raise self._refused("the server proved its log from another size than was asked for")
         newest = self.known_size
-        if not _pays_for(receipt, run_id, seq, result):
-            raise self._refused(f"the receipt of step {seq} of {run_id} is of another charge than the step reports")
+        if not terms.paid_by(receipt, seq, result.dp_metrics):
+            raise self._refused(f"the receipt of step {seq} of {terms.run_id} is not of the charge it should be")
         if not self._watch.advance(
             receipt.log.checkpoint, receipt.log.verifier_key, known_size, receipt.log.consistency
         ):
@@ -139,6 +209,28 @@ class LogGuard:
         held = [self._watch.advance(s.checkpoint, s.verifier_key, s.known_size, s.consistency) for s in states]
         return all(held)
 
+    def _settle(self) -> None:
+        """After a verification: hold the server to what other processes saw, and have the pin written soon."""
+        foreign = self._watch.foreign_sizes()
+        if foreign:
+            self._tie(*foreign, self.known_size)
+        with self._lock:
+            if self._saving or not self._watch.unsaved:
+                return
+            self._saving = True
+        self._transport.alarm.after(_SAVE_S, self._save)
+
+    def _save(self) -> None:
+        with self._lock:
+            self._saving = False
+        try:
+            self._watch.save()
+            self._settle()
+        except LogVerificationError:
+            pass  # the watch keeps it, and whatever is done next raises it
+        except TGTinkerError as e:
+            self._broken = self._broken or e
+
     def _tie(self, *sizes: int) -> None:
         """Have the server show that a later tree continues all of these; one question at a time."""
         with self._lock:
@@ -159,30 +251,24 @@ class LogGuard:
             self._take(answered.result(), asked)
         except LogVerificationError:
             return  # the watch keeps it, and whatever is done next raises it
-        except TGTinkerError:
+        except Exception:  # noqa: BLE001 - a server that does not answer, or not in words of the protocol
             with self._lock:
-                self._loose |= asked  # asked again with the next step
+                self._loose |= asked
+                self._untied += 1
+            if self._untied >= _UNTIED:
+                self._refused("it does not show that the answers it gave are of one history")
+            else:
+                self._transport.alarm.after(_SAVE_S, self._tie)
             return
+        self._untied = 0
         if waiting:
             self._tie()
 
-    def _refused(self, why: str) -> LogVerificationError:
+    def _unreadable(self, reason: Exception) -> TGTinkerError:
+        return self._refused(f"what it shows of its log cannot be read ({type(reason).__name__})")
+
+    def _refused(self, why: str) -> TGTinkerError:
         """The error that ends all dealings with this server."""
         text = f"the server cannot be trusted: {why}. Nothing more is sent to it; ask its operator"
         self._broken = self._broken or LogVerificationError(text, kind="bad_proof")
         return self._broken
-
-
-def _pays_for(receipt: LogReceipt, run_id: str, seq: int, result: OptimStepOutput) -> bool:
-    dp = result.dp_metrics
-    assert dp is not None
-    try:
-        body = json.loads(receipt.entry_json)
-        paid = (
-            (body["kind"], body["run_id"], body["seq"]) == ("charge", run_id, seq)
-            and float(body["epsilon_after"]) == dp.total_epsilon
-            and float(body["delta"]) == dp.delta
-        )
-        return bool(paid)
-    except (ValueError, KeyError, TypeError):
-        return False

@@ -8,7 +8,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Protocol
 
 from tg_tinker._transport import RetryPolicy, Transport
-from tg_tinker.errors import FutureCancelledError, LogVerificationError, ServerError, TGTinkerError
+from tg_tinker.errors import FutureCancelledError, ServerError, TGTinkerError
 from tg_tinker.wire.calls import Position
 from tg_tinker.wire.operations import (
     CANCELLED,
@@ -42,7 +42,7 @@ class Owner(Protocol):
         """Hold the server to what it must prove of a result.
 
         Raises:
-            LogVerificationError: it cannot.
+            TGTinkerError: it cannot.
         """
         ...
 
@@ -200,7 +200,7 @@ class Operation:
                 return False
             try:
                 self._owner.verify(self, state.result)
-            except LogVerificationError as e:
+            except TGTinkerError as e:
                 self.end(FAILED, e)
             else:
                 self.end(COMPLETED, state.result)

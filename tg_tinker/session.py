@@ -25,7 +25,7 @@ from tg_tinker._refusals import cannot_go_on, closed, not_sent, overtaken, too_l
 from tg_tinker._transport import MAX_MESSAGE_BYTES, Transport, encode
 from tg_tinker.errors import InvalidRequestError, LogVerificationError, ServerError, TGTinkerError
 from tg_tinker.journal import Entry, Journal
-from tg_tinker.log_guard import LogGuard
+from tg_tinker.log_guard import LogGuard, RunTerms
 from tg_tinker.operation import Operation
 from tg_tinker.types import LoadStateResult, OptimStepOutput, OptimStepResult
 from tg_tinker.types.run import RunInfo
@@ -73,6 +73,7 @@ class Session:
         self._step_seq = 0
         self._transport = transport
         self._guard = guard
+        self._terms = RunTerms.of(info)
         self._handle = secrets.token_hex(8)
         self._lock = threading.RLock()
         self._moved = threading.Condition(self._lock)
@@ -179,13 +180,14 @@ class Session:
 
         Raises:
             LogVerificationError: it has none, or the server's log is not what it was.
+            InvalidRequestError: what is remembered of the log is damaged.
         """
         entry = _entry(operation)
         if not isinstance(result, OptimStepOutput):
             return
         try:
-            self._guard.accept(self.run_id, entry.seq, entry.known_size, result)
-        except LogVerificationError as e:
+            self._guard.accept(self._terms, entry.seq, entry.known_size, result)
+        except TGTinkerError as e:
             self._break(e, everything=True)
             raise
 

@@ -22,6 +22,7 @@ from tg_tinker.transparency.note import ORIGIN_PREFIX, Checkpoint, VerifierKey, 
 VERSION = 1
 _DIGITS = 32
 SERVERS = "known_servers.json"
+_NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # of a damaged file
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Pins:
         text = self._read(_file(origin))
         try:
             return None if text is None else Pin.from_json(text, origin)
-        except (ValueError, LogVerificationError) as e:
+        except (*_NOT_OURS, LogVerificationError) as e:
             raise self._damaged(_file(origin), e, "the log could then have been rolled back unnoticed") from e
 
     def put(self, pin: Pin) -> None:
@@ -141,8 +142,11 @@ class Pins:
         text = self._read(SERVERS)
         try:
             rows = [] if text is None else _versioned(text)["servers"]
-            return sorted(KnownServer(_text(r, "address"), _text(r, "tenant"), _text(r, "origin")) for r in rows)
-        except (ValueError, KeyError, TypeError) as e:
+            known = [KnownServer(_text(r, "address"), _text(r, "tenant"), _text(r, "origin")) for r in rows]
+            for server in known:
+                name_of(server.origin)
+            return sorted(known)
+        except (*_NOT_OURS, LogVerificationError) as e:
             raise self._damaged(SERVERS, e, "every server would then be trusted anew") from e
 
     def origin_at(self, address: str, tenant: str) -> str | None:
@@ -250,4 +254,4 @@ def _time(fields: Mapping[str, Any], name: str) -> datetime:
     moment = datetime.fromisoformat(_text(fields, name))
     if moment.tzinfo is None:
         raise ValueError(f"{name} has no time zone")
-    return moment
+    return moment.astimezone(UTC)  # a year that UTC does not have is refused here

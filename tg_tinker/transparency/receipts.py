@@ -6,7 +6,9 @@ stands by itself: the name of the log in the checkpoint follows from the key tha
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from tg_tinker.transparency.pins import name_of
 
 VERSION = 1
 RECEIPTS = "receipts"
+_LOOK_AT = 20  # files
+_TAIL_BYTES = 1 << 16
 _MAX_NAME = 120  # characters of a file's name before its ending; file systems take 255 bytes
 
 
@@ -169,6 +173,24 @@ class Receipts:
         """What there is, sorted by log and dataset."""
         return [ReceiptFile(path.parent.name, path) for path in self.folder.files(RECEIPTS, "*/*.jsonl")]
 
+    def newest(self, origin: str) -> Receipt | None:
+        """The receipt with the largest tree among the last lines of the files written last, unverified."""
+        if self.folder.path is None:
+            return None
+        try:
+            files = list((self.folder.path / RECEIPTS / name_of(origin)).glob("*.jsonl"))
+            files = sorted(files, key=lambda f: f.stat().st_mtime, reverse=True)[:_LOOK_AT]
+            lines = [line for f in files for line in _last_lines(f)]
+        except OSError:
+            return None
+        found: list[tuple[int, Receipt]] = []
+        for line in lines:
+            with contextlib.suppress(InvalidRequestError, LogVerificationError):
+                receipt = Receipt.from_json(line)
+                body, _, _ = receipt.checkpoint.partition("\n\n")
+                found.append((Checkpoint.parse(body + "\n").size, receipt))
+        return max(found, key=lambda f: f[0])[1] if found else None
+
     def read_all(self, origin: str, dataset_id: str) -> list[Receipt]:
         """The receipts of one log for one dataset, oldest first, unverified.
 
@@ -191,6 +213,14 @@ class Receipts:
                 if found.dataset_id == dataset_id:  # very long names share a file
                     receipts.append(found)
         return receipts
+
+
+def _last_lines(path: Path) -> list[str]:
+    """The last whole lines of a file, a few."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL_BYTES))
+        return file.read().decode(errors="replace").split("\n")[-3:-1]
 
 
 def _file_name(dataset_id: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -15,6 +16,7 @@ from tg_tinker.transparency.note import Checkpoint, VerifierKey, origin_of
 from tg_tinker.transparency.pins import KnownServer, Pin, Pins, day
 from tg_tinker.transparency.receipts import Receipt, Receipts
 
+_log = logging.getLogger("tg_tinker")
 _REMEMBERED = 10_000  # verified checkpoints kept in memory, about 2 MB
 
 
@@ -56,6 +58,8 @@ class Watch:
         self._address, self._tenant, self._loopback = address, tenant, loopback
         self._lock = threading.RLock()
         self._unsaved: Pin | None = None
+        self._verified = False  # something, in this process
+        self._foreign: set[int] = set()
         self._save_s, self._saved_s = save_s, -math.inf
         self._broken: LogVerificationError | None = None
         self._origin = pins.origin_at(address, tenant)
@@ -104,6 +108,20 @@ class Watch:
                 return self._advance(checkpoint_note, verifier_key, from_size, proof)
             except LogVerificationError as e:
                 self._break(e)
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether a pin waits for its turn to be written."""
+        with self._lock:
+            return self._unsaved is not None
+
+    def foreign_sizes(self) -> set[int]:
+        """Sizes that other processes of this user saw and this one did not, each given once: show that the newest
+        tree continues them.
+        """
+        with self._lock:
+            found, self._foreign = self._foreign, set()
+            return found
 
     def save(self) -> None:
         """Write the newest pin now, which otherwise waits for its turn: a process that is killed may forget it.
@@ -174,13 +192,21 @@ class Watch:
     def _identify(self, key: VerifierKey) -> None:
         """Hold the server to the log that answered here before, or start with the one that answers now."""
         if key.name != self._origin:
-            if self._origin is not None and not self._loopback:
+            if self._origin is not None and (self._verified or not self._loopback):
                 raise self._error(
                     "identity_changed",
                     f"another log answers: {key.name}, where {self._origin} did before. The server was installed "
                     "anew, the tenant's keys were destroyed, or somebody is in between. If this is meant: "
                     f"tg-tinker log forget {self._address}",
                     {"origin": key.name, "known_origin": self._origin},
+                )
+            if self._origin is not None:
+                _log.warning(
+                    "another log answers at %s than before (%s, then %s): on this machine that is taken for another "
+                    "server",
+                    self._address,
+                    self._origin,
+                    key.name,
                 )
             self._origin = key.name
             self._begin()
@@ -195,9 +221,25 @@ class Watch:
         else:
             self._newest, self._key = pin.checkpoint, pin.key
             self._seen = {pin.checkpoint.size: (pin.checkpoint.root, pin.seen)}
+            self._add_newest_receipt(pin)
+
+    def _add_newest_receipt(self, pin: Pin) -> None:
+        """A process that was killed may have left receipts that are newer than its pin."""
+        receipt = None if self._receipts is None else self._receipts.newest(pin.key.name)
+        if receipt is None:
+            return
+        try:
+            checkpoint = receipt.verify(pin.key)
+        except LogVerificationError:
+            return  # `tg-tinker log verify-receipts` says so; a damaged line is no reason to refuse a server
+        if checkpoint.size > pin.checkpoint.size:
+            self._newest = checkpoint
+            self._seen[checkpoint.size] = (checkpoint.root, pin.seen)
+            self._foreign.add(pin.checkpoint.size)
 
     def _remember(self, checkpoint: Checkpoint, note: str, key: VerifierKey) -> None:
         moment = self._now()
+        self._verified = True
         if self._newest is None:
             # Everything continues the empty log: from here on, an answer to a request that named it proves nothing.
             self._seen.clear()
@@ -211,10 +253,15 @@ class Watch:
                 self._save()
 
     def _save(self) -> None:
-        if self._unsaved is not None:
-            pin, self._unsaved = self._unsaved, None
-            self._pins.put(pin)
-            self._saved_s = time.monotonic()
+        if self._unsaved is None:
+            return
+        other = self._pins.get(self._unsaved.key.name)
+        if other is not None and other.checkpoint.size not in self._seen:
+            self._seen[other.checkpoint.size] = (other.checkpoint.root, other.seen)
+            self._foreign.add(other.checkpoint.size)
+        self._pins.put(self._unsaved)
+        self._unsaved = None
+        self._saved_s = time.monotonic()
 
     def _same_root(self, checkpoint: Checkpoint, seen: tuple[bytes, datetime], note: str = "") -> None:
         root, when = seen

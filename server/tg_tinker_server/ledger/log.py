@@ -96,7 +96,8 @@ class TransparencyLog:
 
     def leaves(self, tx: Transaction, tenant: str, start: int, count: int) -> Sequence[str]:
         """Canonical bodies of up to ``MAX_LEAVES`` consecutive entries, for whoever checks the whole log."""
-        return rows.leaves(tx, tenant, max(0, start), min(max(0, count), MAX_LEAVES))
+        start = min(max(0, start), rows.size(tx, tenant))
+        return rows.leaves(tx, tenant, start, min(max(0, count), MAX_LEAVES))
 
     @staticmethod
     def _within(tx: Transaction, tenant: str, size: int | None) -> int:

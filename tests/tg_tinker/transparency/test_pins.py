@@ -19,7 +19,7 @@ import pytest
 from tests.tg_tinker.transparency.logs import Log, entry, log_of
 from tg_tinker.errors import InvalidRequestError, LogVerificationError
 from tg_tinker.transparency.folder import Folder, data_folder
-from tg_tinker.transparency.note import VerifierKey, sign_note
+from tg_tinker.transparency.note import ORIGIN_PREFIX, VerifierKey, sign_note
 from tg_tinker.transparency.pins import KnownServer, Pin, Pins
 
 DAY = datetime(2026, 3, 1, 12, 30, 5, tzinfo=UTC)
@@ -234,21 +234,30 @@ def test_whoever_writes_waits_for_the_process_that_is_writing(
 
 
 def test_servers_are_known_by_address_and_tenant(tmp_path: Path) -> None:
-    p, rows = (
-        pins(tmp_path),
-        [KnownServer("a:1", "t", "x"), KnownServer("a:1", "u", "y"), KnownServer("b:1", "t", "x")],
-    )
+    p = pins(tmp_path)
+    x, y, z = (ORIGIN_PREFIX + digit * 32 for digit in "abc")
+    rows = [KnownServer("a:1", "t", x), KnownServer("a:1", "u", y), KnownServer("b:1", "t", x)]
     for row in rows:
         p.know(row)
-    p.know(KnownServer("a:1", "t", "z"))
-    p.know(KnownServer("a:1", "t", "z"))
-    assert pins(tmp_path).servers() == [KnownServer("a:1", "t", "z"), *rows[1:]]
-    assert p.origin_at("a:1", "u") == "y"
+    p.know(KnownServer("a:1", "t", z))
+    p.know(KnownServer("a:1", "t", z))
+    assert pins(tmp_path).servers() == [KnownServer("a:1", "t", z), *rows[1:]]
+    assert p.origin_at("a:1", "u") == y
     assert p.origin_at("a:1", "v") is None
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"version":1}', '{"version":1,"servers":[{"address":"a"}]}', '{"servers":[]}']
+    "text",
+    [
+        "",
+        "[]",
+        '{"version":1}',
+        '{"version":1,"servers":[{"address":"a"}]}',
+        '{"servers":[]}',
+        '{"version":1,"servers":["x"]}',
+        '{"version":1,"servers":[{"address":"a","tenant":"t","origin":"nonsense"}]}',
+        pytest.param("[" * 100_000, id="deep"),
+    ],
 )
 def test_damaged_servers_are_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "known_servers.json").write_text(text)
