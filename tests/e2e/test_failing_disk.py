@@ -96,7 +96,7 @@ def step_on_a_failing_disk(folder: Path, fault: Fault, chosen: Container[int]) -
     return Outcome(succeeded, draws, asked, failed)
 
 
-@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("fault", "for_ever"), [("EIO", False), ("ENOSPC", True)])
 def test_a_step_releases_nothing_that_is_not_paid_for_on_disk(
     tmp_path: Path, fault: Fault, for_ever: bool, stride: int

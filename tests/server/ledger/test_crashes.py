@@ -36,13 +36,13 @@ def run(script: str, *args: str) -> dict[str, int]:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("writers", [1, 2])
-@pytest.mark.parametrize("kills", [14, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(2000, marks=pytest.mark.slow)])
 def test_no_reservation_that_was_handed_out_is_lost_when_its_process_is_killed(
     tmp_path: Path, kills: int, writers: int
 ) -> None:
     seen = run("kill_loop", str(tmp_path), str(kills), "20260102", str(writers))
     assert seen["kills"] == kills
-    assert seen["told"] > kills  # each spender was killed somewhere inside a stream of reservations
+    assert seen["told"] >= kills  # each was told of one charge, then killed somewhere inside a stream of them
     assert seen["lost"] == 0
     assert seen["most_unheard"] <= 1  # charged, and killed before the caller heard of it: over-counted, never under
 

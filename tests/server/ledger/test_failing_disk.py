@@ -18,7 +18,7 @@ def test_a_charge_of_which_any_write_fails_is_not_handed_out(tmp_path: Path, fau
     assert len(outcomes) >= 5
 
 
-@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [31, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("fault", "for_ever"), FAULTS)
 def test_a_charge_handed_out_while_the_log_cannot_be_carried_over_is_on_disk_all_the_same(
     tmp_path: Path, fault: Fault, for_ever: bool, stride: int
