@@ -86,7 +86,7 @@ class Narrator:
             ("", f"  second accountant (privacy loss distributions): {up(ledger.pld_epsilon)}"),
         )
 
-    def finished(self, found: Findings, out: Path, *, seconds: float) -> None:
+    def finished(self, found: Findings, out: Path, report: Path, checks: int, *, seconds: float) -> None:
         """The last lines: results, and where to look."""
         factor = found.before.perplexity / found.after.perplexity
         self._heading(
@@ -95,12 +95,10 @@ class Narrator:
         )
         self._facts(
             ("page", f"{out}, for the owner of the data: it shows un-noised losses"),
-            (
-                "report",
-                f"{out.with_suffix('.json')}, which may be handed out",
-            ),
-            ("ledger", f"{found.ledger.file}; anybody can check it:"),
-            ("", f"tg-tinker ledger verify {found.ledger.file}"),
+            ("report", f"{report.with_suffix('.html')}, to be handed out with {report.name}, which is signed;"),
+            ("", f"it passed {checks} checks, and anybody can repeat them offline:"),
+            ("", f"tg-tinker audit verify {report}"),
+            ("ledger", f"{found.ledger.file}: tg-tinker ledger verify {found.ledger.file}"),
         )
 
     def _heading(self, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +11,11 @@ from typing import Protocol
 from rich.console import Console
 
 from tg_tinker import SavedState, ServiceClient, TrainingClient
+from tg_tinker.reports.documents import verify_document
+from tg_tinker.reports.page import render as privacy_page
+from tg_tinker.reports.verdicts import Trust
+from tg_tinker.transparency.folder import Folder, data_folder
+from tg_tinker.wire.privacy import report_of
 from tg_tinker_server.demo.data import SOURCE, DemoTexts, load_texts
 from tg_tinker_server.demo.ledger_file import check_ledger, write_ledger
 from tg_tinker_server.demo.loop import train
@@ -49,7 +53,7 @@ def run(
 ) -> Findings:
     """Run the demo against ``server``; write the page to ``out``, keep the state and the ledger in ``folder``.
 
-    Beside the page, which is for the owner, lies the server's privacy report as JSON, which may be handed out.
+    Beside the page, which is for the owner, lies the server's signed privacy report, which may be handed out.
 
     A second call with the same folder trains nothing: the budget is the dataset's and is spent. It opens the
     checkpoint of the first call, or goes on with a run that was interrupted.
@@ -69,10 +73,19 @@ def run(
     demo.narrator.introduce(settings, demo.texts, address=server.address, folder=folder)
     found = demo.findings()
     out.write_text(render(found), encoding="utf-8")
-    facts = json.dumps(demo.service.get_privacy_report(settings.dataset_id), indent=1)
-    out.with_suffix(".json").write_text(facts, encoding="utf-8")
-    demo.narrator.finished(found, out, seconds=time.monotonic() - started)
+    report, checks = hand_out(demo.service, settings.dataset_id, out.parent)
+    demo.narrator.finished(found, out, report, checks, seconds=time.monotonic() - started)
     return found
+
+
+def hand_out(service: ServiceClient, dataset_id: str, folder: Path) -> tuple[Path, int]:
+    """Write the signed privacy report and its page; the file, and how many checks a stranger's verifier passed."""
+    envelope = service.get_signed_report(dataset_id)
+    checks = sum(1 for _ in verify_document(envelope, Trust.of_user(Folder(data_folder()))))
+    report = folder / "privacy-report.json"
+    report.write_bytes(envelope)
+    report.with_suffix(".html").write_text(privacy_page(report_of(envelope)), encoding="utf-8")
+    return report, checks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from tg_tinker.cli import main
 from tg_tinker.errors import DPBudgetExceededError
 from tg_tinker.ledger import ChainEntry, verify_chain
 from tg_tinker_server.app import EmbeddedServer
@@ -69,6 +71,12 @@ def test_the_demo_trains_saves_opens_and_reports_and_then_shows_it_again(termina
     assert first.checkpoint.artifact_id in terminal.out.read_text()
     lines = (terminal.folder / "ledger.jsonl").read_text().splitlines()
     assert verify_chain([ChainEntry.from_json(line) for line in lines]).hex() == first.ledger.head
+
+    report = terminal.out.parent / "privacy-report.json"
+    verified = CliRunner().invoke(main, ["audit", "verify", str(report)])
+    assert verified.exit_code == 0, verified.output
+    assert f"tg-tinker audit verify {report}" in terminal.printed
+    assert "Adding or removing one record" in report.with_suffix(".html").read_text()
 
     second = terminal.demo()
     assert "nothing is trained again" in " ".join(terminal.printed.split())
