@@ -307,7 +307,13 @@ def test_what_was_not_trained_here_leaves_without_a_report_of_ours(sites: tuple[
 
 def test_a_promise_missing_anywhere_in_the_past_is_no_promise(site: Site) -> None:
     def imported(privacy: dict[str, str] | None) -> str:
-        entry = {"artifact": "a", "base_model": "bigram", "manifest": "", "origin": "elsewhere", "privacy": privacy}
+        entry = {
+            "artifact": "ckpt_00000000",
+            "base_model": "bigram",
+            "manifest": "",
+            "origin": "tg-tinker/" + "0" * 32,
+            "privacy": privacy,
+        }
         config = {"model_ref": "bigram", "lora_config": None}
         weights = header_bytes([("table", "F32", (260, 260), 270_400)], METADATA) + bytes(270_400)
         made = replace(source(config=config, ledger=CLAIM, provenance=[entry]), weight_names=["table"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,11 +184,12 @@ def _recipients(path: Path) -> list[str]:
 
 
 def _show_verdicts(reader: ExportReader) -> None:
-    from tg_tinker.reports.exported import check_export
+    from tg_tinker.reports.exported import check_export, check_words
     from tg_tinker.reports.verdicts import Trust
     from tg_tinker.transparency.folder import Folder, data_folder
 
-    for verdict in check_export(reader, Trust.of_user(Folder(data_folder()))):
+    trust = Trust.of_user(Folder(data_folder()))
+    for verdict in itertools.chain(check_export(reader, trust), check_words(reader)):
         click.echo(_printable(f"ok       {verdict.check}: {verdict.shows}"))
 
 

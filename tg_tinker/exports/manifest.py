@@ -11,22 +11,30 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import rfc8785
 
 from tg_tinker.errors import LogVerificationError
 from tg_tinker.exports.errors import refused
-from tg_tinker.exports.tar import LARGEST_BYTES, MANIFEST
+from tg_tinker.exports.tar import FOLDER, LARGEST_BYTES, MANIFEST
 from tg_tinker.transparency._encoding import from_base64
 from tg_tinker.transparency.dsse import open_envelope
 from tg_tinker.transparency.note import VerifierKey
+from tg_tinker.types import DPConfig
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:tg-tinker:export:v1"
 PEFT, PLAIN = "peft", "weights"
+MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,199}", re.ASCII)
+"""Names of models. They stand on model cards, signed: no spaces, so no sentences; no marks that Markdown obeys."""
+UNITS = frozenset(get_args(DPConfig.model_fields["privacy_unit"].annotation))
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+_ORIGIN = re.compile(r"tg-tinker/[0-9a-f]{32}", re.ASCII)
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,15}(Z|[+-][0-9]{2}:[0-9]{2})", re.ASCII)
+_VERSION = re.compile(r"[0-9A-Za-z.+-]{1,50}", re.ASCII)
 _PREDICATE = {
     "artifact": {"content_hash": str, "id": str, "saved": str, "step": int},
     "base_model": str,
@@ -124,14 +132,14 @@ def parse_payload(payload: bytes) -> Manifest:
     predicate = value["predicate"]
     if not _shaped(predicate, _PREDICATE) or predicate["layout"] not in {PEFT, PLAIN}:
         raise refused("its manifest lacks a field or has one too many")
-    privacy = predicate["privacy"]
-    if privacy is not None:
-        _check_privacy(privacy)
+    _check_texts(predicate)
     for earlier in predicate["provenance"]:
         if not isinstance(earlier, dict) or set(earlier) != _PROVENANCE:
             raise refused("its manifest tells of an earlier origin in an unknown form")
-        if earlier["privacy"] is not None:
-            _check_privacy(earlier["privacy"])
+    for claims in (predicate, *predicate["provenance"]):
+        if claims["privacy"] is not None:
+            _check_privacy(claims["privacy"])
+    _check_origins(predicate)
     return Manifest(files=files, predicate=predicate)
 
 
@@ -177,12 +185,49 @@ def _shaped(value: Any, shape: Any) -> bool:
     return isinstance(value, shape) and not isinstance(value, bool)
 
 
+def _check_texts(predicate: Mapping[str, Any]) -> None:
+    """Whoever imports this signs some of it again, so no text in it may be free."""
+    artifact = predicate["artifact"]
+    for name, value, form in (
+        ("artifact.id", artifact["id"], FOLDER),
+        ("artifact.content_hash", artifact["content_hash"], _DIGEST),
+        ("artifact.saved", artifact["saved"], _TIME),
+        ("base_model", predicate["base_model"], MODEL),
+        ("exported", predicate["exported"], _TIME),
+        ("origin", predicate["origin"], _ORIGIN),
+        ("server_version", predicate["server_version"], _VERSION),
+    ):
+        if form.fullmatch(value) is None:
+            raise refused(f"{name} in its manifest is not of the form that it has")
+    if artifact["step"] < 0:
+        raise refused("its manifest does not say after how many steps it was saved")
+
+
+def _check_origins(predicate: Mapping[str, Any]) -> None:
+    for earlier in predicate["provenance"]:
+        forms = {"artifact": FOLDER, "base_model": MODEL, "origin": _ORIGIN}
+        if earlier["manifest"] != "":
+            forms["manifest"] = _DIGEST
+        for name, form in forms.items():
+            if not isinstance(earlier[name], str) or form.fullmatch(earlier[name]) is None:
+                raise refused(f"{name} of an earlier origin in its manifest is not of the form that it has")
+
+
 def _check_privacy(privacy: Any) -> None:
     if not isinstance(privacy, dict) or set(privacy) != _PRIVACY:
         raise refused("its manifest states privacy in an unknown form")
     texts = [privacy[k] for k in ("dataset_id", "delta", "epsilon", "head", "initial_weights", "unit")]
     if not all(isinstance(t, str) for t in texts) or type(privacy["entries"]) is not int:
         raise refused("its manifest states privacy in an unknown form")
+    dataset_id = privacy["dataset_id"]
+    if (
+        privacy["unit"] not in UNITS
+        or privacy["initial_weights"] not in {"base", "public"}
+        or _HEX.fullmatch(privacy["head"]) is None
+        or not 0 < len(dataset_id) <= 200
+        or not dataset_id.isprintable()
+    ):
+        raise refused("its manifest names a privacy unit, dataset or head that cannot be")
     try:
         epsilon, delta = float(privacy["epsilon"]), float(privacy["delta"])
     except ValueError as e:

@@ -1,26 +1,33 @@
-"""Checks an export's promise about its training data against the report inside it.
+"""Checks an export's promise about its training data against the report inside it, and its words against both.
 
-The manifest says what its signer promised when the weights were saved. The report lists every charge, and is checked
-like any other; here the two are held against each other, so that not even the signer can state less than was spent.
+The manifest says what its signer promised when the weights were saved, and names the entry of the ledger that was the
+last one then. The report lists every charge, and is checked like any other; here the two are held against each other,
+so that not even the signer can state less than was charged up to that entry. That the weights are of that moment is
+the signer's word, within limits: there are no more steps in them than charges before it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import rfc8785
 
-from tg_tinker.exports.manifest import PAYLOAD_TYPE, Manifest, parse_payload
+from tg_tinker.exports.manifest import MODEL, PAYLOAD_TYPE, Manifest, parse_payload
 from tg_tinker.exports.reader import ExportReader
-from tg_tinker.exports.tar import REPORT
+from tg_tinker.exports.tar import CARD, REPORT, REPORT_PAGE
 from tg_tinker.ledger import LEDGER_DOMAIN, entry_hash
 from tg_tinker.reports import verify as _report  # noqa: F401 - registers the type of reports
+from tg_tinker.reports.card import guarantee, model_card
+from tg_tinker.reports.page import render
 from tg_tinker.reports.statement import rounded_up
 from tg_tinker.reports.verdicts import REGISTRY, Document, Trust, Verdict, refused
 from tg_tinker.transparency._encoding import from_base64
+
+_CARD_START = re.compile(rb'---\nbase_model: "([ -~]{1,200})"\n')
 
 
 @REGISTRY.register(PAYLOAD_TYPE)
@@ -29,6 +36,7 @@ def verify_manifest(document: Document) -> Iterator[Verdict]:
     manifest = parse_payload(bytes(rfc8785.dumps(dict(document.value))))
     if manifest.origin != document.key.name:
         raise refused("origin", f"it says that it comes from {manifest.origin[:100]}, which is not who signed it")
+    _check_sentence(manifest)
     yield Verdict("format", f"an export of checkpoint {manifest.predicate['artifact']['id']}, every field known")
     yield Verdict(
         "files", f"{len(manifest.files)} digests; `tg-tinker checkpoints verify` checks the files themselves"
@@ -36,31 +44,73 @@ def verify_manifest(document: Document) -> Iterator[Verdict]:
 
 
 def check_export(reader: ExportReader, trust: Trust) -> Iterator[Verdict]:
-    """Check what an export promises; its files were checked by the reader.
+    """Check what an export promises in its manifest; its files were checked by the reader.
 
     Args:
         trust: pins and receipts to hold the report against; its keys are not used, the export's signer counts.
 
     Raises:
-        InvalidRequestError: the report is wrong, of other data, or states more than the manifest.
+        InvalidRequestError: the report is wrong, of other data, or says more than the manifest does.
     """
     manifest = reader.manifest
     yield Verdict("signature", f"signed by {reader.key.name} (key {reader.key.key_hash.hex()})")
     yield Verdict("files", f"{len(manifest.files)} files, each the one that was signed")
+    _check_sentence(manifest)
     claim, envelope = manifest.predicate["privacy"], reader.files.get(REPORT)
-    yield Verdict("promise", str(manifest.predicate["guarantee"]))
+    yield Verdict("promise", guarantee(claim))
+    for earlier in manifest.predicate["provenance"]:
+        yield Verdict("promise", f"also, on data behind {earlier['origin']}: {guarantee(earlier['privacy'])}")
     if claim is None:
         if envelope is not None:
             raise refused("promise", "it holds a report, and promises nothing")
         return
+    if claim["initial_weights"] == "public":
+        yield Verdict("promise", "it is on top of weights that are public by the word of who trained them")
     if envelope is None:
         yield Verdict("report", "there is none inside: the promise rests on the signer's word alone")
         return
     own = Trust(keys=[reader.key], pins=trust.pins, receipts=trust.receipts)
     for verdict in REGISTRY.verify(envelope, own):
         yield Verdict(f"report {verdict.check}", verdict.shows)
-    spent = _spent_when_saved(manifest, json.loads(from_base64(json.loads(envelope)["payload"])))
-    yield Verdict("promise", f"epsilon {rounded_up(spent)} is what the report's charges say of these weights")
+    report = _payload(envelope)
+    spent = _spent_when_saved(manifest, report)
+    entries = f"entry {claim['entries']} of {len(report['integrity']['entries'])}"
+    yield Verdict(
+        "promise",
+        f"epsilon {rounded_up(spent)} is what the report's charges come to at {entries}; that these are the weights "
+        "of that moment is the signer's word",
+    )
+
+
+def check_words(reader: ExportReader) -> Iterator[Verdict]:
+    """Check that the pages for people say what manifest and report say; call it after `check_export`.
+
+    Raises:
+        InvalidRequestError: the model card or the report's page is another than follows from them.
+    """
+    manifest = reader.manifest
+    named = _CARD_START.match(reader.files[CARD])
+    base_model = named[1].decode() if named else ""
+    if MODEL.fullmatch(base_model) is None:
+        raise refused("words", f"{CARD} does not begin with the name of a base model")
+    if reader.files[CARD] != model_card(manifest, base_model, reader.key.text).encode():
+        raise refused("words", f"{CARD} says other things than the manifest, or is of another version of tg-tinker")
+    envelope, page = reader.files.get(REPORT), reader.files.get(REPORT_PAGE)
+    expected = None if envelope is None else render(_payload(envelope)).encode()
+    if page != expected:
+        raise refused("words", f"{REPORT_PAGE} is not the page of the report, or of another version of tg-tinker")
+    pages = CARD if page is None else f"{CARD} and {REPORT_PAGE}"
+    yield Verdict("words", f"{pages} say this and nothing else; the base model's published name is the signer's word")
+
+
+def _check_sentence(manifest: Manifest) -> None:
+    if manifest.predicate["guarantee"] != guarantee(manifest.predicate["privacy"]):
+        raise refused("promise", "its sentence is not the one that follows from its numbers")
+
+
+def _payload(envelope: bytes) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(from_base64(json.loads(envelope)["payload"]))
+    return report
 
 
 def _spent_when_saved(manifest: Manifest, report: Mapping[str, Any]) -> float:
@@ -79,5 +129,12 @@ def _spent_when_saved(manifest: Manifest, report: Mapping[str, Any]) -> float:
     if not math.isclose(spent, manifest.epsilon, rel_tol=1e-9, abs_tol=1e-12):
         raise refused(
             "promise", f"the manifest states epsilon {manifest.epsilon}, and {spent} was charged when it was saved"
+        )
+    step = manifest.predicate["artifact"]["step"]
+    # Weights that began elsewhere have steps that were paid for elsewhere, and say so.
+    began_here = not manifest.predicate["provenance"] and claim["initial_weights"] == "base"
+    if began_here and step > len(charges):
+        raise refused(
+            "promise", f"its weights are of {step} steps, and {len(charges)} were charged up to the entry it names"
         )
     return spent

@@ -1,10 +1,9 @@
-"""The documents of an export: PEFT's configuration, model card, manifest, bundle. Values in, bytes out."""
+"""The documents of an export: PEFT's configuration, card, manifest, bundle. Values in, bytes out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import rfc8785
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.exports.manifest import PAYLOAD_TYPE, PEFT, PLAIN, Manifest
+from tg_tinker.exports.manifest import MODEL, PAYLOAD_TYPE, PEFT, PLAIN, Manifest, parse_payload
 from tg_tinker.exports.model_signing import make_bundle
 from tg_tinker.exports.tar import (
     ADAPTER,
@@ -22,11 +21,9 @@ from tg_tinker.exports.tar import (
     CARD,
     LARGEST_BYTES,
     MANIFEST,
-    REPORT,
-    REPORT_PAGE,
     WEIGHTS,
 )
-from tg_tinker.reports.statement import rounded_up, small
+from tg_tinker.reports.card import guarantee, model_card
 from tg_tinker_server.artifacts.weights import PEFT_PREFIX
 from tg_tinker_server.crypto.signing import ModelSigner, Signer
 
@@ -71,17 +68,18 @@ def documents(source: Source, weights_digest: str, signer: Signer, model_signer:
         weights_digest: SHA-256 of the file of weights, hex.
 
     Raises:
-        InvalidRequestError: a document would be larger than readers take.
+        InvalidRequestError: a document would be larger than readers take, or hold a text that they refuse.
     """
-    privacy = privacy_claim(source.state)
     files = dict(source.report)
     if source.layout == PEFT:
         files[ADAPTER_CONFIG] = _json(adapter_config(source))
-    files[CARD] = model_card(source, privacy, signer.verifier_key).encode()
     files[BUNDLE_KEY] = model_signer.public_pem
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     digests[source.weights_name] = weights_digest
-    manifest = Manifest(files=digests, predicate=predicate(source, privacy, signer.origin))
+    claims = predicate(source, privacy_claim(source.state), signer.origin)
+    files[CARD] = model_card(_readable(digests, claims), _model_name(source), signer.verifier_key).encode()
+    digests[CARD] = hashlib.sha256(files[CARD]).hexdigest()
+    manifest = Manifest(files=digests, predicate=claims)
     files[MANIFEST] = bytes(rfc8785.dumps(signer.sign_dsse(PAYLOAD_TYPE, manifest.payload())))
     digests[MANIFEST] = hashlib.sha256(files[MANIFEST]).hexdigest()
     files[BUNDLE] = make_bundle(source.artifact_id, digests, model_signer.public_pem, model_signer.sign)
@@ -103,20 +101,6 @@ def privacy_claim(state: Mapping[str, Any]) -> dict[str, Any] | None:
     dp = state["config"].get("dp_config") or {}
     claim = {k: ledger[k] for k in ("dataset_id", "delta", "entries", "epsilon", "head", "initial_weights")}
     return {**claim, "unit": ledger.get("unit") or dp.get("privacy_unit", "datum")}
-
-
-def guarantee(privacy: Mapping[str, Any] | None) -> str:
-    """The claim as one sentence for people."""
-    if privacy is None:
-        return "Trained without differential privacy: nothing is promised about its training data."
-    if not math.isfinite(float(privacy["epsilon"])):
-        return "An un-noised gradient was released in training: there is no finite guarantee."
-    what = "record" if privacy["unit"] == "datum" else privacy["unit"]
-    epsilon, delta = rounded_up(float(privacy["epsilon"])), small(float(privacy["delta"]))
-    return (
-        f"Adding or removing one {what} of the training data changes the probability of any outcome of the training "
-        f"by at most a factor of exp({epsilon}), except with probability {delta}."
-    )
 
 
 def predicate(source: Source, privacy: Mapping[str, Any] | None, origin: str) -> dict[str, Any]:
@@ -165,55 +149,27 @@ def adapter_config(source: Source) -> dict[str, Any]:
     }
 
 
-def model_card(source: Source, privacy: Mapping[str, Any] | None, verifier_key: str) -> str:
-    """README.md, with the metadata that model hubs read. Nothing in it was written by a user but names of models."""
-    state = source.state
-    model = json.dumps(str(source.base_model))
-    earlier = [f"- {guarantee(p['privacy'])} (`{p['origin'] or 'this log'}`)" for p in state.get("provenance", [])]
-    use = (
-        f"base = AutoModelForCausalLM.from_pretrained({model})\n"
-        "model = PeftModel.from_pretrained(base, <this folder>)"
-        if source.layout == PEFT
-        else f"state = safetensors.torch.load_file(<this folder> + '/{WEIGHTS}')"
-    )
-    report = f"`{REPORT}` is the signed report on every run over that data, `{REPORT_PAGE}` the same to read."
-    lines = [
-        "---",
-        f"base_model: {model}",
-        *(("library_name: peft",) if source.layout == PEFT else ()),
-        "tags: [differential-privacy, tg-tinker]" if privacy else "tags: [tg-tinker]",
-        "---",
-        f"# Checkpoint {source.artifact_id}",
-        "",
-        f"Weights after {int(state['step'])} steps of fine-tuning `{state['config']['model_ref']}`.",
-        "",
-        "## What it promises about its training data",
-        "",
-        guarantee(privacy),
-        *(("", report) if source.report else ()),
-        *(
-            ("", "It was trained further from weights that came with promises of their own:", "", *earlier)
-            if earlier
-            else ()
-        ),
-        "",
-        "## Use",
-        "",
-        "```python",
-        use,
-        "```",
-        "",
-        "## Check",
-        "",
-        "The manifest is signed; ask the sender, by another way than this file, whether this is their key:",
-        "",
-        f"    {verifier_key}",
-        "",
-        f"    tg-tinker checkpoints verify . --signer {verifier_key}",
-        f"    model_signing verify key . --signature {BUNDLE} --public_key {BUNDLE_KEY}",
-        "",
-    ]
-    return "\n".join(lines)
+def _readable(files: Mapping[str, str], claims: Mapping[str, Any]) -> Manifest:
+    """The manifest so far, if readers would take it: nothing is signed that they refuse."""
+    try:
+        return parse_payload(Manifest(files=files, predicate=claims).payload())
+    except InvalidRequestError as e:
+        raise InvalidRequestError(
+            f"this checkpoint cannot be exported, readers would refuse it: {e.message}",
+            field="artifact_id",
+            constraint="names of models of letters, digits and ._/:@+-",
+        ) from e
+
+
+def _model_name(source: Source) -> str:
+    if MODEL.fullmatch(source.base_model) is None:
+        raise InvalidRequestError(
+            "the base model's name here or on its hub does not fit into a model card; rename it in the server's "
+            "configuration",
+            field="artifact_id",
+            constraint="letters, digits and ._/:@+-, at most 200",
+        )
+    return source.base_model
 
 
 def _lora_claim(lora: Any) -> Any:

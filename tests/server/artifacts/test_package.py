@@ -11,7 +11,8 @@ from tests.support.exports import CLAIM, KEY, LORA, MODEL_SIGNER, SIGNER, files,
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.exports.manifest import open_manifest
 from tg_tinker.exports.tar import ADAPTER_CONFIG, CARD, MANIFEST
-from tg_tinker_server.artifacts.package import adapter_config, documents, guarantee
+from tg_tinker.reports.card import guarantee
+from tg_tinker_server.artifacts.package import adapter_config, documents
 
 
 def test_target_modules_are_pefts_own_names_or_every_path() -> None:
@@ -33,14 +34,6 @@ def test_the_base_model_is_named_as_the_receiver_finds_it() -> None:
     assert open_manifest(contents[MANIFEST], KEY).predicate["base_model"] == "tiny-llama-2m"
 
 
-def test_a_hostile_model_name_stays_inside_the_cards_metadata() -> None:
-    name = 'x"\ntags: [safe]\n---\n# Verified'
-    config = {"model_ref": "m", "lora_config": LORA}
-    card = files(replace(source(config=config), base_model=name))[CARD].decode()
-    assert card.split("\n")[1] == "base_model: " + json.dumps(name)
-    assert card.count("\n---\n") == 1
-
-
 def test_numbers_that_a_reader_computes_with_are_decimal_text() -> None:
     claims = open_manifest(files(source(ledger=CLAIM))[MANIFEST], KEY).predicate
     assert (claims["privacy"]["epsilon"], claims["privacy"]["delta"]) == ("1.5", "1e-05")
@@ -54,7 +47,7 @@ def test_the_promise_in_words_never_rounds_down() -> None:
 
 
 def test_earlier_promises_stand_in_the_manifest_and_on_the_card() -> None:
-    entry = {"artifact": "ckpt_1", "base_model": "m", "manifest": "", "origin": "", "privacy": CLAIM}
+    entry = {"artifact": "ckpt_00000000", "base_model": "m", "manifest": "", "origin": "", "privacy": CLAIM}
     contents = files(source(provenance=[entry]))
     (found,) = open_manifest(contents[MANIFEST], KEY).predicate["provenance"]
     assert found == {**entry, "origin": SIGNER.origin}

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.exports import ARTIFACT, CLAIM, LORA, WEIGHTS
 from tg_tinker.exports import files
+from tg_tinker.reports.exported import check_words
 from tg_tinker.transparency.note import VerifierKey
 
 FOLDER = Path(__file__).parents[2] / "compat" / "export-v1"
@@ -24,4 +25,6 @@ def test_a_specimen_of_version_1_opens_and_says_what_it_said(name: str, tmp_path
     assert claims["privacy"] is None
     assert claims["lora_config"] == {**LORA, "alpha": "4.0", "dropout": "0.0"}
     assert [e["privacy"] for e in claims["provenance"]] == [CLAIM]
-    assert files.check(tmp_path / "out", SIGNER).manifest.predicate == claims
+    reader = files.check(tmp_path / "out", SIGNER)
+    assert reader.manifest.predicate == claims
+    assert [v.check for v in check_words(reader)] == ["words"]  # the card's words are part of the format
