@@ -17,6 +17,7 @@ from tg_tinker import datasets
 from tg_tinker._endpoint import DEFAULT_RETRY_COUNT, DEFAULT_TIMEOUT_S, parse_base_url, read_tls_files, resolve
 from tg_tinker._transport import Transport
 from tg_tinker.datasets import Dataset
+from tg_tinker.elsewhere import Elsewhere
 from tg_tinker.errors import ResourceNotFoundError, ServerError
 from tg_tinker.exports.files import (
     ExportedArtifact,
@@ -30,7 +31,6 @@ from tg_tinker.exports.files import (
 from tg_tinker.futures import FutureHandle
 from tg_tinker.ledger import PrivacyLedger
 from tg_tinker.log_guard import LogGuard
-from tg_tinker.operation import Operation
 from tg_tinker.session import Session
 from tg_tinker.training_client import TrainingClient
 from tg_tinker.transparency.pins import Pins
@@ -49,10 +49,7 @@ from tg_tinker.types.run import RunInfo
 from tg_tinker.wire import requests
 from tg_tinker.wire.artifacts import artifact_from_proto
 from tg_tinker.wire.operations import (
-    FAILED,
     UNKNOWN,
-    FutureState,
-    cancel_future_request,
     future_from_proto,
     get_future_request,
 )
@@ -166,7 +163,7 @@ class ServiceClient:
         state = future_from_proto(self._transport.call(get_future_request(future_id, wait_s=0.0)))
         if state.status == UNKNOWN:
             raise ResourceNotFoundError(f"no such future {future_id}", resource_type="future", resource_id=future_id)
-        return FutureHandle(_Elsewhere(self._transport).operation(state))
+        return FutureHandle(Elsewhere(self._transport).operation(state))
 
     # Artifacts.
 
@@ -420,43 +417,3 @@ class ServiceClient:
                 session = Session(self._transport, self._guard, info, takeover=takeover)
                 self._sessions[info.run_id] = session
         return TrainingClient(self._transport, session, info)
-
-
-class _Elsewhere:
-    """Owner of an operation that another handle submitted: it can be watched and cancelled, not sent again."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self._lost_since: float | None = None
-
-    def operation(self, state: FutureState) -> Operation:
-        """The operation whose state was just learned."""
-        operation = Operation(self._transport, self, state.position, state.operation, known=True)
-        operation.learn(state)
-        return operation
-
-    def saw(self, operation: Operation, state: FutureState) -> None:
-        """Nothing to note: the journal is elsewhere."""
-
-    def verify(self, operation: Operation, result: Any) -> None:
-        """Left to the handle that made the call: it knows what its request named."""
-
-    def ending(self, operation: Operation, outcome: Any) -> None:
-        """Nothing to note: the journal is elsewhere."""
-
-    def lost(self, operation: Operation, state: FutureState) -> None:  # noqa: ARG002 - of the protocol
-        """The server was restarted; whoever submitted the call will send it again, so wait for that."""
-        now = time.monotonic()
-        self._lost_since = self._lost_since or now
-        if now - self._lost_since < self._transport.policy.patience_s:
-            operation.poll_later()
-            return
-        text = f"the server was restarted and nobody sent {operation.future_id} again"
-        operation.end(FAILED, ServerError(text))
-
-    def cancel(self, operation: Operation) -> bool:
-        """Ask the server."""
-        cancelled = bool(self._transport.call(cancel_future_request(operation.position)).cancelled)
-        if cancelled:
-            operation.cancelled()
-        return cancelled
