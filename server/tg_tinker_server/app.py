@@ -39,8 +39,7 @@ from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.exports import MOST_AT_ONCE as MOST_EXPORTS
 from tg_tinker_server.service.exports import ExportService
 from tg_tinker_server.service.fitting import PassLimits
-from tg_tinker_server.service.imports import MOST_AT_ONCE as MOST_IMPORTS
-from tg_tinker_server.service.imports import ImportService
+from tg_tinker_server.service.imports import ImportPlaces, ImportService
 from tg_tinker_server.service.log import LogService
 from tg_tinker_server.service.operations import OperationService
 from tg_tinker_server.service.passes import PassQueue
@@ -136,7 +135,7 @@ class Server:
             hub_ids,
             asyncio.Semaphore(MOST_EXPORTS),
         )
-        imports = ImportService(db, vault, ledger, signers, audit, executors, texts, asyncio.Semaphore(MOST_IMPORTS))
+        imports = ImportService(db, vault, ledger, signers, audit, executors, texts, ImportPlaces())
         submitting = Submitting(self._registry, operations)
         endpoint = Endpoint(Authenticator(db, foundation.desk.pepper), executors)
         self._grpc = GrpcServer(
@@ -184,8 +183,9 @@ class Server:
         await self._grpc.stop_accepting()
 
     def _sweep(self) -> None:
-        """Delete ciphertexts no row points to: snapshots of steps that were never settled."""
+        """Delete what a crash left: ciphertexts no row points to, and older pages with keys destroyed since."""
         db = self._foundation.db
+        db.forget_deleted()
         wanted = db.read(run_rows.referenced_states) | db.read(artifact_rows.live_artifact_ids)
         self._foundation.vault.sweep(wanted)
         self._datasets.sweep()

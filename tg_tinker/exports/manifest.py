@@ -30,9 +30,10 @@ PEFT, PLAIN = "peft", "weights"
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,199}", re.ASCII)
 """Names of models. They stand on model cards, signed: no spaces, so no sentences; no marks that Markdown obeys."""
 UNITS = frozenset(get_args(DPConfig.model_fields["privacy_unit"].annotation))
+ORIGIN = re.compile(r"tg-tinker/[0-9a-f]{32}", re.ASCII)
+"""Logs of tenants, and the names of the keys that sign them."""
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
-_ORIGIN = re.compile(r"tg-tinker/[0-9a-f]{32}", re.ASCII)
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,15}(Z|[+-][0-9]{2}:[0-9]{2})", re.ASCII)
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,50}", re.ASCII)
 _PREDICATE = {
@@ -194,7 +195,7 @@ def _check_texts(predicate: Mapping[str, Any]) -> None:
         ("artifact.saved", artifact["saved"], _TIME),
         ("base_model", predicate["base_model"], MODEL),
         ("exported", predicate["exported"], _TIME),
-        ("origin", predicate["origin"], _ORIGIN),
+        ("origin", predicate["origin"], ORIGIN),
         ("server_version", predicate["server_version"], _VERSION),
     ):
         if form.fullmatch(value) is None:
@@ -205,7 +206,7 @@ def _check_texts(predicate: Mapping[str, Any]) -> None:
 
 def _check_origins(predicate: Mapping[str, Any]) -> None:
     for earlier in predicate["provenance"]:
-        forms = {"artifact": FOLDER, "base_model": MODEL, "origin": _ORIGIN}
+        forms = {"artifact": FOLDER, "base_model": MODEL, "origin": ORIGIN}
         if earlier["manifest"] != "":
             forms["manifest"] = _DIGEST
         for name, form in forms.items():

@@ -7,7 +7,7 @@ are handed on in pieces, only count when the iterator has ended without an error
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from tg_tinker.errors import LogVerificationError
 from tg_tinker.exports.errors import refused
@@ -19,6 +19,7 @@ from tg_tinker.exports.tar import (
     BUNDLE,
     BUNDLE_KEY,
     CARD,
+    LARGEST_BYTES,
     MANIFEST,
     WEIGHT_FILES,
     WEIGHTS,
@@ -44,7 +45,10 @@ class ExportReader:
         LogVerificationError: not signed by the key that is trusted.
     """
 
-    def __init__(self, archive: Iterable[Bytes], key: Trust) -> None:
+    def __init__(
+        self, archive: Iterable[Bytes], key: Trust, *, largest_bytes: Mapping[str, int] = LARGEST_BYTES
+    ) -> None:
+        """Read up to the weights; a file over ``largest_bytes`` is refused before any of it is read."""
         self._tar = TarReader(archive)
         found = self._tar.next_member()
         if found is None or found[0] != MANIFEST:
@@ -56,7 +60,12 @@ class ExportReader:
         self.files: dict[str, bytes] = {MANIFEST: envelope}
         found = self._tar.next_member()
         while found is not None and found[0] not in WEIGHT_FILES:
-            name, _ = found
+            name, size = found
+            if size > largest_bytes.get(name, size):
+                raise refused(
+                    f"its {name} has {size:,} bytes, over the {largest_bytes[name]:,} that are taken here",
+                    constraint=f"{name} of at most {largest_bytes[name]} bytes",
+                )
             self.files[name] = content = b"".join(self._tar.content())
             if name != BUNDLE and hashlib.sha256(content).hexdigest() != self.manifest.files.get(name):
                 raise refused(f"{name} is not the file that was signed")

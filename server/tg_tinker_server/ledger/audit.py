@@ -63,6 +63,11 @@ class AuditLog:
 
     def append(self, tenant: str, record: AuditRecord) -> Future[None]:
         """Append in order of calls; durable when the future is done. A failed write makes the database unhealthy."""
+        return self.db.submit(lambda tx: self.insert(tx, tenant, record))
+
+    @staticmethod
+    def insert(tx: Transaction, tenant: str, record: AuditRecord) -> None:
+        """Append within a transaction: the record is there if, and only if, what it tells of is."""
         body: dict[str, Any] = {
             "operation": record.operation,
             "training_client_id": record.run_id,
@@ -80,24 +85,20 @@ class AuditLog:
             body["actor"] = record.actor
         if record.facts:
             body["facts"] = dict(record.facts)
-
-        def write(tx: Transaction) -> None:
-            position, head = audit_rows.last_record(tx, tenant) or (-1, START)
-            entry = ChainEntry.make(AUDIT_DOMAIN, body, position=position + 1, prev_hash=head)
-            text = entry.body_json()
-            audit_rows.insert_record(
-                tx,
-                audit_rows.AuditRow(
-                    tenant=tenant,
-                    position=entry.position,
-                    body_json=text,
-                    prev_hash=entry.prev_hash,
-                    record_hash=entry.entry_hash,
-                    leaf_index=log.append(tx, tenant, text),
-                ),
-            )
-
-        return self.db.submit(write)
+        position, head = audit_rows.last_record(tx, tenant) or (-1, START)
+        entry = ChainEntry.make(AUDIT_DOMAIN, body, position=position + 1, prev_hash=head)
+        text = entry.body_json()
+        audit_rows.insert_record(
+            tx,
+            audit_rows.AuditRow(
+                tenant=tenant,
+                position=entry.position,
+                body_json=text,
+                prev_hash=entry.prev_hash,
+                record_hash=entry.entry_hash,
+                leaf_index=log.append(tx, tenant, text),
+            ),
+        )
 
     def query(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+UPLOAD_THREADS = 32  # most of them wait for their callers
 IO_THREADS = 16  # most of them wait for the disk on behalf of steps; the rest answer who only reads
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,6 +24,7 @@ class Executors:
     def __init__(self) -> None:
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._io = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="io")
+        self._uploads = ThreadPoolExecutor(UPLOAD_THREADS, thread_name_prefix="upload")
         self._accounting = ThreadPoolExecutor(1, thread_name_prefix="accounting")
 
     async def compute(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -38,12 +40,17 @@ class Executors:
         with contextlib.suppress(RuntimeError):  # closed already
             self._io.submit(fn, *args, **kwargs)
 
+    def upload(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """Run where waiting for a slow caller keeps nobody else waiting. It runs to its end, awaited or not."""
+        return asyncio.get_running_loop().run_in_executor(self._uploads, lambda: fn(*args, **kwargs))
+
     async def accounting(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run long arithmetic (plans, forecasts, reports) where it keeps neither keys nor steps waiting."""
         return await asyncio.get_running_loop().run_in_executor(self._accounting, lambda: fn(*args, **kwargs))
 
     def close(self) -> None:
         """Let running work end, drop what waits."""
+        self._uploads.shutdown(wait=True, cancel_futures=True)
         self._compute.shutdown(wait=True, cancel_futures=True)
         self._accounting.shutdown(wait=True, cancel_futures=True)
         self._io.shutdown(wait=True, cancel_futures=True)
