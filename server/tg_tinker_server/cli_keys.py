@@ -68,7 +68,8 @@ def shred(config_path: Path | None, data_dir: Path | None, tenant: str, confirm:
     """Destroy every key of TENANT: nothing of it can be read again, here or from copies of the artifacts.
 
     Its API keys are revoked. The ledger and the audit log stay: they hold no content. Backups of the database from
-    before, together with the root key, still open everything; erase those as well. The server must be stopped.
+    before, and blocks or snapshots that the file system or the disk keeps of it, still open everything together with
+    the root key; erase those as well. The server must be stopped.
     """
     if tenant == SYSTEM_TENANT:
         raise click.ClickException(f"{SYSTEM_TENANT} is the server's own; without its key no API key works")
@@ -91,7 +92,8 @@ def shred(config_path: Path | None, data_dir: Path | None, tenant: str, confirm:
 def rewrap_root(config_path: Path | None, data_dir: Path | None, uri: str) -> None:
     """Put every tenant's key under another root key, all or none. The server must be stopped.
 
-    Then set root_key to the new URI. The old root key opens nothing any more but older backups.
+    Then set root_key to the new URI. The old root key opens nothing any more but backups, snapshots and blocks that a
+    file system or disk keeps of the database from before.
     """
     config = _load(config_path, data_dir)
     with _rotation(config, alone=True) as rotation:

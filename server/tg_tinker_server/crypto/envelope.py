@@ -107,8 +107,9 @@ class TenantKeyring:
     def destroy_tenant(self, tenant: str) -> None:
         """Destroy every version: nothing of this tenant can be read again, here or from a copy.
 
-        Guarantee: holds for storage and copies of it without the erased rows. A backup of the key table
-        together with the root key still opens everything; erase those as well.
+        Guarantee: holds for storage and copies of it without the erased rows, once the key store has forgotten older
+        versions of them (`Database.forget_deleted`). A backup of the key table together with the root key still
+        opens everything; erase those as well.
         """
         with self._lock:
             self._destroy(tenant, keep=None)

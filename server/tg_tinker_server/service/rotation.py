@@ -69,7 +69,7 @@ class KeyRotation:
         started = now()
         self.keyring.rotate(tenant)
         renewed = self.renew(tenant)
-        self._note(tenant, "rotate_keys", started, renewed.key_id)
+        AuditLog(self.db).append(tenant, _record("rotate_keys", started, renewed.key_id)).result()
         return renewed
 
     def renew(self, tenant: str) -> Renewed:
@@ -91,7 +91,7 @@ class KeyRotation:
         """Destroy every version but the newest. Only while no server runs: it could be sealing under an older one.
 
         Raises:
-            ServerError: something cannot be put under the newest version, and would be lost.
+            ServerError: something cannot be put under the newest version, and would be lost. Or as in `shred`.
         """
         renewed = self.renew(tenant)
         if renewed.damaged:
@@ -100,18 +100,30 @@ class KeyRotation:
                 f"{renewed.damaged[0]}; restore or delete them first"
             )
         self.keyring.destroy_old_versions(tenant)
+        self.db.forget_deleted()
 
     def shred(self, tenant: str) -> int:
         """Destroy every key of a tenant and revoke its API keys; returns how many. Only while no server runs.
 
+        All of it, its record too, is one transaction.
+
         Raises:
             InvalidRequestError: there is no such tenant.
+            ServerError: the keys are destroyed, and older versions of the database's pages still hold them, because
+                somebody keeps reading; the next start of a server erases those.
         """
         self.require(tenant)
         started = now()
-        revoked = self.db.write(lambda tx: key_rows.revoke_tenant(tx, tenant, started))
-        self.keyring.destroy_tenant(tenant)
-        self._note(tenant, "shred_keys", started, "")
+        versions = [r.version for r in self.versions(tenant)]
+
+        def write(tx: Transaction) -> int:
+            tenant_key_rows.destroy_versions(tx, tenant, versions, started)
+            AuditLog.insert(tx, tenant, _record("shred_keys", started, ""))
+            return key_rows.revoke_tenant(tx, tenant, started)
+
+        revoked = self.db.write(write)
+        self.keyring.destroy_tenant(tenant)  # here only what is in memory is left
+        self.db.forget_deleted()
         return revoked
 
     def rewrap_root(self, old: KeyProvider, new: KeyProvider) -> int:
@@ -133,10 +145,11 @@ class KeyRotation:
                 raise ServerError("the keys changed meanwhile; stop the server and try again")
             for row in renewed:
                 tenant_key_rows.replace_wrapped(tx, row.tenant, row.version, row.wrapped)
+            for tenant in sorted({r.tenant for r in rows}):
+                AuditLog.insert(tx, tenant, _record("rewrap_root_key", started, ""))
 
         self.db.write(write)
-        for tenant in sorted({r.tenant for r in rows}):
-            self._note(tenant, "rewrap_root_key", started, "")
+        self.db.forget_deleted()
         return len(rows)
 
     def _renew_artifacts(self, tenant: str, renewed: Renewed) -> None:
@@ -184,22 +197,22 @@ class KeyRotation:
                 constraint="an existing one",
             )
 
-    def _note(self, tenant: str, operation: str, started: datetime, key_id: str) -> None:
-        record = AuditRecord(
-            operation=operation,
-            run_id="",
-            request_hash="",
-            request_bytes=0,
-            artifact_ids=(),
-            started=started,
-            completed=now(),
-            success=True,
-            error_code="",
-            dp_metrics=None,
-            actor=OPERATOR,
-            facts={"key_id": key_id} if key_id else {},
-        )
-        AuditLog(self.db).append(tenant, record).result()
+
+def _record(operation: str, started: datetime, key_id: str) -> AuditRecord:
+    return AuditRecord(
+        operation=operation,
+        run_id="",
+        request_hash="",
+        request_bytes=0,
+        artifact_ids=(),
+        started=started,
+        completed=now(),
+        success=True,
+        error_code="",
+        dp_metrics=None,
+        actor=OPERATOR,
+        facts={"key_id": key_id} if key_id else {},
+    )
 
 
 def _store_update(row: dataset_rows.StoreRow, key_id: str, wrapped: bytes) -> Callable[[Transaction], None]:

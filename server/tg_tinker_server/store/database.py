@@ -112,7 +112,9 @@ class Database:
     def forget_deleted(self) -> None:
         """Bring the write-ahead log into the database file and empty it: older versions of pages are gone then.
 
-        Together with ``secure_delete`` nothing that was deleted before is left in either file. Blocks.
+        Together with ``secure_delete`` nothing that was deleted before is left in either file. What the files gave
+        back, a file system or a disk may keep until it writes over it, and in snapshots. A server also does this
+        when it starts, for what was deleted right before a crash. Blocks.
 
         Raises:
             ServerError: somebody reads an older state all the time; try again.

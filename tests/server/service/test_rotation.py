@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import copy
 import shutil
-from collections.abc import Iterator
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.crypto.keys import LocalKeyProvider, key_provider
 from tg_tinker_server.crypto.signing import TenantSigner
 from tg_tinker_server.foundation import SYSTEM_TENANT, Foundation
+from tg_tinker_server.ledger.audit import AuditLog
 from tg_tinker_server.service.dataset_keys import DatasetKeys
 from tg_tinker_server.service.rotation import KeyRotation
 from tg_tinker_server.store import dataset_rows, sealed_rows, tables, tenant_key_rows
@@ -224,6 +228,84 @@ def test_a_shredded_tenant_is_gone_and_its_neighbour_is_not(place: Place) -> Non
         with pytest.raises(InvalidRequestError, match="destroyed"):
             server.mint_key("acme")
     assert place.use("other")[1] == "other"
+
+
+def wrapped_keys(place: Place) -> dict[str, bytes]:
+    """What must not be found again, read with a connection that leaves the files as they are."""
+    with sqlite3.connect(f"file:{place.config.data_dir}/tg-tinker.db?mode=ro", uri=True) as connection:
+        rows = connection.execute("SELECT tenant, wrapped FROM tenant_keys WHERE wrapped <> ''").fetchall()
+    connection.close()
+    return {tenant: bytes(wrapped) for tenant, wrapped in rows}
+
+
+def left_over(place: Place, keys: Iterable[bytes]) -> set[str]:
+    """Files of the database that still hold one of these."""
+    files = place.config.data_dir.glob("tg-tinker.db*")
+    return {p.name for p in files for data in [p.read_bytes()] if any(k in data for k in keys)}
+
+
+@pytest.mark.parametrize("what", ["shred", "destroy_old", "rewrap_root"])
+def test_destroyed_keys_are_off_the_disk_when_the_command_reports_success(place: Place, what: str) -> None:
+    rotation = reopened(place)
+    if what == "destroy_old":
+        rotation.rotate("acme")
+    old = {r.tenant: r.wrapped for t in rotation.tenants() for r in rotation.versions(t) if r.version == 1}
+    doomed = list(old.values()) if what == "rewrap_root" else [old["acme"]]
+    assert left_over(place, doomed)
+    open_still = rotation.db  # a connection that would keep the write-ahead log from being emptied by a close
+    open_still.read(lambda tx: tx.execute(sa.text("SELECT 1")))
+    if what == "shred":
+        rotation.shred("acme")
+    elif what == "destroy_old":
+        rotation.destroy_old("acme")
+    else:
+        rotation.rewrap_root(key_provider(place.config.resolved_root_key), LocalKeyProvider(bytes(32)))
+    assert left_over(place, doomed) == set()
+    rotation.db.close()
+
+
+DYING = """
+import os, sys
+from pathlib import Path
+from tg_tinker_server.config import ServerConfig
+from tg_tinker_server.foundation import Foundation
+from tg_tinker_server.service.rotation import KeyRotation
+from tg_tinker_server.store.database import Database
+foundation = Foundation.open(ServerConfig(data_dir=Path(sys.argv[1])))
+foundation.db.read(lambda tx: None)
+Database.forget_deleted = lambda self: os.kill(os.getpid(), 9)
+KeyRotation(foundation.db, foundation.keyring, foundation.vault).shred("acme")
+"""
+
+
+def test_keys_destroyed_right_before_a_crash_are_off_the_disk_after_the_next_start(place: Place) -> None:
+    doomed = wrapped_keys(place)["acme"]
+    dead = subprocess.run([sys.executable, "-c", DYING, str(place.config.data_dir)], check=False)
+    assert dead.returncode == -9
+    assert left_over(place, [doomed])  # committed, and still in a file
+    keeper = sqlite3.connect(place.config.data_dir / "tg-tinker.db")  # as another command of the operator would
+    keeper.execute("SELECT count(*) FROM tenant_keys").fetchall()
+    with EmbeddedServer(place.config) as server:
+        assert left_over(place, [doomed]) == set()
+        (record,) = AuditLog(server._foundation.db).query("acme", operation="shred_keys")
+        assert record.body["actor"] == "operator"
+    keeper.close()
+    assert place.use("other")[1] == "other"
+
+
+def test_a_key_is_destroyed_together_with_its_record_or_not_at_all(
+    place: Place, rotation: KeyRotation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("no space left")
+
+    before = {t: rotation.versions(t) for t in rotation.tenants()}
+    monkeypatch.setattr(AuditLog, "insert", broken)
+    with pytest.raises(OSError, match="no space"):
+        rotation.shred("acme")
+    with pytest.raises(OSError, match="no space"):
+        rotation.rewrap_root(key_provider(place.config.resolved_root_key), LocalKeyProvider(bytes(32)))
+    assert {t: rotation.versions(t) for t in rotation.tenants()} == before
 
 
 def test_the_root_key_can_be_changed_and_the_old_one_opens_nothing_then(place: Place, tmp_path: Path) -> None:
