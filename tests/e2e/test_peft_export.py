@@ -51,12 +51,20 @@ def written_by_peft(folder: Path) -> tuple[str, list[str]]:
 @pytest.mark.parametrize(
     "lora",
     [
-        LoRAConfig(rank=4),
-        LoRAConfig(rank=4, target_modules="all-linear", bias="all"),
-        LoRAConfig(rank=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
-        LoRAConfig(rank=2, alpha=48.0, target_modules=["embed_tokens", "down_proj"]),
+        # One stays in the default run; the others take seconds each.
+        pytest.param(
+            LoRAConfig(rank=4, target_modules=["q_proj"], modules_to_save=["lm_head"]), id="a module trained whole"
+        ),
+        pytest.param(LoRAConfig(rank=4), id="names", marks=pytest.mark.slow),
+        pytest.param(
+            LoRAConfig(rank=4, target_modules="all-linear", bias="all"), id="all-linear", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            LoRAConfig(rank=2, alpha=48.0, target_modules=["embed_tokens", "down_proj"]),
+            id="an embedding",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["names", "all-linear", "a module trained whole", "an embedding"],
 )
 def test_peft_loads_an_export_and_writes_what_the_server_writes(
     server: EmbeddedServer, tmp_path: Path, lora: LoRAConfig
