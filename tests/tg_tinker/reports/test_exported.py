@@ -122,7 +122,8 @@ def _edited(name: str, change: Callable[[bytes], bytes]) -> dict[str, bytes]:
     [
         (CARD, lambda d: d.replace(b"exp(", b"exp(0.")),
         (CARD, lambda d: d + b"Certified.\n"),
-        (CARD, lambda d: d.replace(b"org/tiny-llama", b"org/`<b>", 1)),
+        (CARD, lambda d: d.replace(b"org/tiny-llama", b"org/other", 1)),
+        (CARD, lambda d: d.replace(b"org/tiny-llama", b"Certified: epsilon is 0.001")),
         (CARD, lambda d: d.replace(b'base_model: "', b'base_model: "\\u0020', 1)),
         (CARD, lambda _: b""),
         (REPORT_PAGE, lambda d: d.replace(b"</body>", b"<script>alert(1)</script></body>")),
