@@ -60,9 +60,13 @@ def test_the_divergence_is_that_of_thirty_digits(sigma: float, rate: float, orde
         (0.2, 1e-17, 2.5),
         (0.05, 1e-9, 1.5),
         (0.05, 1e-9, 1.1),
+        (0.14, 6e-4, 1.1),
+        (2.6, 0.0103, 63.0),
+        (3.06, 0.0352, 63.0),
+        (1.6, 6e-6, 63.0),
     ],
 )
-def test_little_noise_and_tiny_rates_lose_nothing_between_the_peaks(sigma: float, rate: float, order: float) -> None:
+def test_nothing_is_lost_between_the_peaks(sigma: float, rate: float, order: float) -> None:
     truth = in_many_digits(sigma, rate, order)
     assert divergence(sigma, rate, order) == pytest.approx(truth, rel=3e-12, abs=1e-15)
 
