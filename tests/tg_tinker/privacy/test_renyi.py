@@ -11,6 +11,7 @@ import mpmath
 import numpy as np
 import pytest
 from opacus.accountants.analysis.rdp import compute_rdp
+from scipy.special import expit, gammaln, logsumexp
 
 from tg_tinker.privacy.renyi import INFINITE, ORDERS, UNITS, add, divergence, epsilon, repeated, step_costs, zero
 from tg_tinker_server.dp import accounting as server
@@ -69,6 +70,19 @@ def test_the_divergence_is_that_of_thirty_digits(sigma: float, rate: float, orde
 def test_nothing_is_lost_between_the_peaks(sigma: float, rate: float, order: float) -> None:
     truth = in_many_digits(sigma, rate, order)
     assert divergence(sigma, rate, order) == pytest.approx(truth, rel=3e-12, abs=1e-15)
+
+
+def test_whole_orders_are_exact_where_both_peaks_and_all_between_them_weigh_most() -> None:
+    """The sum over k units of Mironov et al., at rates that make the first and the last of its terms equal."""
+    for sigma in np.linspace(0.6, 4.0, 35):
+        for order in (2.0, 8.0, 20.0, 35.0, 50.0, 63.0):
+            for tilt in (-1.0, -0.3, 0.0, 0.3, 1.0):
+                k = np.arange(order + 1)
+                rate = expit(-(order - 1) / (2 * sigma**2) + tilt)
+                ways = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
+                terms = ways + k * math.log(rate) + (order - k) * math.log1p(-rate) + (k * k - k) / (2 * sigma**2)
+                truth = float(logsumexp(terms)) / (order - 1)
+                assert divergence(sigma, rate, order) == pytest.approx(truth, rel=1e-11, abs=1e-12), (sigma, rate)
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.1, 0.5, 1.0, 20.0])
