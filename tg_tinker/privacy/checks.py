@@ -92,3 +92,17 @@ def delta_or_default(delta: float | None, dataset_size: int | None) -> float:
             f"delta must lie strictly between 0 and 1, got {delta}", field="delta", constraint="0 < delta < 1"
         )
     return delta
+
+
+def check_delta(delta: float, dataset_size: int | None, *, solved: bool = False) -> None:
+    """Refuse a delta that would allow publishing a whole unit of a dataset of this size, as the server does."""
+    if dataset_size is None or delta < 1 / dataset_size:
+        return
+    needs = "the target needs a dataset of at least" if solved else "dataset_size is"
+    raise InvalidRequestError(
+        f"{needs} {dataset_size} units, and delta {delta:g} is not below 1 / {dataset_size} = "
+        f"{1 / dataset_size:.3g}: such a promise allows publishing a whole unit. Take "
+        + ("more noise, fewer steps, a smaller batch or a larger epsilon" if solved else "a smaller delta"),
+        field="delta",
+        constraint=f"< {1 / dataset_size:.6g}",
+    )

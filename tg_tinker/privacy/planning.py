@@ -16,6 +16,7 @@ from tg_tinker.privacy.checks import (
     LARGEST_DATASET,
     MANY_STEPS,
     check_choices,
+    check_delta,
     check_ranges,
     delta_or_default,
     the_unknown,
@@ -46,7 +47,7 @@ def plan(
 
     Args:
         epsilon: the target.
-        delta: default 1 / (2 ``dataset_size``); needed where the dataset size is unknown.
+        delta: below 1 / ``dataset_size``; default half of that, needed where the dataset size is unknown.
         noise_multiplier: noise standard deviation over ``max_grad_norm``; solved to 1e-4, rounded up.
         steps: noised steps; solved for the most that fit.
         batch_size: expected privacy units in a step; solved for the largest that fits.
@@ -58,8 +59,8 @@ def plan(
             ceil(steps * batch_size / dataset_size).
 
     Raises:
-        InvalidRequestError: not exactly one unknown, a value out of range, or a target that nothing reaches; it
-            says what to change.
+        InvalidRequestError: not exactly one unknown, a value out of range, a target that nothing reaches, or a
+            delta that the server would refuse for that many units; it says what to change.
     """
     given: dict[str, Any] = {
         "noise_multiplier": noise_multiplier,
@@ -74,6 +75,7 @@ def plan(
     unknown = the_unknown(given, sampling, participations)
     check_ranges(**given)
     delta = delta_or_default(delta, dataset_size)
+    check_delta(delta, dataset_size)
 
     def at(value: int | None = None) -> float:
         """Epsilon with the unknown set to ``value``; a noise multiplier counts in units of 1e-4."""
@@ -99,6 +101,7 @@ def plan(
         if not found:
             raise _unreachable(unknown, epsilon, delta, accountant)
         given[unknown] = found / _SIGMA_GRID if unknown == "noise_multiplier" else found
+        check_delta(delta, given["dataset_size"], solved=True)
         given["epsilon"] = at(found)
     return Plan(
         **given,

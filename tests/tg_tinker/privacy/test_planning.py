@@ -13,6 +13,7 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.privacy import gate_epsilon, plan
 from tg_tinker.privacy.accounting import prv_epsilon
 from tg_tinker.privacy.solving import largest, smallest
+from tg_tinker.types import TrainingConfig
 from tg_tinker_server.dp import calibration
 
 GIVEN: dict[str, Any] = {
@@ -69,27 +70,35 @@ def test_the_servers_calibration_agrees() -> None:
     batch=st.integers(1, 500),
     times=st.integers(1, 1000),
     sigma=st.floats(0.3, 10.0),
-    delta=st.floats(1e-10, 1e-3),
+    share=st.floats(1e-6, 0.99),
 )
 def test_whatever_is_asked_the_answer_keeps_the_target_or_there_is_none(
-    unknown: str, epsilon: float, steps: int, batch: int, times: int, sigma: float, delta: float
+    unknown: str, epsilon: float, steps: int, batch: int, times: int, sigma: float, share: float
 ) -> None:
-    values = {
-        "epsilon": epsilon,
+    values: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch,
         "dataset_size": batch * times,
         "noise_multiplier": sigma,
     }
-    values[unknown] = None  # type: ignore[assignment]
-    most = {"noise_multiplier": 1e6, "steps": 1, "batch_size": 1, "dataset_size": 10**12}[unknown]
-    reachable = plan(delta=delta, **{**values, unknown: most, "epsilon": None}).epsilon <= epsilon  # type: ignore[arg-type]
-    if not reachable:
-        with pytest.raises(InvalidRequestError, match=r"out of reach|promises no epsilon"):
-            plan(delta=delta, **values)  # type: ignore[arg-type]
+    delta = share / (batch * times)
+    below_one_over = math.ceil(1 / delta) - 1  # no dataset may be larger at this delta
+    best = {"noise_multiplier": 1e6, "steps": 1, "batch_size": 1, "dataset_size": below_one_over}[unknown]
+
+    def spends(values: dict[str, Any]) -> float:
+        rate = values["batch_size"] / values["dataset_size"]
+        return gate_epsilon({(values["noise_multiplier"], rate): values["steps"]}, delta)
+
+    asked_for = {**values, unknown: None, "epsilon": epsilon, "delta": delta}
+    if spends({**values, unknown: best}) > epsilon:
+        with pytest.raises(InvalidRequestError, match=r"out of reach|promises no epsilon|publishing a whole unit"):
+            plan(**asked_for)
         return
-    found = plan(delta=delta, **values)  # type: ignore[arg-type]
+    found = plan(**asked_for)
     assert gate_epsilon(found.histogram, delta) == found.epsilon <= epsilon
+    TrainingConfig(  # what the server takes
+        model_ref="bigram", batch_size=found.batch_size, max_steps=found.steps, dp_config=found.dp_config()
+    )
 
 
 def test_prv_gives_more_for_the_same_target() -> None:
@@ -179,6 +188,11 @@ def test_delta_is_by_default_half_of_one_over_n() -> None:
         ({**GIVEN, "batch_size": None, "noise_multiplier": 0.2}, "not even a batch of one"),
         ({**GIVEN, "dataset_size": None, "noise_multiplier": 0.1, "delta": 1e-9}, "no dataset is large enough"),
         ({**GIVEN, "epsilon": None, "noise_multiplier": 0.001}, "epsilon is infinite"),
+        ({**GIVEN, "epsilon": None, "delta": 1 / 20_000}, "delta 5e-05 is not below 1 / 20000"),
+        (
+            {"epsilon": 1.0, "delta": 1e-5, "noise_multiplier": 0.6, "steps": 5000, "batch_size": 64},
+            "needs a dataset of at least 24415114 units, and delta 1e-05 is not below",
+        ),
     ],
 )
 def test_what_cannot_be_planned_says_why_and_what_to_change(arguments: dict[str, Any], words: str) -> None:
