@@ -6,16 +6,18 @@ entries say. It computes no epsilon.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.ledger.audits import check_summary
+from tg_tinker.ledger.audits import MAX_AUDITS, check_summary
 from tg_tinker.ledger.releases import Release, count_of, decimal_of, text_of
 
 NEIGHBOURS: Final = "add-or-remove-one"
 ACCOUNTANTS: Final = ("rdp", "prv")
+_ROUNDING: Final = 1e-9  # between an epsilon and the same one computed on another processor; relative above 1
 _COMMON: Final = frozenset({"kind", "dataset_id", "position", "prev_hash", "time"})
 _TERMS: Final = frozenset({"run_id", "unit", "neighbours", "target_epsilon", "target_delta"})
 _STEP: Final = frozenset({"run_id", "seq", "attempt"})
@@ -70,13 +72,17 @@ class Charge:
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """What one run did on the dataset; ``weights`` "public": it began with weights that the client calls public."""
+    """What one run did on the dataset; ``weights`` "public": it began with weights that the client calls public.
+
+    ``counted``: the noise multiplier at which participation is counted; ``None`` before the first such step.
+    """
 
     run_id: str
     charged: int = 0
     released: int = 0
     failed: int = 0
     weights: str = "base"
+    counted: float | None = None
 
     @property
     def unsettled(self) -> int:
@@ -107,6 +113,7 @@ class History:
     entries: int = 0
     _unsettled: dict[int, tuple[str, int, int]] = field(default_factory=dict)
     _released: set[tuple[str, int]] = field(default_factory=set)
+    _attempts: dict[tuple[str, int], int] = field(default_factory=dict)
 
     @property
     def releases(self) -> list[Release]:
@@ -133,6 +140,19 @@ class History:
         if self.terms is None:
             raise refused_at(self.entries, "no entry before it says what the budget is")
         return self.terms
+
+    def read_on(self, bodies: Iterable[Mapping[str, Any]]) -> History:
+        """Take in the next entries; the same history.
+
+        Raises:
+            InvalidRequestError: one does not fit, with its position. An unknown never counts as nothing.
+        """
+        for body in bodies:
+            try:
+                self.follow(body)
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise refused_at(self.entries, str(e)) from e
+        return self
 
     def follow(self, body: Mapping[str, Any]) -> None:
         """Take in the next entry.
@@ -225,10 +245,14 @@ class History:
         seq, attempt = count_of(body["seq"], "seq"), count_of(body["attempt"], "attempt")
         if (run.run_id, seq) in self._released:
             raise ValueError(f"it charges step {seq} of {run.run_id}, which was released before")
+        before = self._attempts.get((run.run_id, seq), 0)
+        if attempt != before + 1:
+            raise ValueError(f"it is attempt {attempt} at step {seq} of {run.run_id}, and {before} come before it")
         release = Release.from_json(body["event"])
-        if release.vouched_by == "server" and self.slots is None:
-            raise ValueError("the server vouches for a draw that it cannot have made")
+        self._check_draw(release)
+        _count(run, release)
         run.charged += 1
+        self._attempts[run.run_id, seq] = attempt
         self._unsettled[self.entries] = run.run_id, seq, attempt
         self.charges.append(
             Charge(
@@ -248,6 +272,8 @@ class History:
         step = run.run_id, count_of(body["seq"], "seq"), count_of(body["attempt"], "attempt")
         if self._unsettled.pop(count_of(body["charge_position"], "charge_position"), None) != step:
             raise ValueError("it settles what was not charged before it, or was settled already")
+        if self._attempts[step[:2]] != step[2]:
+            raise ValueError("it settles a charge that was made again since")
         if outcome == "released":
             run.released += 1
             self._released.add(step[:2])
@@ -262,15 +288,24 @@ class History:
             raise ValueError("it reports another delta than the dataset's")
         if count_of(body["charges"], "charges") != len(self.charges):
             raise ValueError(f"it reports {body['charges']} charges, and {len(self.charges)} come before it")
-        if spent != self.epsilon_spent:
+        if not math.isclose(spent, self.epsilon_spent, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
             raise ValueError(f"it reports epsilon {spent}, and the last charge brought it to {self.epsilon_spent}")
         self.reports.append(body)
 
     def _audited(self, body: Mapping[str, Any]) -> None:
         _ = self.in_force
         text_of(body["actor"], "actor")
+        if len(self.audits) >= MAX_AUDITS:
+            raise ValueError(f"it attaches an audit after {MAX_AUDITS} others, the most that a dataset can have")
         check_summary(body["result"])
         self.audits.append({k: v for k, v in body.items() if k not in _CHAIN})
+
+    def _check_draw(self, release: Release) -> None:
+        """Who may vouch: the server for draws from registered datasets, and there nobody else."""
+        if release.vouched_by == "server" and self.slots is None:
+            raise ValueError("the server vouches for a draw that it cannot have made")
+        if release.vouched_by == "client" and self.slots is not None:
+            raise ValueError("a client vouches for a draw from a registered dataset, from which the server draws")
 
     def _run(self, body: Mapping[str, Any]) -> Run:
         run = self.runs.get(text_of(body["run_id"], "run_id"))
@@ -283,15 +318,20 @@ def read_history(dataset_id: str, bodies: Iterable[Mapping[str, Any]]) -> Histor
     """What the entries of one dataset tell, from the first on.
 
     Raises:
-        InvalidRequestError: an entry does not fit, with its position. An unknown never counts as nothing.
+        InvalidRequestError: see :meth:`History.read_on`.
     """
-    history = History(dataset_id=dataset_id)
-    for body in bodies:
-        try:
-            history.follow(body)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise refused_at(history.entries, str(e)) from e
-    return history
+    return History(dataset_id=dataset_id).read_on(bodies)
+
+
+def _count(run: Run, release: Release) -> None:
+    """Follow a count of participation: it begins by costing a release, and prices one noise multiplier only."""
+    if release.kind != "participation_gaussian":
+        return
+    if run.counted is None and release.times == 0:
+        raise ValueError("it costs nothing, and no counted step of its run comes before it")
+    if run.counted not in (None, release.noise_multiplier):
+        raise ValueError(f"it counts at noise multiplier {release.noise_multiplier}, and its run at {run.counted}")
+    run.counted = release.noise_multiplier
 
 
 def _terms(body: Mapping[str, Any]) -> Terms:

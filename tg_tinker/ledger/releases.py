@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 _DECIMAL: Final = re.compile(r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
+_DIGITS: Final = 40  # of one number; the shortest spelling of a float64 has at most 24 characters
 _FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "gaussian": frozenset({"noise_multiplier"}),
     "sampled_gaussian": frozenset({"noise_multiplier", "sample_rate", "vouched_by"}),
@@ -25,7 +26,7 @@ class Release:
         kind: of the event in the ledger.
         noise_multiplier: noise stddev divided by sensitivity; 0 where there was no noise at all.
         sample_rate: Poisson inclusion probability; 1 where no amplification is claimed.
-        times: how many Gaussian releases it counts as; a counted step may cost none.
+        times: how many Gaussian releases it counts as: 1, or 0 for a counted step that raised no largest count.
         vouched_by: who says that the batch was drawn so, "server" or "client"; empty where nothing is claimed.
     """
 
@@ -56,7 +57,10 @@ class Release:
         if not (math.isfinite(sigma) and sigma > 0):
             raise ValueError(f"its noise multiplier is {sigma}")
         if kind == "participation_gaussian":
-            return cls(kind=kind, noise_multiplier=sigma, times=count_of(fields["releases"], "releases"))
+            times = count_of(fields["releases"], "releases")
+            if times > 1:
+                raise ValueError(f"it raises a count by {times}; one step can by 1 at most")
+            return cls(kind=kind, noise_multiplier=sigma, times=times)
         if kind == "gaussian":
             return cls(kind=kind, noise_multiplier=sigma)
         rate, voucher = decimal_of(fields["sample_rate"], "sample_rate"), fields["vouched_by"]
@@ -90,7 +94,7 @@ def decimal_of(value: object, name: str, *, infinite: bool = False) -> float:
     """
     if infinite and value == "inf":
         return math.inf
-    if not isinstance(value, str) or not _DECIMAL.fullmatch(value):
+    if not isinstance(value, str) or len(value) > _DIGITS or not _DECIMAL.fullmatch(value):
         raise ValueError(f"its {name} is no decimal string")
     number = float(value)
     if not math.isfinite(number):  # 1e999: infinity has one spelling, where it is allowed at all

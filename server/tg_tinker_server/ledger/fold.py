@@ -67,6 +67,8 @@ class Fold:
         planned: charges made under that plan; all charges, as long as nothing else was released.
         slots: privacy units of a registered dataset, from which the server draws; ``None`` for any other.
         last_raise: the request that raised the target last, and to what.
+        audits: results of empirical audits.
+        epsilon_text: what the last charge says that the dataset has spent.
     """
 
     position: int = -1
@@ -79,6 +81,8 @@ class Fold:
     charges: int = 0
     slots: int | None = None
     last_raise: tuple[str, float] | None = None
+    audits: int = 0
+    epsilon_text: str = "0.0"
 
     def extended(self, rows: Iterable[LedgerRow]) -> Fold:
         """The fold with more entries.
@@ -118,8 +122,8 @@ class Fold:
                 return _registered(moved, body)
             case "raise" if self.terms is not None:
                 return _raised(moved, self.terms, body)
-            case "report" | "audit" if self.terms is not None:
-                return moved
+            case "report" | "audit" as kind if self.terms is not None:
+                return replace(moved, audits=self.audits + (kind == "audit"))
         raise ValueError(f"kind {body['kind']!r} cannot stand here")
 
     def _changes_no_price(self, body: Mapping[str, Any]) -> bool:
@@ -145,9 +149,8 @@ class Fold:
 
     def _charged(self, moved: Fold, body: Mapping[str, Any]) -> Fold:
         event, accountant, run_id = event_from_json(body["event"]), body["accountant"], str(body["run_id"])
-        drawn_here = isinstance(event, SampledGaussian) and event.vouched_by == "server"
-        if drawn_here and self.slots is None:
-            raise ValueError("the server vouches for a draw that it cannot have made")
+        if isinstance(event, SampledGaussian) and (event.vouched_by == "server") != (self.slots is not None):
+            raise ValueError("somebody vouches for a draw that they cannot have made")
         if accountant not in ("rdp", "prv"):
             raise ValueError(f"accountant {accountant!r} is unknown")
         if accountant == "prv" and not self.follows_plan(run_id, event):
@@ -155,6 +158,7 @@ class Fold:
         use = self.run(run_id)
         use = replace(use, charges=use.charges + 1, retries=use.retries + (body["attempt"] > 1))
         if isinstance(event, ParticipationGaussian):
+            _refuse_odd_count(self.run(run_id), event)
             use = replace(use, releases=use.releases + event.releases, noise_multiplier=event.noise_multiplier)
         return replace(
             moved,
@@ -162,6 +166,7 @@ class Fold:
             planned=self.planned + (accountant == "prv"),
             charges=self.charges + 1,
             runs={**self.runs, run_id: use},
+            epsilon_text=str(body["epsilon_after"]),
         )
 
     def follows_plan(self, run_id: str, event: Event) -> bool:
@@ -174,6 +179,15 @@ class Fold:
             and plan.event == event
             and self.planned < plan.steps
         )
+
+
+def _refuse_odd_count(use: RunUse, event: ParticipationGaussian) -> None:
+    """A count begins by costing a release, grows by one at most, and prices one noise multiplier."""
+    begins = use.noise_multiplier is None
+    if event.releases > 1 or (begins and event.releases == 0):
+        raise ValueError("a count of participation grows as no step makes it grow")
+    if not begins and use.noise_multiplier != event.noise_multiplier:
+        raise ValueError("one count prices two noise multipliers")
 
 
 def _terms(body: Mapping[str, Any]) -> Terms:

@@ -46,7 +46,7 @@ def participate(
         )
     units = sorted(set(unit_macs))
     before = rows.participations(tx, scope.tenant, scope.dataset_id, run_id, units)
-    largest = 1 + max(before.values(), default=0) if units else 0
+    largest = 1 + max(before.values(), default=0)  # nobody's batch counts as somebody's: the first step is never free
     allowed = limit + use.retries + retried
     over = sum(1 for count in before.values() if count + 1 > allowed)
     if over:

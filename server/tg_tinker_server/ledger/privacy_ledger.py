@@ -8,8 +8,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Literal
 
-from tg_tinker.errors import DPBudgetExceededError, ResourceNotFoundError, ServerError
+from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError, ResourceNotFoundError, ServerError
 from tg_tinker.ledger import LEDGER_DOMAIN, ChainEntry, LedgerEntry
+from tg_tinker.ledger.audits import MAX_AUDITS
 from tg_tinker_server.dp.accounting import cost
 from tg_tinker_server.dp.calibration import Forecast
 from tg_tinker_server.dp.events import Event, ParticipationGaussian, event_to_json
@@ -259,6 +260,7 @@ class PrivacyLedger:
 
         Raises:
             ResourceNotFoundError: there is no such dataset.
+            InvalidRequestError: ``MAX_AUDITS`` are recorded already.
         """
 
         def write(tx: Transaction) -> None:
@@ -266,16 +268,25 @@ class PrivacyLedger:
             last = rows.entries_from(tx, scope.tenant, scope.dataset_id, fold.position)
             if last and json.loads(last[0].body_json).get("result") == dict(result):
                 return
+            if fold.audits >= MAX_AUDITS:
+                raise InvalidRequestError(
+                    f"dataset {scope.dataset_id} has {MAX_AUDITS} results of audits, the most that its ledger takes",
+                    field="dataset_id",
+                    constraint=f"at most {MAX_AUDITS} results",
+                )
             body = {"run_id": "", "seq": fold.position + 1, "actor": actor, "result": dict(result)}
             self._append(tx, scope, fold, "audit", body)
 
         self._db.write(write)
 
-    def attest(self, scope: DatasetScope) -> list[Leaf]:
-        """Close a report: append an entry that states epsilon now; every entry of the dataset, that one last.
+    def attest(self, scope: DatasetScope, *, start: int = 0) -> list[Leaf]:
+        """Close a report: append an entry that states epsilon as the last charge has it, in the same characters.
 
         The report is signed over the tree that ends with this entry, so that one which leaves out the newest entries
         needs a lie in the log itself.
+
+        Returns:
+            every entry from position ``start`` on, that one last.
         """
 
         def write(tx: Transaction) -> list[Leaf]:
@@ -283,11 +294,12 @@ class PrivacyLedger:
             body = {
                 "run_id": "",
                 "seq": fold.position + 1,
-                "epsilon": repr(pricing.epsilon_now(fold, terms)),
+                # Not computed again: another processor may round otherwise, and would contradict the charge.
+                "epsilon": fold.epsilon_text,
                 "delta": repr(terms.target_delta),
                 "charges": fold.charges,
             }
-            earlier = rows.entries_from(tx, scope.tenant, scope.dataset_id, 0)
+            earlier = rows.entries_from(tx, scope.tenant, scope.dataset_id, start)
             last = self._append(tx, scope, fold, "report", body)
             return [*(Leaf(entry=entry_of(r), index=r.leaf_index) for r in earlier), last]
 
@@ -334,6 +346,15 @@ class PrivacyLedger:
         return self._db.read(
             lambda tx: [entry_of(r) for r in rows.entries_from(tx, scope.tenant, scope.dataset_id, 0)]
         )
+
+    def leaves(self, scope: DatasetScope) -> list[Leaf]:
+        """The same with their places in the tenant's tree."""
+        found = self._db.read(lambda tx: rows.entries_from(tx, scope.tenant, scope.dataset_id, 0))
+        return [Leaf(entry=entry_of(row), index=row.leaf_index) for row in found]
+
+    def weight(self, scope: DatasetScope) -> tuple[int, int]:
+        """How many entries the dataset has, and how many characters they are; reads none of them."""
+        return self._db.read(lambda tx: rows.weight(tx, scope.tenant, scope.dataset_id))
 
     def _prepare(self, scope: DatasetScope, run_id: str, event: Event, accountant: str) -> None:
         """Do the slow arithmetic before the transaction, where it holds up nobody; the caches keep it."""

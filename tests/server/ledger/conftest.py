@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tg_tinker.ledger.history import read_history
 from tg_tinker_server.crypto.envelope import TenantKeyring
 from tg_tinker_server.crypto.keys import LocalKeyProvider
 from tg_tinker_server.crypto.signing import TenantSigner
@@ -77,6 +78,10 @@ class Book:
         self.db.write(
             lambda tx: self.ledger.settle(tx, paid, outcome=outcome, update_hash="sha256:00")  # type: ignore[arg-type]
         )
+
+    def verify(self) -> None:
+        """Check the ledger as whoever is handed it does."""
+        read_history(self.scope.dataset_id, (entry.body for entry in self.ledger.entries(self.scope)))
 
     def charges(self) -> int:
         return sum(entry.kind == "charge" for entry in self.ledger.entries(self.scope))

@@ -53,7 +53,7 @@ def test_the_charge_is_the_k_fold_release_of_the_busiest_unit(
             unit_macs=[u.encode() for u in batch], max_participation=99,
         )  # fmt: skip
         counts.update(set(batch))
-        assert paid.epsilon_after == k_fold(max(counts.values(), default=0))
+        assert paid.epsilon_after == k_fold(max(counts.values(), default=1))  # a count begins by costing one
     db.close()
 
 
@@ -113,9 +113,12 @@ def test_one_count_never_prices_two_noise_multipliers(book: Books) -> None:
 
 
 def test_an_empty_batch_is_released_and_costs_nothing_more(book: Books) -> None:
+    # The first step of a count costs a release whoever is in it, so that no reader need believe in one that is free.
     b = book(event=EVENT, target=20.0).open()
-    assert b.reserve(1, max_participation=1).epsilon_after == 0.0
+    assert b.reserve(1, max_participation=1).epsilon_after == k_fold(1)
     assert b.reserve(2, unit_macs=[b"a"], max_participation=1).epsilon_after == k_fold(1)
+    assert b.reserve(3, max_participation=1).epsilon_after == k_fold(1)
+    b.verify()
 
 
 def test_thousands_of_units_are_counted_in_one_step(book: Books) -> None:

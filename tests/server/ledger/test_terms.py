@@ -12,8 +12,9 @@ from tests.server.ledger.conftest import Book
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError
 from tg_tinker.ledger import LEDGER_DOMAIN, START, ChainEntry
 from tg_tinker.ledger import PrivacyLedger as ClientLedger
+from tg_tinker.ledger.history import read_history
 from tg_tinker_server.dp.accounting import pld_delta
-from tg_tinker_server.dp.events import Gaussian, SampledGaussian
+from tg_tinker_server.dp.events import Gaussian, ParticipationGaussian, SampledGaussian
 from tg_tinker_server.ledger.fold import Fold
 from tg_tinker_server.ledger.pricing import filter_delta
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
@@ -197,11 +198,11 @@ def test_the_client_finds_every_lie_about_the_terms(book: Books, at: int, change
     assert e.value.details["position"] == at
 
 
-def as_rows(entries: list[ChainEntry]) -> list[LedgerRow]:
+def as_rows(entries: list[ChainEntry], dataset_id: str = "data-1") -> list[LedgerRow]:
     return [
         LedgerRow(
             tenant="t",
-            dataset_id="data-1",
+            dataset_id=dataset_id,
             position=e.position,
             kind=e.kind,
             run_id=e.body["run_id"],
@@ -214,6 +215,35 @@ def as_rows(entries: list[ChainEntry]) -> list[LedgerRow]:
         )
         for e in entries
     ]
+
+
+def test_the_server_goes_on_from_no_price_that_it_cannot_have_charged(book: Books) -> None:
+    counted = ParticipationGaussian(noise_multiplier=2.0, releases=1)
+    b = book(event=counted).open()
+    for seq in (1, 2):
+        b.reserve(seq, unit_macs=[b"%d" % seq], max_participation=2)
+    entries = b.ledger.entries(b.scope)
+    assert Fold().extended(as_rows(entries)).run("run_a").releases == 1
+    event = {"kind": "participation_gaussian", "noise_multiplier": "2.0", "releases": 1}
+    drawn = {"kind": "sampled_gaussian", "noise_multiplier": "2.0", "sample_rate": "0.1", "vouched_by": "server"}
+    for at, false in (
+        (1, {**event, "releases": 0}),
+        (1, {**event, "releases": 2}),
+        (2, {**event, "noise_multiplier": "0.1"}),
+        (2, drawn),
+    ):
+        changed = forged(entries, at, event=false)
+        with pytest.raises(ServerError, match=f"cannot be trusted at position {at}"):
+            Fold().extended(as_rows(changed))
+        with pytest.raises(InvalidRequestError, match=f"wrong at position {at}"):
+            read_history("data-1", (e.body for e in changed))
+    registered = book(event=DRAWN, scope=replace(b.scope, dataset_id="data-2")).open()
+    registered.reserve(1)
+    changed = forged(registered.ledger.entries(registered.scope), 2, event={**drawn, "vouched_by": "client"})
+    with pytest.raises(ServerError, match="cannot be trusted at position 2"):
+        Fold().extended(as_rows(changed, "data-2"))
+    with pytest.raises(InvalidRequestError, match="from which the server draws"):
+        read_history("data-2", (e.body for e in changed))
 
 
 @pytest.mark.parametrize(

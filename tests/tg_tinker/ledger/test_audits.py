@@ -14,7 +14,7 @@ from tests.e2e.server_process import batch
 from tests.tg_tinker.reports.conftest import Forge
 from tg_tinker import DPConfig, ServiceClient, TrainingConfig
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
-from tg_tinker.ledger.audits import summary_of
+from tg_tinker.ledger.audits import MAX_AUDITS, check_summary, summary_of
 from tg_tinker.ledger.history import read_history
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
@@ -102,13 +102,63 @@ def test_a_summary_holds_the_figures_and_a_digest_of_everything() -> None:
         changed(lower_bound={**RESULT["lower_bound"], "confidence": "1.5"}),
         changed(canaries=-1),
         changed(model="a\nb"),
-        changed(model="x" * 201),
+        changed(model="x" * 101),
+        changed(model="Jane Doe; HIV positive"),
+        changed(model="caf\u00e9"),
+        changed(version=""),
         changed(created=None),
+        changed(created="yesterday"),
+        changed(created="2026-01-02T03:04:05"),
+        changed(canaries=0),
+        changed(findings=[]),
+        changed(claimed={**RESULT["claimed"], "dataset_id": "a\u202eb"}),
+        changed(lower_bound={**RESULT["lower_bound"], "epsilon": "4.1"}),
+        changed(lower_bound={**RESULT["lower_bound"], "epsilon": "1." + 50 * "0"}),
+        changed(lower_bound={**RESULT["lower_bound"], "confidence": "0.0000001"}),
+        changed(lower_bound={**RESULT["lower_bound"], "most_provable": "inf"}),
+        changed(alarm=True, findings=[{**RESULT["findings"][0], "alarm": True, "name": "<b>"}]),
     ],
 )
 def test_what_is_not_the_result_of_an_audit_is_refused(document: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match="empirical audit"):
         summary_of(document)
+
+
+def test_a_bound_above_the_claim_is_an_alarm_whatever_the_findings_say() -> None:
+    bound = {**RESULT["lower_bound"], "epsilon": "3.5"}
+    over = changed(lower_bound=bound, claimed={**RESULT["claimed"], "epsilon": "3.4"})
+    summary = summary_of(over)
+    assert summary["alarms"] == ["lower bound above the claim"]
+    with pytest.raises(ValueError, match="raises no alarm"):
+        check_summary({**summary, "alarms": []})
+    assert summary_of(changed(lower_bound=bound))["alarms"] == []
+
+
+def test_an_audit_speaks_of_its_own_training_only() -> None:
+    forge = Forge().open().spend(1)
+    forge.append("audit", seq=2, actor="k", result=summary_of(RESULT))
+    section = forge.close().document()["empirical_audit"]
+    assert "a training of its own" in section["note"]
+    assert "nothing of this dataset's epsilon" in section["note"]
+
+
+def test_whatever_an_audit_can_find_has_a_name_that_a_ledger_takes() -> None:
+    long = [{**RESULT["findings"][0], "alarm": True, "name": name} for name in (
+        "lower bound on epsilon at 95% confidence, claimed 1.234e-05",
+        "unit of four records, each on the boundary (C = 0.000123, merged)",
+    )]  # fmt: skip
+    alarms = summary_of(changed(alarm=True, findings=long))["alarms"]
+    assert [len(a) <= 60 for a in alarms] == [True, True]
+
+
+def test_twenty_audits_are_the_most_of_a_dataset() -> None:
+    forge = Forge().open()
+    for n in range(MAX_AUDITS):
+        forge.append("audit", seq=n, actor="k", result=summary_of(RESULT))
+    assert len(read_history("data-1", [body for body, _ in forge.chain]).audits) == 20
+    forge.append("audit", seq=99, actor="k", result=summary_of(RESULT))
+    with pytest.raises(InvalidRequestError, match="position 21: it attaches an audit after 20"):
+        read_history("data-1", [body for body, _ in forge.chain])
 
 
 def test_an_entry_with_another_field_is_refused() -> None:
@@ -143,3 +193,8 @@ def test_an_attached_audit_stands_in_the_ledger_and_in_every_later_report(tmp_pa
                 service.attach_audit("another", RESULT)
             with pytest.raises(InvalidRequestError, match="empirical audit"):
                 service.attach_audit("data-1", {"lower_bound": "0"})
+            for n in range(MAX_AUDITS - 2):
+                service.attach_audit("data-1", changed(canaries=n + 1))
+            with pytest.raises(InvalidRequestError, match="has 20 results of audits"):
+                service.attach_audit("data-1", changed(canaries=999))
+            assert len(service.get_privacy_report("data-1")["empirical_audit"]["results"]) == MAX_AUDITS

@@ -62,7 +62,8 @@ def settle(seq: int, charge_position: int, outcome: str = "released", **more: An
             "outcome": outcome, "update_hash": "", **more}  # fmt: skip
 
 
-GOOD = [opening(), charge(1, "1.0"), settle(1, 1), charge(2, "2.0"), settle(2, 3, "failed"), charge(2, "3.0")]
+GOOD = [opening(), charge(1, "1.0"), settle(1, 1), charge(2, "2.0"), settle(2, 3, "failed"),
+        charge(2, "3.0", attempt=2)]  # fmt: skip
 
 
 def ledger(bodies: list[dict[str, Any]]) -> PrivacyLedger:
