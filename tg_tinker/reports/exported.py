@@ -20,6 +20,8 @@ from tg_tinker.exports.manifest import MODEL, PAYLOAD_TYPE, Manifest, parse_payl
 from tg_tinker.exports.reader import ExportReader
 from tg_tinker.exports.tar import CARD, REPORT, REPORT_PAGE
 from tg_tinker.ledger import LEDGER_DOMAIN, entry_hash
+from tg_tinker.ledger.history import read_history
+from tg_tinker.reports import recompute
 from tg_tinker.reports import verify as _report  # noqa: F401 - registers the type of reports
 from tg_tinker.reports.card import guarantee, model_card
 from tg_tinker.reports.page import render
@@ -153,6 +155,9 @@ def _spent_when_saved(manifest: Manifest, report: Mapping[str, Any]) -> float:
     count = claim["entries"]
     if not 0 < count <= len(bodies) or entry_hash(LEDGER_DOMAIN, bodies[count - 1]).hex() != claim["head"]:
         raise refused("promise", "the ledger head that the manifest names is not in the report inside")
+    fault = recompute.last_fault(read_history(claim["dataset_id"], bodies[:count]))
+    if fault is not None:
+        raise refused("promise", f"the charge at position {fault.position} is wrong: {fault.why}")
     charges = [float(b["epsilon_after"]) for b in bodies[:count] if b["kind"] == "charge"]
     spent = charges[-1] if charges else 0.0
     if not math.isclose(spent, manifest.epsilon, rel_tol=1e-9, abs_tol=1e-12):

@@ -155,7 +155,7 @@ def _odds(spent: float, guarantee: Mapping[str, Any]) -> str:
     """What epsilon means for a guess: posterior odds are at most exp(epsilon) times the prior odds."""
     unit = text("record" if guarantee["privacy_unit"] == "datum" else guarantee["privacy_unit"])
     if not math.isfinite(spent):
-        return f"With an un-noised release nothing limits what can be learnt about one {unit}."
+        return f"In other words: nothing limits what can be learnt about one {unit}."
     sure, chance = math.ceil(1000.0 / (1.0 + math.exp(-spent))) / 10.0, small(float(guarantee["delta"]))
     return (
         f"In other words: whoever holds it even odds that one given {unit} took part can be made at most {sure:g} % "
@@ -280,8 +280,12 @@ def _audit(audit: Mapping[str, Any]) -> str:
 def _audited(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     bound, most = float(result["lower_bound"]), float(result["most_provable"])
     confidence = f"{100 * float(result['confidence']):g} % confidence"
-    yield "epsilon is at least", f"<b>{_down(bound)}</b> with {confidence}; no more than {_down(most)} could be shown"
-    yield "claimed there", f"{_up(result['claimed_epsilon'])} at δ = {small(float(result['claimed_delta']))}"
+    shown = f"<b>{_down(bound)}</b> with {confidence}; no more than {_down(most)} could be shown"
+    yield "epsilon of that training is at least", shown
+    yield (
+        "claimed for that training",
+        f"{_up(result['claimed_epsilon'])} at δ = {small(float(result['claimed_delta']))}",
+    )
     yield (
         "attack",
         f"{int(result['canaries']):,} canaries, {text(result['mode'])} space, model {text(result['model'])}",
@@ -289,7 +293,7 @@ def _audited(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     alarms = ", ".join(text(alarm) for alarm in result["alarms"])
     verdict = f'<span class="bad">alarm: {alarms}</span>' if alarms else '<span class="good">no alarm</span>'
     yield f"{int(result['checks']):,} checks", verdict
-    yield "on", f"dataset {text(result['audited_dataset'])}, {text(day(result['created']))}"
+    yield "trained on", f"dataset {text(result['audited_dataset'])}, {text(day(result['created']))}"
     yield "attached", f"{text(day(result['time']))}, key <code>{text(result['attached_by'])}</code>"
     yield "document", f"<code>{text(result['digest'])}</code>"
 

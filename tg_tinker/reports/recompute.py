@@ -9,17 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.ledger.history import Charge, History
 from tg_tinker.ledger.releases import Release, histogram
 from tg_tinker.privacy import accounting, renyi
 from tg_tinker.reports.statement import Figures, profile_deltas, thinned
 
 TOLERANCE: Final = 1e-9  # relative above 1; the gate's integers leave about 1e-12 per release
-_PLAN_POINTS: Final = 12  # of a fixed schedule, at which a loss distribution is computed
+MOST_KINDS: Final = (
+    1000  # different (noise multiplier, rate) of one report: a hundredth of a second each, at worst 0.06
+)
+MOST_BY_LOSS: Final = 16  # of those, whose loss distributions are composed: up to three seconds together
+_PLAN_POINTS: Final = 24  # of a fixed schedule of sampled releases, at which a loss distribution is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,22 @@ def close(said: float, computed: float) -> bool:
     return abs(said - computed) <= TOLERANCE * max(1.0, computed)
 
 
+def refuse_too_many_kinds(history: History) -> None:
+    """Refuse what would take minutes to price.
+
+    Raises:
+        InvalidRequestError: the dataset was released at more than ``MOST_KINDS`` different noise levels or rates.
+    """
+    kinds = len({(r.noise_multiplier, r.sample_rate) for r in history.releases})
+    if kinds > MOST_KINDS:
+        raise InvalidRequestError(
+            f"{kinds:,} different noise multipliers or sampling rates were released, and a report covers at most "
+            f"{MOST_KINDS:,}; a new dataset begins a ledger of its own",
+            field="dataset_id",
+            constraint=f"at most {MOST_KINDS} kinds of releases",
+        )
+
+
 def figures(history: History) -> Figures:
     """What accountants say of everything that was charged.
 
@@ -48,7 +69,8 @@ def figures(history: History) -> Figures:
     deltas = profile_deltas(delta)
     if counts is None:
         return Figures(rdp=math.inf, pld=math.inf, gdp=None, profile=tuple((d, math.inf, math.inf) for d in deltas))
-    by_loss = {p.delta: p.epsilon for p in accounting.privacy_profile(counts, deltas=deltas)}
+    composed = loss_distribution(counts)
+    by_loss = {d: math.inf if composed is None else float(composed.get_epsilon(d)) for d in deltas}
     return Figures(
         rdp=renyi.epsilon(total, delta),
         pld=by_loss[delta],
@@ -81,33 +103,90 @@ def understated(history: History) -> float | None:
     """Epsilon by the loss distribution of all releases where the ledger claims less than that, else ``None``.
 
     That estimate is pessimistic, by its grid; where the gate's own, proven value is smaller, an optimistic one
-    decides.
+    decides. ``None`` also where it has no finite value, at a delta of about 1e-15, and where it is not computed:
+    then :func:`first_fault` alone decides.
     """
     counts, delta, said = histogram(history.releases), history.in_force.target_delta, history.epsilon_spent
     if counts is None:
         return math.inf if math.isfinite(said) else None
-    upper = accounting.loss_distribution(counts)
-    if upper is None or said >= upper.get_epsilon(delta):
+    upper = loss_distribution(counts)
+    bound = math.inf if upper is None else float(upper.get_epsilon(delta))
+    if said >= bound or math.isinf(bound):
         return None
     if any(c.accountant == "prv" for c in history.charges):
-        return float(upper.get_epsilon(delta))
-    lower = accounting.loss_distribution(counts, pessimistic=False)
+        return bound
+    lower = loss_distribution(counts, pessimistic=False)
     bound = math.inf if lower is None else float(lower.get_epsilon(delta))
     return bound if said < bound else None
 
 
+def last_fault(history: History) -> Fault | None:
+    """Whether the last charge of all is below what its releases cost; one by the gate is left to :func:`first_fault`.
+
+    That function looks at some points of a schedule only, between which epsilon cannot fall. Whoever relies on
+    another point asks here.
+    """
+    charges = history.charges
+    if not charges or charges[-1].accountant != "prv":
+        return None
+    return _below_loss(charges[-1], len(charges), history.in_force.target_delta)
+
+
 def _plan_fault(planned: Sequence[Charge], delta: float) -> Fault | None:
-    """The planned charges against their loss distribution, at a few of them: it grows with every release."""
-    for index in thinned(len(planned), _PLAN_POINTS):
-        charge, times = planned[index], index + 1
-        key = charge.release.noise_multiplier, charge.release.sample_rate
-        bound = accounting.pld_epsilon({key: times}, delta)
-        if charge.epsilon_after < bound:
-            return Fault(
-                charge.position,
-                f"it says epsilon {charge.epsilon_after}; {times} such releases cost at least {bound}",
-            )
+    """The planned charges against their loss distribution, which grows with every release.
+
+    Every one of them where nothing is sampled, since that distribution is known in closed form; else a few.
+    """
+    exact = bool(planned) and not planned[0].release.amplified
+    for index in range(len(planned)) if exact else thinned(len(planned), _PLAN_POINTS):
+        fault = _below_loss(planned[index], index + 1, delta)
+        if fault is not None:
+            return fault
     return None
+
+
+def _below_loss(charge: Charge, times: int, delta: float) -> Fault | None:
+    """Whether a charge claims less than ``times`` of its releases cost at least."""
+    said, sigma = charge.epsilon_after, charge.release.noise_multiplier
+    if math.isinf(said):
+        return None
+    counts = {(sigma, charge.release.sample_rate): times}
+    if not charge.release.amplified:
+        exact = gaussian_delta(math.sqrt(times) / sigma, said)
+        if exact <= delta * (1.0 + TOLERANCE):
+            return None
+        return Fault(charge.position, f"at the epsilon {said} that it says, {times} such releases have delta {exact}")
+    upper = loss_distribution(counts)
+    bound = math.inf if upper is None else float(upper.get_epsilon(delta))
+    if math.isinf(
+        bound
+    ):  # at so small a delta, or for so many releases, PRV gives up too, and its price is the gate's
+        gate = accounting.gate_epsilon(counts, delta)
+        bound = said if close(said, gate) else gate
+    if said >= bound:
+        return None
+    return Fault(charge.position, f"it says epsilon {said}; {times} such releases cost at least {bound}")
+
+
+def gaussian_delta(mu: float, epsilon: float) -> float:
+    """The smallest delta of a Gaussian release at ``epsilon``, exact (Balle and Wang 2018, Theorem 8).
+
+    ``mu`` is the sensitivity over the noise; for k releases, that of one times the root of k.
+    """
+    if mu <= 0.0:
+        return 0.0
+    reached, missed = (epsilon / mu - mu / 2) / math.sqrt(2), (epsilon / mu + mu / 2) / math.sqrt(2)
+    tail = math.erfc(missed) if missed < 25 else 0.0
+    # Beyond float64 its logarithm, from above by 1 part in 1,250: the result is then that much too small.
+    log_tail = math.log(tail) if tail else -missed * missed - math.log(missed * math.sqrt(math.pi))
+    return max(0.0, (math.erfc(reached) - math.exp(epsilon + log_tail)) / 2)
+
+
+def loss_distribution(counts: accounting.Histogram, *, pessimistic: bool = True) -> Any | None:
+    """The loss distribution of a history, or ``None`` where it cannot be computed in seconds."""
+    if len(counts) > MOST_BY_LOSS:
+        return None
+    return accounting.loss_distribution(counts, pessimistic=pessimistic)
 
 
 def _of_plan(history: History, charge: Charge, count: int) -> bool:

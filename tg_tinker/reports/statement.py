@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context, Decimal, localcontext
 from typing import Any, Final
 
 from tg_tinker.ledger.history import NEIGHBOURS, History, Terms
@@ -58,8 +59,10 @@ TRUST: Final = (
     "it recorded; an empirical audit can speak against that, and cannot prove it.",
 )
 RUN: Final = (
-    "An attack on the training itself, with canaries in place of data. Its lower bound on epsilon speaks against a "
-    "claim that is smaller, and can never prove one; what it could have shown at most stands beside it."
+    "An attack on a training of its own, with canaries in place of data, by the software that whoever attached the "
+    "result names. Its lower bound on epsilon speaks against the claim that was made for that training, which stands "
+    "beside it with what could have been shown at most. It says nothing of this dataset's epsilon, large or small: "
+    "none of this dataset's runs was attacked."
 )
 NOT_RUN: Final = "No empirical audit is recorded for this dataset."
 
@@ -70,7 +73,8 @@ class Figures:
 
     Attributes:
         rdp: epsilon by the Renyi gate, all of delta to itself.
-        pld: epsilon by privacy loss distributions (dp_accounting, pessimistic); inf: not computed, or no bound.
+        pld: epsilon by privacy loss distributions (dp_accounting, pessimistic); inf: not computed, or no bound. It
+            is not computed for more than a few kinds of releases, each of which takes it a tenth of a second.
         gdp: the central-limit estimate, or ``None`` where it does not apply.
         profile: (delta, rdp, pld) for each of :func:`profile_deltas`.
     """
@@ -104,7 +108,7 @@ def statement(
         "time": time,
         "server_version": server_version,
         "guarantee": {
-            "sentence": sentence(spent, terms),
+            "sentence": sentence(spent, terms, releases),
             "epsilon": number(spent),
             "delta": number(terms.target_delta),
             "target_epsilon": number(terms.target_epsilon),
@@ -154,24 +158,27 @@ def rounded_up(epsilon: float, digits: int = 3) -> str:
     """
     if not math.isfinite(epsilon):
         return "inf"
-    scale = 10**digits
-    return f"{math.ceil(epsilon * scale) / scale:.{digits}f}"
+    with localcontext(prec=400):
+        return str(Decimal(number(epsilon)).quantize(Decimal(1).scaleb(-digits), ROUND_CEILING))
 
 
-def small(number: float) -> str:
-    """A small probability as people write it.
+def small(probability: float) -> str:
+    """A small probability as people write it: at most six digits, and never smaller than it is.
 
-    >>> small(2e-05), small(0.01)
-    ('2e-5', '0.01')
+    >>> small(2e-05), small(0.01), small(1.00000049e-5)
+    ('2e-5', '0.01', '1.00001e-5')
     """
-    return f"{number:g}".replace("e-0", "e-")
+    up = Context(prec=6, rounding=ROUND_CEILING).create_decimal(number(probability))
+    return f"{float(up):g}".replace("e-0", "e-")
 
 
-def sentence(epsilon: float, terms: Terms) -> str:
+def sentence(epsilon: float, terms: Terms, releases: Sequence[Release]) -> str:
     """The guarantee in one plain sentence."""
     what = "record" if terms.unit == "datum" else terms.unit
-    if not math.isfinite(epsilon):
+    if any(r.kind == "unnoised" for r in releases):
         return "An un-noised gradient was released: there is no finite guarantee."
+    if not math.isfinite(epsilon):
+        return "Too little noise was added for any finite guarantee."
     return (
         f"Adding or removing one {what} changes the probability of any outcome of the training by at most a "
         f"factor of exp({rounded_up(epsilon)}), except with probability {small(terms.target_delta)}."

@@ -21,7 +21,7 @@ from tg_tinker.transparency.note import VerifierKey
 from tg_tinker.transparency.pins import Pins
 from tg_tinker.transparency.receipts import Receipts
 
-MAX_BYTES: Final = 512 * 1024 * 1024
+MAX_BYTES: Final = 64 * 1024 * 1024  # what a server can answer with; reading takes twenty times as much memory
 
 
 @dataclass(frozen=True, slots=True)

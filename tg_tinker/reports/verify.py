@@ -16,8 +16,9 @@ import rfc8785
 from tg_tinker.errors import InvalidRequestError, LogVerificationError
 from tg_tinker.ledger import LEDGER_DOMAIN, START, ChainEntry, entry_hash, verify_chain
 from tg_tinker.ledger.history import History, read_history
+from tg_tinker.ledger.releases import histogram
 from tg_tinker.reports import recompute
-from tg_tinker.reports.statement import FORMAT, PAYLOAD_TYPE, Figures, rounded_up, statement
+from tg_tinker.reports.statement import FORMAT, PAYLOAD_TYPE, Figures, rounded_up, small, statement
 from tg_tinker.reports.verdicts import REGISTRY, Document, Verdict, refused
 from tg_tinker.transparency.merkle import leaf_hash, verify_subset
 from tg_tinker.transparency.note import Checkpoint, VerifierKey
@@ -56,7 +57,10 @@ def verify_report(document: Document) -> Iterator[Verdict]:
     yield Verdict("last entry", f"the last one is this report's own, over {len(history.charges)} charges")
     try:
         yield from _numbers(report, history)
-    except ArithmeticError as e:  # numbers that no training has: what cannot be computed is not believed
+    except (
+        ArithmeticError,
+        MemoryError,
+    ) as e:  # numbers that no training has: what cannot be computed is not believed
         raise refused("epsilon", f"it cannot be computed from these entries ({type(e).__name__})") from e
     yield from _receipts(document, dataset_id, log)
 
@@ -163,8 +167,9 @@ def _numbers(report: Mapping[str, Any], history: History) -> Iterator[Verdict]:
     for name in ("prepared", "time", "trust_model", "dataset_id"):
         _same(name, "format", report[name], expected[name])
     shown = {
-        "guarantee": f"epsilon {rounded_up(history.epsilon_spent)} at delta {terms.target_delta:g}, unit "
-        f"{terms.unit}, target {terms.target_epsilon:g}: the terms of the ledger and its last charge",
+        "guarantee": f"dataset {history.dataset_id!r} at {expected['time']}: epsilon "
+        f"{rounded_up(history.epsilon_spent)} at delta {small(terms.target_delta)}, unit {terms.unit}, target "
+        f"{terms.target_epsilon:g}, the terms of the ledger and its last charge",
         "coverage": f"{len(history.runs)} runs, {len(history.charges)} charges, with how each ended and who vouches "
         "for its batch, as the entries have them",
         "curve": "as charged",
@@ -173,6 +178,10 @@ def _numbers(report: Mapping[str, Any], history: History) -> Iterator[Verdict]:
         _same(name, check, report[name], expected[name])
         if name in ("guarantee", "mechanism", "curve"):
             yield Verdict(check, shown[check])
+    try:
+        recompute.refuse_too_many_kinds(history)
+    except InvalidRequestError as e:
+        raise refused("epsilon", e.message) from e
     fault = recompute.first_fault(history)
     if fault is not None:
         raise refused("epsilon", f"the charge at position {fault.position} is wrong: {fault.why}")
@@ -188,10 +197,21 @@ def _numbers(report: Mapping[str, Any], history: History) -> Iterator[Verdict]:
     _check_figures(report, computed)
     for name, check in SECTIONS[6:]:
         _same(name, check, report[name], expected[name])
-    yield Verdict(
-        "second accountant",
-        f"{rounded_up(computed.pld, 6)} by privacy loss distributions (dp-accounting), not above it",
-    )
+    yield Verdict("second accountant", _second_opinion(history, computed.pld))
+
+
+def _second_opinion(history: History, pld: float) -> str:
+    """What the second accountant was good for, in words."""
+    if math.isfinite(pld):
+        above = pld > history.epsilon_spent
+        compared = "and no less than it by an estimate from below" if above else "not above it"
+        return f"{rounded_up(pld, 6)} by privacy loss distributions (dp-accounting), {compared}"
+    if math.isinf(history.epsilon_spent):
+        return "not asked: epsilon is infinite"
+    counts = histogram(history.releases) or {}
+    if recompute.loss_distribution(counts) is None:
+        return f"NOT computed, for {len(counts):,} kinds of releases: epsilon rests on the gate's arithmetic alone"
+    return "NOT able to say anything at so small a delta: epsilon rests on the gate's arithmetic alone"
 
 
 def _said_figures(report: Mapping[str, Any]) -> Figures:
@@ -232,7 +252,8 @@ def _check_figures(report: Mapping[str, Any], computed: Figures) -> None:
     for name, stated, right, slack in pairs:
         if stated == right:
             continue
-        if stated is None or right is None or not abs(stated - right) <= slack * max(1.0, right):
+        # inf within any slack of inf is everything: what was not computed has no number near it
+        if stated is None or right is None or math.isinf(right) or not abs(stated - right) <= slack * max(1.0, right):
             raise refused("accounting", f"{name} is {stated} in the report, and {right} computed from its entries")
 
 
@@ -257,8 +278,15 @@ def _receipts(document: Document, dataset_id: str, log: _Log) -> Iterator[Verdic
     if pin is not None and pin.checkpoint.size == size and pin.checkpoint.root != log.checkpoint.root:
         raise refused("receipts", f"you saw this log with another root at the same size, {size}: it was forked")
     older = sum(r.leaf_index < size for r in receipts)
-    none = "no receipts of this dataset are kept here, so nothing of your own to compare with"
-    yield Verdict("receipts", f"all {older} of your own receipts are among the entries" if older else none)
+    none = "no receipts of this dataset from before it are kept here, so nothing of your own to compare with"
+    said = f"all {older} of your own receipts from before it are among the entries" if older else none
+    if older < len(receipts):
+        said += (
+            f"; {len(receipts) - older} of yours are NEWER: the dataset was used again since; ask for a new report"
+        )
+    elif pin is not None and pin.checkpoint.size > size:
+        said += f"; you saw the log with {pin.checkpoint.size - size} entries more, of this dataset or others"
+    yield Verdict("receipts", said)
 
 
 def _same(name: str, check: str, said: object, right: object) -> None:

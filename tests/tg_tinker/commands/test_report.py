@@ -58,7 +58,7 @@ def test_a_report_is_fetched_checked_written_and_checked_again(server: EmbeddedS
         code, said = run("audit", "verify", str(file))
         assert code == 0, said
         assert said.rstrip().endswith(f"verified: {file}")
-        assert "all 2 of your own receipts are among the entries" in said
+        assert "all 2 of your own receipts from before it are among the entries" in said
         file.write_bytes(file.read_bytes().replace(b"payload", b"Payload", 1))
         code, said = run("audit", "verify", str(file))
         assert code == 1

@@ -19,6 +19,7 @@ from tg_tinker.exports.manifest import PAYLOAD_TYPE, UNITS, Manifest, open_manif
 from tg_tinker.exports.reader import ExportReader
 from tg_tinker.exports.tar import CARD, MANIFEST, REPORT, REPORT_PAGE
 from tg_tinker.ledger import LEDGER_DOMAIN, entry_hash
+from tg_tinker.reports import recompute
 from tg_tinker.reports.exported import check_export, check_words
 from tg_tinker.reports.page import render
 from tg_tinker.reports.verdicts import REGISTRY, Trust
@@ -85,6 +86,19 @@ def test_a_signer_who_states_less_than_the_numbers_is_refused(lie: str, change: 
     with pytest.raises(InvalidRequestError, match=r"^promise: its (sentence|weights)"):
         # A sentence that goes with the earlier entry: the step alone betrays that one.
         checked(resigned(honest(), lambda p: (change(p), _sentence(p) if lie.startswith("head") else None)))
+
+
+def test_a_promise_is_held_to_the_price_of_its_own_charge(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fault(history: Any) -> recompute.Fault:
+        seen.append(len(history.charges))
+        return recompute.Fault(7, "too little")
+
+    monkeypatch.setattr(recompute, "last_fault", fault)
+    with pytest.raises(InvalidRequestError, match="promise: the charge at position 7 is wrong: too little"):
+        checked(honest())
+    assert seen == [STEPS]
 
 
 def _sentence(predicate: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def test_without_a_budget_or_noise_or_release_the_page_says_so() -> None:
     endless = Page(render(report_of(forge))).text
     assert "ε = ∞" in endless
     assert "Epsilon is infinite from release 2 of 2 on" in endless
-    assert "nothing limits what can be learnt about one record" in endless
+    assert "In other words: nothing limits what can be learnt about one record" in endless
     assert "once a gradient WITHOUT noise" in endless
 
 
@@ -144,7 +144,8 @@ def audited(forge: Forge, **more: Any) -> Forge:
         "schema": "tg-tinker/empirical-audit/v1", "created": "2026-01-02T03:04:05+00:00", "version": "0.1.0",
         "model": "tiny-llama-2m", "mode": "gradient", "canaries": 200, "claimed_epsilon": "4.0004",
         "claimed_delta": "1e-05", "audited_dataset": "audit-1", "lower_bound": "1.2349", "confidence": "0.95",
-        "most_provable": "4.2", "false_alarm_rate": "0.001", "checks": 12, "alarms": [], "digest": "sha256:00",
+        "most_provable": "4.2", "false_alarm_rate": "0.001", "checks": 12, "alarms": [],
+        "digest": "sha256:" + 64 * "0",
     }  # fmt: skip
     forge.append("audit", seq=len(forge.chain), actor="key_9", result={**result, **more})
     return forge
@@ -154,7 +155,9 @@ def test_an_audit_is_shown_beside_what_it_could_have_shown_and_bounds_round_to_t
     page = render(report_of(audited(forge)))
     text = Page(page).text
     assert "no alarm" in text
-    assert "epsilon is at least 1.234 with 95 % confidence; no more than 4.200 could be shown" in text
+    assert (
+        "epsilon of that training is at least 1.234 with 95 % confidence; no more than 4.200 could be shown" in text
+    )
     assert "4.001 at δ = 1e-5" in text
     assert "200 canaries, gradient space, model tiny-llama-2m" in text
     assert "raised an alarm" not in text

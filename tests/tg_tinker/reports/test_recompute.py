@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
+import mpmath
 import pytest
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
@@ -13,6 +15,7 @@ from dp_accounting.rdp import RdpAccountant
 from tests.tg_tinker.reports.conftest import DELTA, EVENT, Forge
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.ledger.history import History, read_history
+from tg_tinker.privacy import accounting
 from tg_tinker.reports import recompute
 
 COUNTED = {"kind": "participation_gaussian", "noise_multiplier": "3.0", "releases": 1}
@@ -86,6 +89,81 @@ def test_where_the_pessimistic_estimate_exceeds_the_gate_the_optimistic_one_deci
     assert recompute.understated(history) == bound
     monkeypatch.setattr(recompute.accounting, "loss_distribution", lambda *a, **k: None)
     assert recompute.understated(history) is None  # too many releases to compose: the gate's proof stands alone
+
+
+@pytest.mark.parametrize(("sigma", "times"), [(0.05, 2), (0.5, 1), (1.0, 7), (10.0, 120), (200.0, 1000)])
+@pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-9])
+def test_what_a_gaussian_costs_exactly_is_what_the_library_says(sigma: float, times: int, delta: float) -> None:
+    epsilon = accounting.pld_epsilon({(sigma, 1.0): times}, delta)
+    exact = recompute.gaussian_delta(math.sqrt(times) / sigma, epsilon)
+    assert exact == pytest.approx(delta, rel=0.02)
+    assert exact <= delta * (1 + 1e-9)  # the library's is pessimistic
+    high_precision = mpmath_delta(math.sqrt(times) / sigma, epsilon)
+    assert exact == pytest.approx(high_precision, rel=1e-6)
+
+
+@pytest.mark.parametrize("mu", [30.0, 60.0, 200.0])
+def test_where_float64_ends_the_exact_delta_is_below_by_a_thousandth_at_most(mu: float) -> None:
+    epsilon = mu * mu / 2 + 4.3 * mu
+    exact, true = recompute.gaussian_delta(mu, epsilon), mpmath_delta(mu, epsilon)
+    assert true * (1 - 1e-3) <= exact <= true * (1 + 1e-9)
+
+
+def mpmath_delta(mu: float, epsilon: float) -> float:
+    with mpmath.workdps(60):
+        reached, missed = mpmath.mpf(epsilon) / mu - mpmath.mpf(mu) / 2, mpmath.mpf(epsilon) / mu + mpmath.mpf(mu) / 2
+        return float(mpmath.ncdf(-reached) - mpmath.exp(epsilon) * mpmath.ncdf(-missed))
+
+
+@pytest.mark.parametrize(("mu", "epsilon"), [(1e-320, 0.0), (1e-320, 1.0), (math.inf, 1.0), (1e200, 1.0), (0.0, 0.0)])
+def test_numbers_at_the_ends_of_float64_have_a_delta(mu: float, epsilon: float) -> None:
+    assert 0.0 <= recompute.gaussian_delta(mu, epsilon) <= 1.0
+
+
+def plan(said: list[float], event: dict[str, str]) -> History:
+    forge = Forge(target="50.0").open(event=event, planned_steps=len(said))
+    for seq, epsilon in enumerate(said, 1):
+        forge.charge(seq, event=event, accountant="prv", epsilon_after=repr(epsilon))
+    return history_of(forge)
+
+
+def test_a_plan_without_sampling_is_held_to_its_price_at_every_step() -> None:
+    steps, normal = 120, NormalDist()
+
+    def epsilon(mu: float) -> float:
+        low, high = 0.0, 50.0
+        for _ in range(100):
+            e = (low + high) / 2
+            delta = normal.cdf(mu / 2 - e / mu) - math.exp(e) * normal.cdf(-mu / 2 - e / mu)
+            low, high = (low, e) if delta <= DELTA else (e, high)
+        return high + 1e-6
+
+    true = [epsilon(math.sqrt(n) / 10) for n in range(1, steps + 1)]
+    event = {"kind": "gaussian", "noise_multiplier": "10.0"}
+    assert recompute.first_fault(plan(true, event)) is None
+    for at in range(1, steps):  # the epsilon of the step before, once more
+        fault = recompute.first_fault(plan([*true[:at], true[at - 1], *true[at + 1 :]], event))
+        assert fault is not None
+        assert fault.position == at + 1
+
+
+def test_the_charge_that_somebody_relies_on_is_looked_at_even_between_the_points_of_a_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = 7
+    monkeypatch.setattr(recompute, "_PLAN_POINTS", 4)
+    assert recompute.thinned(steps, 4) == [0, 2, 4, 6]
+    low = [accounting.pld_epsilon({(1.0, 0.1): n}, DELTA) for n in (1, 2, 3)]
+    rest = [accounting.gate_epsilon({(1.0, 0.1): n}, DELTA) for n in range(4, steps + 1)]
+    for said, wrong in ((low[1], False), (low[0], True)):
+        history = plan([low[0], said, low[2], *rest], EVENT)
+        assert recompute.first_fault(history) is None
+        assert recompute.last_fault(history) is None
+        del history.charges[2:]
+        fault = recompute.last_fault(history)
+        assert (fault is not None) == wrong
+    assert recompute.last_fault(history_of(mixed())) is None
+    assert recompute.last_fault(history_of(Forge().open())) is None
 
 
 def test_an_entry_of_another_dataset_is_refused_with_its_position() -> None:

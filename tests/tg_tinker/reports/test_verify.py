@@ -199,6 +199,30 @@ def scaled(body: dict[str, Any]) -> None:
     body["epsilon_after"] = repr(float(body["epsilon_after"]) * 0.9)
 
 
+def counted(*steps: tuple[str, int]) -> Forge:
+    """Steps of a run whose units are counted: noise multiplier, and by how much the largest count grew."""
+    forge = Forge()
+    for seq, (sigma, releases) in enumerate(steps, 1):
+        event = {"kind": "participation_gaussian", "noise_multiplier": sigma, "releases": releases}
+        if seq == 1:
+            forge.open(event={**event, "releases": 1})
+        forge.settle(forge.charge(seq, event=event, epsilon_after="1.0"))
+    return forge.close()
+
+
+def registered() -> Forge:
+    forge = Forge()
+    forge.append("register", **forge.terms(), slots=1000, actor="key_1")
+    return forge.open()
+
+
+def tried(*attempts: int) -> Forge:
+    forge = Forge().open()
+    for attempt in attempts:
+        forge.charge(1, attempt=attempt)
+    return forge
+
+
 ENTRY_LIES: list[tuple[str, Callable[[], Forge], str]] = [
     (
         "understated",
@@ -223,6 +247,27 @@ ENTRY_LIES: list[tuple[str, Callable[[], Forge], str]] = [
         "server vouches for a client's draw",
         lambda: lied(lambda b: b["event"].update(vouched_by="server")).close(),
         r"^entries: .*a draw that it cannot have made",
+    ),
+    ("counted for nothing", lambda: counted(("1.0", 0)), r"^entries: .*position 1: it costs nothing, and no counted"),
+    ("two noises in one count", lambda: counted(("9.0", 1), ("0.1", 0)), r"^entries: .*noise multiplier 0\.1, and"),
+    ("a leap in a count", lambda: counted(("1.0", 2)), r"^entries: .*raises a count by 2"),
+    (
+        "a client vouches on a registered dataset",
+        lambda: (f := registered(), f.charge(1), f.close())[-1],
+        r"^entries: .*from which the server draws",
+    ),
+    (
+        "released twice",
+        lambda: (f := tried(1), f.settled_again(), f.charge(1, attempt=2), f.close())[-1],
+        r"released b",
+    ),
+    ("an attempt left out", lambda: tried(1, 3).close(), r"^entries: .*attempt 3 at step 1 of run_a, and 1 come"),
+    ("the first attempt twice", lambda: tried(1, 1).close(), r"^entries: .*attempt 1 at step 1 of run_a, and 1 come"),
+    ("an old attempt released", lambda: tried(1, 2).settled_again().close(), r"^entries: .*made again since"),
+    (
+        "a number as long as a page",
+        lambda: Forge(delta="0." + 50 * "1").open().close(),
+        r"^entries: .*target_delta is",
     ),
     ("unknown event", lambda: lied(lambda b: b["event"].update(kind="free")).close(), r"^entries: .*kind 'free'"),
     ("event with more", lambda: lied(lambda b: b["event"].update(discount="1")).close(), r"^entries: .*discount"),
@@ -448,6 +493,88 @@ def test_what_comes_after_a_plan_has_its_rest_of_delta_only(refusal: Refusal) ->
             assert re.search(r"^epsilon: .*position 4", refusal(forge.sign(), forge.trust()))
 
 
+def test_where_the_second_accountant_cannot_say_a_claim_is_the_gates(refusal: Refusal) -> None:
+    from tg_tinker.privacy import accounting
+
+    counts, delta = {(1.0, 0.1): 1}, 1e-16
+    assert math.isinf(accounting.pld_epsilon(counts, delta))
+    for accountant in ("rdp", "prv"):
+        honest = Forge(delta=repr(delta)).open(planned_steps=1)
+        honest.charge(1, accountant=accountant)
+        said = {v.check: v.shows for v in verify_document(honest.close().sign(), honest.trust())}
+        assert said["second accountant"].startswith("NOT able to say anything at so small a delta")
+        false = Forge(delta=repr(delta)).open(planned_steps=1)
+        lower = accounting.gate_epsilon(counts, delta) - 0.01
+        false.charge(1, accountant=accountant, epsilon_after=repr(lower))
+        assert re.search(r"^epsilon: .*position 1 is wrong", refusal(false.close().sign(), false.trust()))
+
+
+def kinds(count: int) -> Forge:
+    forge = Forge(target="inf").open(event={"kind": "gaussian", "noise_multiplier": "5.0"})
+    for seq in range(1, count + 1):
+        forge.charge(seq, event={"kind": "gaussian", "noise_multiplier": repr(5.0 + seq / 8)})
+    return forge.close()
+
+
+def test_a_second_opinion_that_nobody_asked_for_is_not_claimed(refusal: Refusal) -> None:
+    from tg_tinker.reports import recompute
+
+    assert recompute.MOST_BY_LOSS == 16
+    forge = kinds(17)
+    report = forge.document()
+    assert report["accounting"]["cross_check"]["epsilon"] == "not computed"
+    said = {v.check: v.shows for v in verify_document(forge.sign(), forge.trust())}
+    assert said["second accountant"].startswith("NOT computed, for 17 kinds of releases")
+    for place in (report["accounting"]["cross_check"], report["privacy_profile"][2]):
+        name = "epsilon" if "epsilon" in place else "pld"
+        honest, place[name] = place[name], report["guarantee"]["epsilon"]
+        assert re.search(r"^accounting: .* and inf computed", refusal(forge.sign(report), forge.trust()))
+        place[name] = honest
+
+
+def test_what_would_take_minutes_to_price_is_refused(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tg_tinker.reports import recompute
+
+    forge = kinds(4)
+    data = forge.sign()
+    assert list(verify_document(data, forge.trust()))
+    monkeypatch.setattr(recompute, "MOST_KINDS", 3)
+    assert refusal(data, forge.trust()).startswith("epsilon: 4 different noise multipliers or sampling rates")
+
+
+def test_what_does_not_fit_in_memory_is_refused(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tg_tinker.reports import recompute
+
+    def full(history: object) -> None:
+        raise MemoryError
+
+    forge = small()
+    data = forge.sign()
+    monkeypatch.setattr(recompute, "first_fault", full)
+    assert refusal(data, forge.trust()).startswith("epsilon: it cannot be computed")
+
+
+@pytest.mark.parametrize(
+    ("sigma", "delta", "said"), [("0.0001", 1e-5, "Too little noise"), ("2.0", 1.00000049e-5, "")]
+)
+def test_the_sentence_says_no_more_than_its_numbers(sigma: str, delta: float, said: str) -> None:
+    event = {"kind": "gaussian", "noise_multiplier": sigma}
+    forge = Forge(target="inf", delta=repr(delta)).open(event=event)
+    forge.charge(1, event=event)
+    sentence = forge.close().document()["guarantee"]["sentence"]
+    assert sentence.startswith(said or "Adding or removing one record")
+    assert list(verify_document(forge.sign(), forge.trust()))
+    if not said:
+        assert sentence.endswith("with probability 1.00001e-5.")
+
+
+def test_the_guarantee_that_was_checked_names_its_dataset_and_its_time(forge: Forge) -> None:
+    shown = {v.check: v.shows for v in verify_document(forge.close().sign(), forge.trust())}
+    assert shown["guarantee"].startswith(
+        f"dataset 'data-1' at {forge.chain[-1][0]['time']}: epsilon 2.903 at delta 1e-5"
+    )
+
+
 def test_an_understated_claim_is_caught_by_the_second_accountant_alone(
     forge: Forge, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,7 +645,7 @@ def test_a_fork_that_fits_in_itself_is_caught_by_a_receipt(tmp_path: Path, refus
             Receipts(folder).append(receipt(true, at))
     true.close()
     *_, last = verify_document(true.sign(), Trust.of_user(folder, true.key))
-    assert last.shows == "all 5 of your own receipts are among the entries"
+    assert last.shows == "all 5 of your own receipts from before it are among the entries"
     cut = settled_forge()  # run_b's two charges never happened, says this log
     del cut.leaves[cut.chain[8][1] :], cut.chain[8:]
     forked = cut.elsewhere(10).close()
@@ -534,6 +661,7 @@ def test_a_receipt_for_a_later_entry_says_nothing_of_the_report(tmp_path: Path) 
     Receipts(Folder(tmp_path)).append(receipt(forge, len(forge.chain) - 1))
     *_, last = verify_document(data, Trust.of_user(Folder(tmp_path), forge.key))
     assert last.shows.startswith("no receipts")
+    assert last.shows.endswith("; 1 of yours are NEWER: the dataset was used again since; ask for a new report")
 
 
 def test_a_damaged_receipt_is_not_taken_for_a_fork(tmp_path: Path, refusal: Refusal) -> None:
