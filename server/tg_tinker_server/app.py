@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from tg_tinker.errors import ServerError
+from tg_tinker.reports.verdicts import MAX_BYTES
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.crypto import api_keys
 from tg_tinker_server.crypto.signing import TenantSigner
@@ -97,7 +98,8 @@ class Server:
         )
         audit = AuditLog(db)
         self._operations = operations = OperationService(db, self._registry, durability, audit, executors)
-        privacy = PrivacyService(ledger, ReportWriter(ledger, tree), executors)
+        reports = ReportWriter(ledger, tree, most_bytes=min(MAX_BYTES, config.max_request_bytes))
+        privacy = PrivacyService(ledger, reports, executors)
         self._passes = PassQueue(executors)
         dataset_keys = DatasetKeys(keyring)
         self._datasets = datasets = DatasetService(

@@ -20,6 +20,7 @@ from tg_tinker_server.service.run import PrivateRun, Run
 from tg_tinker_server.store import run_rows
 
 MAX_FORECAST_STEPS = 10_000_000
+_LINE = 100  # bytes of an answer beside an entry's body: its hash, and what frames both
 
 
 def resolve_noise_multiplier(config: TrainingConfig) -> float:
@@ -101,8 +102,22 @@ class PrivacyService:
         return limit - await self.executors.io(self.ledger.participation, private.scope, run_id)
 
     async def entries(self, tenant: str, dataset_id: str) -> tuple[list[LedgerEntry], Spent]:
-        """The whole ledger of a tenant's dataset."""
+        """The whole ledger of a tenant's dataset.
+
+        Raises:
+            ResourceNotFoundError: there is no such dataset.
+            InvalidRequestError: it is larger than one answer.
+        """
         scope = DatasetScope(tenant=tenant, dataset_id=dataset_id)
+        count, size = await self.executors.io(self.ledger.weight, scope)
+        if size + _LINE * count > self.reports.most_bytes:
+            raise InvalidRequestError(
+                f"the ledger of {dataset_id} has {count:,} entries, {size / 2**20:.3g} MiB, over the "
+                f"{self.reports.most_bytes / 2**20:.3g} MiB of one answer; read the log in pages of 1,000 instead "
+                "(GetLogEntries), of which it is a part",
+                field="dataset_id",
+                constraint=f"a ledger of at most {self.reports.most_bytes} bytes",
+            )
         entries = await self.executors.io(self.ledger.entries, scope)
         if not entries:
             raise ResourceNotFoundError(

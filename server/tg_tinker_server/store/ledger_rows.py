@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from tg_tinker_server.store import tables as t
@@ -22,6 +22,7 @@ _OF_STEP = (*_OF_DATASET, _C.run_id == bindparam("run_id"), _C.seq == bindparam(
 _INSERT_ENTRY = insert(t.ledger)
 _LAST_ENTRY = select(_C.position, _C.entry_hash).where(*_OF_DATASET).order_by(_C.position.desc()).limit(1)
 _ENTRIES_FROM = select(t.ledger).where(*_OF_DATASET, _C.position >= bindparam("position")).order_by(_C.position)
+_WEIGHT = select(func.count(), func.coalesce(func.sum(func.length(_C.body_json)), 0)).where(*_OF_DATASET)
 _ENTRIES_OF_STEP = select(t.ledger).where(*_OF_STEP)  # ordered here, SQLite reads the whole dataset in that order
 
 
@@ -79,6 +80,12 @@ def last_entry(tx: Connection, tenant: str, dataset_id: str) -> tuple[int, bytes
 def entries_from(tx: Connection, tenant: str, dataset_id: str, position: int) -> list[LedgerRow]:
     """Entries at a position and beyond, in order."""
     return list(each_entry_from(tx, tenant, dataset_id, position))
+
+
+def weight(tx: Connection, tenant: str, dataset_id: str) -> tuple[int, int]:
+    """How many entries a dataset has, and how many characters their bodies have."""
+    found = tx.execute(_WEIGHT, {"tenant": tenant, "dataset_id": dataset_id}).one()
+    return int(found[0]), int(found[1])
 
 
 def each_entry_from(tx: Connection, tenant: str, dataset_id: str, position: int) -> Iterator[LedgerRow]:

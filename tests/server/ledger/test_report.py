@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import rfc8785
 
-from tg_tinker.errors import ResourceNotFoundError
+from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.reports.documents import verify_document
 from tg_tinker.reports.verdicts import Trust
 from tg_tinker.transparency.note import VerifierKey
@@ -191,6 +192,40 @@ def test_what_the_server_signs_passes_every_check_of_a_stranger(book: Books, sce
         "signature", "format", "checkpoint", "chain", "leaves", "last entry", "guarantee", "coverage", "curve",
         "epsilon", "second accountant", "receipts",
     ]  # fmt: skip
+
+
+def test_a_report_repeats_the_last_charge_whatever_this_processor_would_make_of_it(
+    book: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tg_tinker_server.ledger import pricing
+
+    b = book(accountant="prv").open(planned_steps=4)
+    b.reserve(1)
+    charged = b.ledger.entries(b.scope)[-1].body["epsilon_after"]
+    there = pricing.epsilon_now
+    monkeypatch.setattr(pricing, "epsilon_now", lambda *a: there(*a) * (1 + 1e-7))
+    assert passes(b)[-1] == "receipts"
+    assert report_of(b)["integrity"]["entries"][-1]["body"]["epsilon"] == charged != repr(b.epsilon())
+
+
+def test_a_ledger_that_cannot_be_reported_on_does_not_grow_with_every_attempt(
+    book: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tg_tinker.reports import recompute
+
+    b = book().open()
+    b.reserve(1)
+    before = len(b.ledger.entries(b.scope))
+    writer = b.writer()
+    size = len(writer.signed(b.scope))
+    assert len(b.ledger.entries(b.scope)) == before + 1
+    for most in (1000, size):  # the second leaves no room for the next report's own entry
+        with pytest.raises(InvalidRequestError, match=r"data-1 would have about .* entries, over the"):
+            replace(writer, most_bytes=most).signed(b.scope)
+    monkeypatch.setattr(recompute, "MOST_KINDS", 0)
+    with pytest.raises(InvalidRequestError, match="at most 0"):
+        writer.signed(b.scope)
+    assert len(b.ledger.entries(b.scope)) == before + 1
 
 
 def test_a_report_appends_its_own_entry_and_spends_nothing(book: Books) -> None:
