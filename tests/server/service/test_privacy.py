@@ -30,7 +30,7 @@ def test_a_ledger_larger_than_an_answer_is_refused_and_can_be_read_in_pages(tmp_
                 if step == 9:
                     assert len(service.get_privacy_ledger("d").entries) == 1 + 2 * 10
             for question in (service.get_privacy_ledger, service.get_signed_report):
-                with pytest.raises(InvalidRequestError, match="161 entries.* over the 0.0625 MiB of one answer"):
+                with pytest.raises(InvalidRequestError, match=r"161 entries.* over the 0\.0625 MiB of one answer"):
                     question("d")
             found, start = 0, 0
             while page := service._transport.call(log_entries_request(start, 50)).entries_json:
