@@ -32,6 +32,11 @@ FIELDS: Final = frozenset(
 _WORDS: Final = re.compile(r"[A-Za-z0-9 ._:/+,()=%@-]{1,100}")
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{6})?\+00:00")
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_FORMS: Final = {
+    _WORDS: "1 to 100 letters, digits and ._:/+,()=%@-",
+    _TIME: "a time like 2026-01-02T03:04:05+00:00",
+    _DIGEST: "a digest like sha256:00ff",
+}
 _NAME: Final = 60  # characters of an alarm
 _SURE: Final = 0.5  # what is less sure than a coin is no bound; `audit run` takes no less either
 
@@ -123,7 +128,7 @@ def _above(bound: object, claimed: object) -> bool:
 
 def _in_form(value: object, name: str, form: re.Pattern[str]) -> None:
     if not form.fullmatch(text_of(value, name)):
-        raise ValueError(f"its {name} is not in the form {form.pattern}")
+        raise ValueError(f"its {name} is not {_FORMS[form]}")
 
 
 def _flag(value: object) -> bool:

@@ -222,10 +222,24 @@ def test_a_ledger_that_cannot_be_reported_on_does_not_grow_with_every_attempt(
     for most in (1000, size):  # the second leaves no room for the next report's own entry
         with pytest.raises(InvalidRequestError, match=r"data-1 would have about .* entries, over the"):
             replace(writer, most_bytes=most).signed(b.scope)
+    other = book(scope=replace(b.scope, dataset_id="data-2")).open()
+    for seq in range(2, 6):  # leaves of others between: hashes stand for them
+        b.reserve(seq)
+        other.reserve(seq)
+    entries, size = b.ledger.weight(b.scope)
+    whole = b.ledger.entries(b.scope)
+    assert (entries, size) == (len(whole), sum(len(e.body_json()) for e in whole))
+    without_hashes = 4 * (size + 40 * entries + 250_000) // 3
+    with pytest.raises(InvalidRequestError, match="entries, over the"):
+        replace(writer, most_bytes=without_hashes).signed(b.scope)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(b.ledger), "leaves", None)  # nothing is read of what is too large
+        with pytest.raises(InvalidRequestError, match="entries, over the"):
+            replace(writer, most_bytes=without_hashes - 1).signed(b.scope)
     monkeypatch.setattr(recompute, "MOST_KINDS", 0)
     with pytest.raises(InvalidRequestError, match="at most 0"):
         writer.signed(b.scope)
-    assert len(b.ledger.entries(b.scope)) == before + 1
+    assert len(b.ledger.entries(b.scope)) == entries
 
 
 def test_a_report_appends_its_own_entry_and_spends_nothing(book: Books) -> None:

@@ -318,6 +318,13 @@ def test_a_lie_in_the_entries_is_named(refusal: Refusal, make: Callable[[], Forg
     assert re.search(why, said)
 
 
+def test_a_reports_entry_written_on_another_processor_is_taken_and_changes_no_number(forge: Forge) -> None:
+    spent = float(forge.chain[-1][0]["epsilon_after"])
+    forge.close(epsilon=repr(spent * (1 - 1e-12)))
+    assert list(verify_document(forge.sign(), forge.trust()))
+    assert forge.document()["guarantee"]["epsilon"] == repr(spent)
+
+
 def test_a_leaf_that_the_log_does_not_hold_is_noticed(forge: Forge, refusal: Refusal) -> None:
     forge.close()
     forge.leaves[forge.chain[4][1]] = b'{"operation":"something else"}'
@@ -685,6 +692,16 @@ def test_the_same_size_with_another_root_is_a_fork(tmp_path: Path, refusal: Refu
     pins.know(KnownServer("example.org:1", "t", forge.key.name))
     said = refusal(forge.sign(), Trust.of_user(Folder(tmp_path)))  # pinned: no --key is needed
     assert "another root at the same size" in said
+
+
+def test_a_report_that_is_older_than_what_was_seen_of_its_log_says_so(tmp_path: Path) -> None:
+    from datetime import UTC, datetime
+
+    forge = settled_forge().close()
+    body = note.Checkpoint(forge.key.name, forge.chain[-1][1] + 4, bytes(32)).body()
+    Pins(Folder(tmp_path)).put(Pin(forge.key, note.sign_note(body, forge.key, forge.secret.sign), datetime.now(UTC)))
+    *_, last = verify_document(forge.sign(), Trust.of_user(Folder(tmp_path), forge.key))
+    assert last.shows.endswith("; you saw the log with 3 entries more, of this dataset or others")
 
 
 def test_dsse_is_what_signs() -> None:
