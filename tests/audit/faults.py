@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from tg_tinker.data import PoissonSampler
+from tg_tinker.privacy.renyi import step_costs
 from tg_tinker.types import IGNORE_INDEX
-from tg_tinker_server.dp import clipping
+from tg_tinker_server.dp import accounting, clipping
 from tg_tinker_server.dp.clipping import ClippedSum
 from tg_tinker_server.dp.mechanism import ROUNDING_ROOM, GaussianMechanism
 from tg_tinker_server.dp.rng import SecureNormal
@@ -23,6 +25,9 @@ from tg_tinker_server.engine.bigram import BigramSession
 from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
 from tg_tinker_server.engine.pending import PendingBatch
 from tg_tinker_server.engine.torch_pass import TorchPass
+from tg_tinker_server.service import draws, runs
+from tg_tinker_server.service.checkpoints import CheckpointService
+from tg_tinker_server.store import ledger_rows
 
 
 def no_noise(patch: pytest.MonkeyPatch) -> None:
@@ -134,6 +139,95 @@ def batch_token_mean(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TorchPass, "part", coupled_torch)
 
 
+class _Seeded:
+    """What Opacus and ``torch.manual_seed`` make together: the same noise in every run, known to all."""
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(0)
+
+    def normals(self, count: int) -> np.ndarray:
+        return self._rng.standard_normal(count)
+
+
+def seeded_noise(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(runs, "SecureNormal", _Seeded)
+
+
+def noise_put_back_by_load_state(patch: pytest.MonkeyPatch) -> None:
+    """The generator's state is part of a checkpoint, as for a run that must repeat exactly."""
+    load, fresh = CheckpointService._settle_load, SecureNormal.normals
+    served: dict[int, list[np.ndarray]] = {}
+    again: dict[int, int] = {}
+
+    def normals(self, count):
+        drawn, at = served.setdefault(id(self), []), again.get(id(self), 10**9)
+        if at < len(drawn):
+            again[id(self)] = at + 1
+            return drawn[at].copy()
+        drawn.append(fresh(self, count))
+        return drawn[-1].copy()
+
+    async def settle(self, run, *rest):
+        if run.private is not None:
+            again[id(run.private.noise)] = 0
+        return await load(self, run, *rest)
+
+    patch.setattr(SecureNormal, "normals", normals)
+    patch.setattr(CheckpointService, "_settle_load", settle)
+
+
+def drawn_at_twice_the_rate(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(draws, "poisson_draw", lambda slots, rate: PoissonSampler(slots, min(1.0, 2 * rate)).draw())
+
+
+def drawn_at_five_quarters_of_the_rate(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(draws, "poisson_draw", lambda slots, rate: PoissonSampler(slots, min(1.0, 1.25 * rate)).draw())
+
+
+def the_same_units_in_every_draw(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(draws, "poisson_draw", lambda slots, rate: np.arange(int(slots * rate)))
+
+
+def shuffled_epochs(patch: pytest.MonkeyPatch) -> None:
+    """Disjoint batches of a fixed size, charged as if they were Poisson draws: what most libraries do."""
+    left: list[int] = []
+
+    def draw(slots: int, rate: float) -> np.ndarray:
+        if not left:
+            left.extend(np.random.default_rng().permutation(slots).tolist())
+        batch, left[: int(slots * rate)] = left[: int(slots * rate)], []
+        return np.array(sorted(batch), dtype=np.int64)
+
+    patch.setattr(draws, "poisson_draw", draw)
+
+
+def fixed_size_draws(patch: pytest.MonkeyPatch) -> None:
+    """A random batch of exactly the expected size: without replacement, so not every unit on its own."""
+
+    def draw(slots: int, rate: float) -> np.ndarray:
+        return np.sort(np.random.default_rng().choice(slots, int(slots * rate), replace=False))
+
+    patch.setattr(draws, "poisson_draw", draw)
+
+
+def half_of_the_units_twice_as_often(patch: pytest.MonkeyPatch) -> None:
+    """Half of them at twice the rate and the others never; the sizes of draws are right on average."""
+
+    def draw(slots: int, rate: float) -> np.ndarray:
+        return PoissonSampler(slots // 2, min(1.0, 2 * rate)).draw()
+
+    patch.setattr(draws, "poisson_draw", draw)
+
+
+def half_the_price(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(accounting, "step_costs", lambda sigma, rate: np.maximum(step_costs(sigma, rate) // 2, 1))
+
+
+def turns_not_counted(patch: pytest.MonkeyPatch) -> None:
+    """Who took part before is forgotten, so only a run's first step costs anything."""
+    patch.setattr(ledger_rows, "participations", lambda *_: {})
+
+
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no noise": no_noise,
     "half the noise": half_the_noise,
@@ -145,6 +239,16 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "unit counted twice: clipped in every call": unit_counted_in_every_call,
     "unit counted twice: contributions added twice": contribution_added_twice,
     "batch-token-mean loss": batch_token_mean,
+    "seeded noise, the same in every run": seeded_noise,
+    "noise put back by load_state": noise_put_back_by_load_state,
+    "drawn at twice the rate": drawn_at_twice_the_rate,
+    "drawn at 1.25 times the rate": drawn_at_five_quarters_of_the_rate,
+    "the same units in every draw": the_same_units_in_every_draw,
+    "shuffled epochs for Poisson draws": shuffled_epochs,
+    "draws of a fixed size": fixed_size_draws,
+    "half of the units drawn twice as often, the others never": half_of_the_units_twice_as_often,
+    "half the price": half_the_price,
+    "turns of a unit not counted": turns_not_counted,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,9 @@ from tg_tinker.data import collate
 from tg_tinker_server.dp.calibration import epsilon_for
 from tg_tinker_server.empirical.audit import audit
 from tg_tinker_server.empirical.bench import bench
+from tg_tinker_server.empirical.charges import examine_charges
 from tg_tinker_server.empirical.distinguisher import distinguish
+from tg_tinker_server.empirical.draws import examine_draws
 from tg_tinker_server.empirical.findings import Finding
 from tg_tinker_server.empirical.neighbours import Call, Pair, Prober, pairs, probe_neighbours
 from tg_tinker_server.empirical.noise_run import TESTS, examine_noise
@@ -82,6 +86,8 @@ def test_a_gradient_too_long_for_any_weight_shows_where_nothing_clips() -> None:
         ("noise that forgets C", "noise over C, at two bounds C", 4.0),
         ("noise reused between steps", "reused between steps (C = 0.5)", 1.0),
         ("unit counted twice: contributions added twice", "times the clipped sum is in it (C = 0.5)", 2.0),
+        ("seeded noise, the same in every run", "reused between runs", 1.0),
+        ("noise put back by load_state", "reused between steps (C = 2)", 1.0),
     ],
 )
 def test_statistics_show_noise_that_is_not_what_was_paid_for(fault: str, test: str, figure: float) -> None:
@@ -90,6 +96,30 @@ def test_statistics_show_noise_that_is_not_what_was_paid_for(fault: str, test: s
     assert found[test].alarm
     assert found[test].figure == pytest.approx(figure, abs=0.15)
     assert found[test].p_value < 1e-30
+
+
+@pytest.mark.parametrize("fault", ["none", "the same units in every draw"])
+def test_what_the_server_draws_is_held_against_the_declared_rate(fault: str) -> None:
+    """Every kind of wrong draw: tests/server/empirical/test_draws.py."""
+    with plant(fault), bench(SMALL) as tools:
+        found = examine_draws(tools, smallest_p=SMALLEST_P)
+    assert [f.alarm for f in found] == [False, fault != "none", fault != "none", fault != "none"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "over"),
+    [("none", (0.90, 0.88, 0.90)), ("half the price", (1.1, 1.1, 1.1)), ("turns of a unit not counted", (0, 0, 2))],
+)
+def test_charges_are_held_against_what_the_audits_own_runs_cost_at_least(
+    fault: str, over: tuple[float, float, float]
+) -> None:
+    settings = replace(SMALL, draws=16)
+    with plant(fault), bench(settings) as tools:
+        examine_draws(tools, smallest_p=SMALLEST_P)
+        found = distinguish(tools, smallest_p=SMALLEST_P)
+        charges = examine_charges(tools, found.claim)
+    assert all(f.figure > least for f, least in zip(charges, over, strict=True))
+    assert [f.alarm for f in charges] == [least > 1 for least in over]
 
 
 @pytest.mark.parametrize("fault", ["no noise", "no clipping"])

@@ -1,4 +1,4 @@
-"""The whole audit: three instruments, one error probability, one result."""
+"""The whole audit: five instruments, one error probability, one result."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from pathlib import Path
 
 from tg_tinker_server.empirical.bench import bench
 from tg_tinker_server.empirical.bounds import most_provable
+from tg_tinker_server.empirical.charges import examine_charges
 from tg_tinker_server.empirical.distinguisher import distinguish
+from tg_tinker_server.empirical.draws import TESTS as DRAW_TESTS
+from tg_tinker_server.empirical.draws import examine_draws
 from tg_tinker_server.empirical.findings import AuditResult
 from tg_tinker_server.empirical.neighbours import probe_neighbours
-from tg_tinker_server.empirical.noise_run import TESTS, examine_noise
+from tg_tinker_server.empirical.noise_run import TESTS as NOISE_TESTS
+from tg_tinker_server.empirical.noise_run import examine_noise
 from tg_tinker_server.empirical.settings import AuditSettings
 
 Tell = Callable[[str, str], None]
@@ -25,14 +29,17 @@ def audit(settings: AuditSettings, tell: Tell = lambda *_: None) -> AuditResult:
     """Audit the service of this installation, in this process.
 
     Guarantee: on a service whose noise, clipping and accounting are as claimed, an alarm is raised with probability
-    at most ``settings.false_alarm_rate``. The probes have no chance in them and take no part of it.
+    at most ``settings.false_alarm_rate``. Neighbours and charges have no chance in them and take no part of it.
     """
     started = time.monotonic()
     half = settings.false_alarm_rate / 2
     with bench(settings) as tools:
         probes = probe_neighbours(tools, lambda what: tell("neighbours", what))
-        tests = examine_noise(tools, smallest_p=half / TESTS, tell=lambda what: tell("noise", what))
+        share = half / (NOISE_TESTS + DRAW_TESTS)
+        noise = examine_noise(tools, smallest_p=share, tell=lambda what: tell("noise", what))
+        draws = examine_draws(tools, smallest_p=share, tell=lambda what: tell("draws", what))
         found = distinguish(tools, smallest_p=half, tell=lambda what: tell("distinguisher", what))
+        charges = examine_charges(tools, found.claim, lambda what: tell("charges", what))
     return AuditResult(
         version=version("tg-tinker"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -44,7 +51,7 @@ def audit(settings: AuditSettings, tell: Tell = lambda *_: None) -> AuditResult:
         claim=found.claim,
         bound=found.bound,
         power_of_one_count=most_provable(settings.canaries, delta=settings.delta, confidence=settings.confidence),
-        findings=(*probes, *tests, found.finding),
+        findings=(*probes, *noise, *draws, found.finding, *charges),
         false_alarm_rate=settings.false_alarm_rate,
         seconds=time.monotonic() - started,
     )

@@ -14,7 +14,7 @@ from rich.console import Console
 from tg_tinker.errors import TGTinkerError
 from tg_tinker_server.empirical.settings import MODELS, AuditSettings, Mode
 
-_FULL = AuditSettings(canaries=5000, noise_steps=64)
+_FULL = AuditSettings(canaries=5000, noise_steps=64, draws=128)
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Instrument 3: trains once with canaries, each in the data by a fair coin, and guesses the coins from the weights.
+"""Instrument 4: trains once with canaries, each in the data by a fair coin, and guesses the coins from the weights.
 
 Shape suffixes: M canaries, P parameters.
 """

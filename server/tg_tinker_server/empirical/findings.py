@@ -12,7 +12,7 @@ from tg_tinker_server.dp.events import decimal
 from tg_tinker_server.empirical.bounds import LowerBound
 
 SCHEMA = "tg-tinker/empirical-audit/v1"
-Instrument = Literal["neighbours", "noise", "distinguisher"]
+Instrument = Literal["neighbours", "noise", "draws", "distinguisher", "charges"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class Finding:
     """One measured quantity and whether it contradicts the claim.
 
     Attributes:
-        instrument: which of the three measured it.
+        instrument: which of the five measured it.
         name: what was measured, for people.
         figure: its value.
         threshold: for a probe, the largest figure that the claim allows; for a test, the smallest p-value that does.

@@ -11,7 +11,9 @@ from tg_tinker_server.empirical.settings import AuditSettings
 _TITLES = {
     "neighbours": "1. Neighbours: how far the clipped sum moves when one unit is left out, over C (at most 1)",
     "noise": "2. Noise: tests of what was added to the sums, against what the ledger charged for",
-    "distinguisher": "3. Distinguisher: what guessing who was in the data proves",
+    "draws": "3. Draws: tests of the batches that the server drew from a registered dataset",
+    "distinguisher": "4. Distinguisher: what guessing who was in the data proves",
+    "charges": "5. Charges: what the audit's own runs cost at least, over what the ledger charged (at most 1)",
 }
 
 
@@ -33,7 +35,7 @@ def conclude(console: Console, result: AuditResult) -> None:
         if instrument == "distinguisher":
             _bound(console, result)
         else:
-            console.print(_table(findings, chances=instrument == "noise"))
+            console.print(_table(findings, chances=instrument in ("noise", "draws")))
     _verdict(console, result)
 
 

@@ -18,7 +18,7 @@ from tg_tinker_server.empirical.planting import Planted
 from tg_tinker_server.empirical.watching import Floats
 
 NOISE_MULTIPLIER = 1.0
-TESTS = 2 * 9 + 1
+TESTS = 2 * 9 + 2
 """How many p-values come out: the error probability is split among them."""
 
 _BATCH = 8
@@ -40,6 +40,7 @@ def examine_noise(bench: Bench, *, smallest_p: float, tell: Callable[[str], None
         tests = noise_tests.examine(noise_SP, signal_SP, stddev=stddev)
         findings += [_finding(test, smallest_p, f" (C = {bound:g})") for test in tests]
     findings.append(_finding(noise_tests.follows_bound(normalised[0], normalised[1]), smallest_p))
+    findings.append(_finding(noise_tests.between_runs(normalised[0], normalised[1]), smallest_p))
     assert len(findings) == TESTS
     return findings
 
@@ -55,7 +56,10 @@ def _finding(test: noise_tests.Statistic, smallest_p: float, where: str = "") ->
 
 
 def _train(bench: Bench, bound: float) -> tuple[Floats, Floats]:
-    """Noise and clipped sums [S, P] of one run. All units pull one way, so their sum is as long as it can be."""
+    """Noise and clipped sums [S, P] of one run. All units pull one way, so their sum is as long as it can be.
+
+    Half way the run goes back to its first checkpoint, so that noise which went back with it is seen twice.
+    """
     bench.watch.forget()
     client = bench.open(
         DPConfig(
@@ -67,7 +71,10 @@ def _train(bench: Bench, bound: float) -> tuple[Floats, Floats]:
     record = bench.records(1, 12)
     bench.watch.plant(record[0], Planted(coordinate=7, value=bound))
     batch, units = collate(record * _BATCH), [f"unit-{i}" for i in range(_BATCH)]
-    for _ in range(bench.settings.noise_steps):
+    start = client.save_state().artifact_id
+    for step in range(bench.settings.noise_steps):
+        if step == bench.settings.noise_steps // 2:
+            client.load_state(start)
         client.forward_backward(batch, privacy_unit_ids=units)
         client.optim_step().result()
     client.close()

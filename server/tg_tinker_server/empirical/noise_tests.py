@@ -121,6 +121,16 @@ def between_steps(z_SP: Floats) -> Statistic:
     return Statistic(name="reused between steps", figure=largest, p_value=p)
 
 
+def between_runs(first_SP: Floats, second_SP: Floats) -> Statistic:
+    """The largest correlation of a step of one run with a step of another: 1 where a generator began anew."""
+    norms = np.outer(np.linalg.norm(first_SP, axis=1), np.linalg.norm(second_SP, axis=1))
+    if not norms.all():
+        return Statistic(name="reused between runs", figure=1.0, p_value=0.0)
+    largest = float(np.max(np.abs(first_SP @ second_SP.T / norms)))
+    p = min(1.0, norms.size * _two_sided(largest * math.sqrt(first_SP.shape[1])))
+    return Statistic(name="reused between runs", figure=largest, p_value=p)
+
+
 def at_every_shift(z_SP: Floats) -> list[Statistic]:
     """The largest correlation between coordinates a fixed distance apart, within a step and from one to the next.
 

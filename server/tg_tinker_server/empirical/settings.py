@@ -13,7 +13,7 @@ MODELS = ("tiny-llama-2m", "bigram")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditSettings:
-    """Settings of the three instruments.
+    """Settings of the five instruments.
 
     Attributes:
         model: "tiny-llama-2m" on the torch engine, or "bigram" on the NumPy one.
@@ -25,9 +25,10 @@ class AuditSettings:
         steps: of the audited run; its noise is calibrated to them.
         confidence: of the lower bound.
         bounds: two values of C, at which the noise is measured.
-        noise_steps: steps of each of those runs.
+        noise_steps: steps of each of those runs, an even number of which half come after a ``load_state``.
+        draws: batches that the server draws, an even number.
         false_alarm_rate: of all tests together on an honest service. The distinguisher has one half, the tests of
-            the noise share the other evenly (Bonferroni).
+            the noise and of the draws share the other evenly (Bonferroni).
         seed: of canaries and coins, for repeatable tests; ``None`` takes them from the operating system. Noise has
             none.
     """
@@ -41,6 +42,7 @@ class AuditSettings:
     confidence: float = 0.95
     bounds: tuple[float, float] = (0.5, 2.0)
     noise_steps: int = 16
+    draws: int = 32
     false_alarm_rate: float = 1e-3
     seed: int | None = None
 
@@ -53,7 +55,8 @@ class AuditSettings:
             ("delta", 0 < self.delta < 1 / self.canaries, "above 0, below 1 / canaries"),
             ("steps", self.steps >= 1, "at least 1"),
             ("confidence", 0.5 < self.confidence < 1, "above 0.5, below 1"),
-            ("noise_steps", self.noise_steps >= 2, "at least 2"),
+            ("noise_steps", self.noise_steps >= 2 and self.noise_steps % 2 == 0, "even, at least 2"),
+            ("draws", self.draws >= 2 and self.draws % 2 == 0, "even, at least 2"),
             ("false_alarm_rate", 0 < self.false_alarm_rate < 0.5, "above 0, below 0.5"),
             ("seed", self.seed is None or self.seed >= 0, "0 or more"),
         ):

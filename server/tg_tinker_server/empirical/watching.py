@@ -43,10 +43,12 @@ class WatchedStep:
     Attributes:
         clipped_P: the sum of what the calls of the logical batch contributed, before noise.
         released_P: the sum that the weights moved by; with noise, if there was any.
+        units: whose records were trained on, where the service named them.
     """
 
     clipped_P: Floats  # noqa: N815 - shape suffix
     released_P: Floats  # noqa: N815
+    units: tuple[str, ...]
 
     @property
     def noise_P(self) -> Floats:  # noqa: N802 - shape suffix
@@ -95,6 +97,7 @@ class WatchedSession:
         self._watch = watch
         self._divisor = config.expected_batch_size
         self._clipped_P = np.zeros(inner.trainable_parameters)
+        self._units: list[str] = []
 
     @property
     def trainable_parameters(self) -> int:
@@ -137,6 +140,8 @@ class WatchedSession:
 
     def start(self, request: PassRequest) -> Pass:
         """See ``backend.Session``."""
+        if request.train and request.units is not None:
+            self._units += request.units
         if not self._watch.planted:
             return self._inner.start(request)
         rows = [
@@ -161,7 +166,7 @@ class WatchedSession:
     def discard_pending(self) -> None:
         """See ``backend.Session``."""
         self._inner.discard_pending()
-        self._clipped_P = np.zeros(self.trainable_parameters)
+        self._start_anew()
 
     def step(self, request: StepRequest) -> StepResult:
         """See ``backend.Session``."""
@@ -169,9 +174,13 @@ class WatchedSession:
         result = self._inner.step(request)
         moved_P = before_P - self._weights()
         self._watch.steps.append(
-            WatchedStep(clipped_P=self._clipped_P, released_P=moved_P * (self._divisor / request.learning_rate))
+            WatchedStep(
+                clipped_P=self._clipped_P,
+                released_P=moved_P * (self._divisor / request.learning_rate),
+                units=tuple(dict.fromkeys(self._units)),
+            )
         )
-        self._clipped_P = np.zeros(self.trainable_parameters)
+        self._start_anew()
         return result
 
     def generate(
@@ -187,7 +196,7 @@ class WatchedSession:
     def import_state(self, state: EngineState, *, optimizer: bool) -> None:
         """See ``backend.Session``."""
         self._inner.import_state(state, optimizer=optimizer)
-        self._clipped_P = np.zeros(self.trainable_parameters)
+        self._start_anew()
 
     def encode(self, text: str) -> list[int]:
         """See ``backend.Session``."""
@@ -200,6 +209,10 @@ class WatchedSession:
     def close(self) -> None:
         """See ``backend.Session``."""
         self._inner.close()
+
+    def _start_anew(self) -> None:
+        self._clipped_P = np.zeros(self.trainable_parameters)
+        self._units = []
 
     def _weights(self) -> Floats:
         tensors = self._inner.export_state(optimizer=False).tensors

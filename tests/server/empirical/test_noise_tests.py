@@ -105,6 +105,24 @@ def test_noise_that_does_not_follow_the_bound_is_noticed() -> None:
     assert noise_tests.follows_bound(noise(rng), np.zeros(SHAPE)).p_value == 0.0
 
 
+def test_noise_of_one_run_that_comes_again_in_another_is_noticed() -> None:
+    rng = np.random.default_rng(8)
+    first, second = noise(rng), noise(rng)
+    assert noise_tests.between_runs(first, second).p_value > 1e-4
+    second[5] = -3.0 * first[2]
+    assert noise_tests.between_runs(first, second).figure == pytest.approx(1.0)
+    assert noise_tests.between_runs(first, second).p_value < 1e-300
+    assert noise_tests.between_runs(first, np.zeros(SHAPE)).p_value == 0.0
+
+
+def test_p_values_between_runs_are_those_of_the_largest_of_many() -> None:
+    rng = np.random.default_rng(9)
+    values = [
+        noise_tests.between_runs(rng.normal(size=(4, 2000)), rng.normal(size=(4, 2000))).p_value for _ in range(200)
+    ]
+    assert 5 < sum(p < 0.1 for p in values) <= stats.binom.ppf(1 - 1e-6, 200, 0.1)
+
+
 def test_the_statistic_of_anderson_and_darling_is_that_of_its_definition() -> None:
     """The integral of (F_n - F)^2 / (F (1 - F)) dF, computed piece by piece for a small sample."""
     z = np.sort(np.random.default_rng(6).normal(size=12))

@@ -65,19 +65,21 @@ def test_dropped_calls_are_not_in_the_sum(how: str) -> None:
     session = WatchedBackend(BigramBackend(), watch).open(run_id="r", config=config)
     start = session.export_state(optimizer=False)
 
-    def send(records: list[Record]) -> None:
-        contribution = session.forward_backward(PassRequest.of_batch(collate(records))).contribution
+    def send(records: list[Record], whose: str) -> None:
+        request = PassRequest.of_batch(collate(records), units=[whose] * len(records))
+        contribution = session.forward_backward(request).contribution
         assert contribution is not None
         session.accumulate(contribution)
 
-    send(dropped)
+    send(dropped, "dropped")
     if how == "discard":
         session.discard_pending()
     else:
         session.import_state(start, optimizer=False)
-    send(kept)
+    send(kept, "kept")
     session.step(StepRequest(learning_rate=1.0))
     assert np.abs(watch.steps[0].noise_P).max() < 1e-5
+    assert watch.steps[0].units == ("kept",)
 
 
 def test_evaluation_reports_the_records_own_loss(tools: Bench) -> None:
