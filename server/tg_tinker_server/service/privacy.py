@@ -110,7 +110,8 @@ class PrivacyService:
         """
         scope = DatasetScope(tenant=tenant, dataset_id=dataset_id)
         count, size = await self.executors.io(self.ledger.weight, scope)
-        if size + _LINE * count > self.reports.most_bytes:
+        size += _LINE * count
+        if size > self.reports.most_bytes:
             raise InvalidRequestError(
                 f"the ledger of {dataset_id} has {count:,} entries, {size / 2**20:.3g} MiB, over the "
                 f"{self.reports.most_bytes / 2**20:.3g} MiB of one answer; read the log in pages of 1,000 instead "
