@@ -11,6 +11,7 @@
     ├── FutureTimeoutError        future_id, timeout; the operation goes on
     ├── FutureCancelledError      future_id
     ├── LogVerificationError      the server's log does not fit what it showed before; kind
+    ├── FederationRefusedError    a site or the coordinator refuses to take part; reason
     └── ServerError               the server's fault, or it cannot be reached
 
 Messages never contain batch content.
@@ -251,6 +252,29 @@ class LogVerificationError(TGTinkerError):
     ) -> None:
         super().__init__(message, details={**(details or {}), "kind": kind}, request_id=request_id)
         self.kind = kind
+
+
+class FederationRefusedError(TGTinkerError):
+    """A site or the coordinator refuses to take part in a federated job, or in a round of it; nothing was trained.
+
+    Attributes:
+        reason: ``"policy"`` (the site's own rules), ``"expired"``, ``"unknown_site"``, ``"bad_signature"``,
+            ``"bad_update"`` (wrong names, shapes or values), ``"wrong_round"``, ``"too_few_sites"`` or ``"hopeless"``
+            (the privacy asked for leaves nothing to learn).
+    """
+
+    code = "FEDERATION_REFUSED"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        details: Mapping[str, Any] | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message, details={**(details or {}), "reason": reason}, request_id=request_id)
+        self.reason = reason
 
 
 class ServerError(TGTinkerError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.e2e.server_process import batch, free_port
 from tg_tinker import (
@@ -16,6 +18,7 @@ from tg_tinker import (
     DPBudgetExceededError,
     DPConfig,
     DPUnsupportedError,
+    FederationRefusedError,
     FutureCancelledError,
     FutureTimeoutError,
     InvalidRequestError,
@@ -27,6 +30,7 @@ from tg_tinker import (
     TGTinkerError,
     TrainingConfig,
 )
+from tg_tinker.federated.messages import Envelope
 from tg_tinker.transparency.note import Checkpoint, VerifierKey
 from tg_tinker.transparency.pins import Pin, Pins
 from tg_tinker.wire.status import TABLE
@@ -122,6 +126,12 @@ def put_back(server: EmbeddedServer) -> None:
     ServiceClient(api_key=server.mint_key("put-back"), base_url=server.address).check_log()
 
 
+def altered_on_the_way(server: EmbeddedServer) -> None:
+    key = Ed25519PrivateKey.generate()
+    sent = Envelope(kind="train", direction="request", job="0" * 64, site="north", round=1).signed(key)
+    replace(sent, round=2).verify(key.public_key())
+
+
 CAUSES: dict[type[TGTinkerError], Callable[[EmbeddedServer], None]] = {
     AuthenticationError: wrong_key,
     AuthorizationError: key_without_the_role,
@@ -132,6 +142,7 @@ CAUSES: dict[type[TGTinkerError], Callable[[EmbeddedServer], None]] = {
     DPBudgetExceededError: spent_budget,
     FutureTimeoutError: impatience,
     FutureCancelledError: cancelled,
+    FederationRefusedError: altered_on_the_way,
     LogVerificationError: put_back,
     ServerError: nobody_there,
 }

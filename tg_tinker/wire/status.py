@@ -21,6 +21,7 @@ from tg_tinker.errors import (
     AuthorizationError,
     DPBudgetExceededError,
     DPUnsupportedError,
+    FederationRefusedError,
     FutureCancelledError,
     FutureTimeoutError,
     InvalidRequestError,
@@ -61,6 +62,7 @@ TABLE: dict[type[TGTinkerError], tuple[grpc.StatusCode, tuple[str, ...]]] = {
     FutureTimeoutError: (grpc.StatusCode.DEADLINE_EXCEEDED, ("future_id", "timeout")),
     FutureCancelledError: (grpc.StatusCode.CANCELLED, ("future_id",)),
     LogVerificationError: (grpc.StatusCode.DATA_LOSS, ("kind",)),
+    FederationRefusedError: (grpc.StatusCode.FAILED_PRECONDITION, ("reason",)),
     ServerError: (grpc.StatusCode.INTERNAL, ()),
     TGTinkerError: (grpc.StatusCode.UNKNOWN, ()),
 }
