@@ -1,6 +1,6 @@
 """What the empirical audit catches: every planted fault, and honest runs beside them.
 
-    python -m benchmarks.audit            about fifteen minutes on two cores; --quick takes three
+    python -m benchmarks.audit            about twenty minutes on two cores; --quick takes four
 
 Faults are planted in the service's code (tests/audit/faults.py); the audit is the one of `tg-tinker audit run`.
 """
@@ -22,7 +22,7 @@ from tg_tinker_server.empirical.findings import AuditResult, Finding, Instrument
 from tg_tinker_server.empirical.settings import MODELS, AuditSettings, Mode
 
 RESULTS = Path(__file__).parent / "results"
-INSTRUMENTS: tuple[Instrument, ...] = ("neighbours", "noise", "distinguisher")
+INSTRUMENTS: tuple[Instrument, ...] = ("neighbours", "noise", "draws", "charges", "distinguisher")
 POWERS = (20, 200, 1000, 5000)
 
 
@@ -102,7 +102,8 @@ def page(document: dict[str, Any]) -> str:
         f"`python -m benchmarks.audit` on {machine['cpu']}, {machine['cores']} cores, {machine['date'][:10]}.",
         "A cell is the instrument's strongest alarm; – is none.",
         "",
-        "| engine | planted fault | neighbours: distance / C | noise: figure, p | distinguisher: bound, claim |",
+        "| engine | planted fault | neighbours, draws, charges: figure | noise: figure, p "
+        "| distinguisher: bound, claim |",
         "|---|---|---|---|---|",
     ]
     lines += [_fault_line(row) for row in document["faults"]]
@@ -120,11 +121,16 @@ def page(document: dict[str, Any]) -> str:
 
 
 def _fault_line(row: dict[str, Any]) -> str:
-    near, noise, guesses = (row[i] for i in INSTRUMENTS)
+    near, noise, drawn, charged, guesses = (row[i] for i in INSTRUMENTS)
+    known = [
+        *([f"**{float(near['figure']):.3g}** C: {_bare(near['name'])}"] if near else []),
+        *([f"**{float(drawn['figure']):.3g}** {drawn['name'].split(',')[0]}, {_chance(drawn)}"] if drawn else []),
+        *([f"**{float(charged['figure']):.3g}** {charged['name']}"] if charged else []),
+    ]
     cells = [
         row["model"],
         row["fault"],
-        f"**{float(near['figure']):.3g}** {_bare(near['name'])}" if near else "–",
+        "; ".join(known) or "–",
         f"**{float(noise['figure']):.3g}** {_bare(noise['name'])}, {_chance(noise)}" if noise else "–",
         f"**{row['lower_bound']:.2f}** over {row['claimed']:.2f}, {_chance(guesses)}"
         if guesses
