@@ -10,17 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tg_tinker_server.artifacts.tensors import (
+from tg_tinker.tensor_file import (
     LENGTH_BYTES,
-    STATE,
     Bytes,
     Entry,
     FormatError,
     header_bytes,
     header_length,
     parse_header,
-    state_to_json,
 )
+from tg_tinker_server.artifacts.tensors import STATE, state_to_json
 
 WEIGHTS = "weights/"
 SAVED_MODULES = ".modules_to_save"
