@@ -25,7 +25,8 @@ COORDINATOR = "coordinator"
 Arrays = Mapping[str, npt.NDArray[Any]]
 Direction = Literal["request", "reply"]
 _DOMAIN = b"tg-tinker/federated-message/v1\x00"
-_DTYPES = ("<f4", "<f8", "<u4", "<u8", "<i8", "|u1")
+DTYPES = ("<f4", "<f8", "<u4", "<u8", "<i8", "|u1")
+"""Types of arrays that are sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -99,8 +100,8 @@ class Envelope:
 
 def array_digest(value: npt.NDArray[Any]) -> str:
     """SHA-256 over dtype, shape and little-endian bytes, hex."""
-    little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
-    if little.dtype.str not in _DTYPES:
+    little = np.asarray(value, dtype=value.dtype.newbyteorder("<"), order="C")
+    if little.dtype.str not in DTYPES:
         raise FederationRefusedError(f"arrays of type {value.dtype} are not sent", reason="bad_update")
     head = rfc8785.dumps({"dtype": little.dtype.str, "shape": list(little.shape)})
     return hashlib.sha256(head + b"\x00" + little.tobytes()).hexdigest()
