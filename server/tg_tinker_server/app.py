@@ -14,6 +14,7 @@ from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.crypto import api_keys
 from tg_tinker_server.crypto.signing import TenantSigner
 from tg_tinker_server.engine.backend import Backend
+from tg_tinker_server.engine.vector import WithVectors
 from tg_tinker_server.foundation import DEFAULT_ROLES, Foundation
 from tg_tinker_server.ledger.audit import AuditLog
 from tg_tinker_server.ledger.log import TransparencyLog
@@ -86,7 +87,7 @@ class Server:
         checkpoints = CheckpointService(db, vault, ledger, durability, executors, texts)
         self._registry = RunRegistry(
             db,
-            backend,
+            WithVectors(backend),
             ledger,
             keyring,
             texts,

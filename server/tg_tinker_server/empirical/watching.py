@@ -157,6 +157,11 @@ class WatchedSession:
             work.advance()
         return work.result()
 
+    def contribute(self, vectors_UP: npt.NDArray[np.float32], units: tuple[str, ...]) -> PassResult:
+        """See ``backend.Session``."""
+        self._units += units
+        return self._inner.contribute(vectors_UP, units)
+
     def accumulate(self, contribution: Contribution) -> None:
         """See ``backend.Session``."""
         self._inner.accumulate(contribution)

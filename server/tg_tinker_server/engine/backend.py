@@ -1,8 +1,8 @@
 """The seam between the service and a model: what a backend offers, and the values that cross it.
 
-Two implementations live here: ``bigram.BigramBackend`` (NumPy) and ``torch_backend.TorchBackend``. One
-behavioural suite runs against both. Every call of every session comes from one compute thread; a session
-must leave all others bit for bit as they were, whatever happens to it.
+Three implementations live here: ``bigram.BigramBackend`` (NumPy), ``torch_backend.TorchBackend`` and, beside either,
+``vector.WithVectors`` for runs on one vector. One behavioural suite runs against all. Every call of every session
+comes from one compute thread; a session must leave all others bit for bit as they were, whatever happens to it.
 
 Shape suffixes: B records, T tokens.
 """
@@ -261,6 +261,19 @@ class Session(Protocol):
 
         Raises:
             InvalidRequestError: as ``check``; without privacy also when loss or gradient is not finite.
+        """
+        ...
+
+    def contribute(self, vectors_UP: npt.NDArray[np.float32], units: tuple[str, ...]) -> PassResult:
+        """Make a contribution of rows computed elsewhere [U, P]. Changes neither weights nor what is pending.
+
+        Row i is a gradient of unit ``units[i]``; rows of one unit are summed first. Under privacy each unit is then
+        clipped to ``max_grad_norm``, and one whose sum is not finite contributes zero. The array is handed over: it
+        must not change afterwards. There are no tokens, so losses and counts of tokens are zero.
+
+        Raises:
+            InvalidRequestError: this session computes its own gradients; or the rows do not fit the run; without
+                privacy also when a row is not finite.
         """
         ...
 

@@ -77,7 +77,7 @@ def _sgd(
 def _adafactor(
     config: OptimizerConfig, param: Floats, grad: Floats, state: State, lr: float
 ) -> tuple[Floats, dict[str, Floats]]:
-    """Shazeer and Stern 2018, for matrices, with torch's constants."""
+    """Shazeer and Stern 2018, with torch's constants: second moments factored for a matrix, whole for a vector."""
     eps1, eps2, clip = float(np.finfo(np.float32).eps), 1e-3, 1.0
     step, count = _count(state)
     keep = 1.0 - step**-0.8
@@ -86,14 +86,15 @@ def _adafactor(
     param = param * np.float32(1 - lr * config.weight_decay)
     square = np.square(grad, dtype=np.float64)
     zero = np.zeros(1)
-    row = keep * state.get("row_var", zero) + (1 - keep) * square.mean(axis=-1, keepdims=True)
-    column = keep * state.get("col_var", zero) + (1 - keep) * square.mean(axis=-2, keepdims=True)
-    variance = row @ column / max(float(row.mean()), eps1)
+    if grad.ndim == 1:
+        variance = keep * state.get("variance", zero) + (1 - keep) * square
+        moments = {"variance": variance.astype(np.float32)}
+    else:
+        row = keep * state.get("row_var", zero) + (1 - keep) * square.mean(axis=-1, keepdims=True)
+        column = keep * state.get("col_var", zero) + (1 - keep) * square.mean(axis=-2, keepdims=True)
+        variance = row @ column / max(float(row.mean()), eps1)
+        moments = {"row_var": row.astype(np.float32), "col_var": column.astype(np.float32)}
     direction = grad / np.sqrt(np.maximum(variance, eps1 * eps1))
     direction = direction / max(1.0, float(np.sqrt(np.mean(np.square(direction)))) / clip)
     moved = param - np.float32(alpha) * direction
-    return moved.astype(np.float32), {
-        "step": count,
-        "row_var": row.astype(np.float32),
-        "col_var": column.astype(np.float32),
-    }
+    return moved.astype(np.float32), {"step": count, **moments}

@@ -88,6 +88,15 @@ class SessionCore(ABC):
             work.advance()
         return work.result()
 
+    def contribute(self, vectors_UP: npt.NDArray[np.float32], units: tuple[str, ...]) -> PassResult:  # noqa: ARG002
+        """See ``backend.Session``. A run on a language model computes its gradients itself."""
+        raise InvalidRequestError(
+            f"this run trains {self._config.model_ref}, which computes gradients from records; send records, or make "
+            'a run with model_ref="vector:<size>" for vectors',
+            field="model_ref",
+            constraint="vector:<size>",
+        )
+
     def accumulate(self, contribution: Contribution) -> None:
         """See ``backend.Session``."""
         self.ensure_open()

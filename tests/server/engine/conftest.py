@@ -25,8 +25,10 @@ from tg_tinker_server.dp.rng import SecureNormal
 from tg_tinker_server.engine.backend import EngineState, PassRequest, StepRequest
 from tg_tinker_server.engine.bigram import BigramBackend
 from tg_tinker_server.engine.performance import PerformanceConfig
+from tg_tinker_server.engine.requests import units_of
 from tg_tinker_server.engine.tokenizers import ByteTokenizer
 from tg_tinker_server.engine.torch_backend import TorchBackend
+from tg_tinker_server.engine.vector import VectorSession, WithVectors
 
 VOCAB = ByteTokenizer.vocab_size
 SIZES = {"vocab_size": VOCAB, "initializer_range": 0.2}
@@ -107,13 +109,16 @@ class Bench:
     def config(self, *, dp=None, lora=None, optimizer=None, **overrides):
         settings = {
             "model_ref": self.model_ref,
-            "lora_config": LoRAConfig(**({"rank": 4, "target_modules": ["q_proj", "v_proj"]} | (lora or {}))),
+            "lora_config": self.lora(lora or {}),
             "optimizer": OptimizerConfig(**(optimizer or {})),
             "dp_config": None if dp is None else DPConfig(**({"target_epsilon": None} | dp)),
             "max_sequence_length": 64,
             **overrides,
         }
         return TrainingConfig(**settings)
+
+    def lora(self, settings):
+        return LoRAConfig(**({"rank": 4, "target_modules": ["q_proj", "v_proj"]} | settings))
 
     def open(self, *, randomise=True, **settings):
         """A session whose trained parameters are all random: a zero half of an adapter hides mistakes."""
@@ -131,6 +136,13 @@ class Bench:
             session.close()
 
 
+class VectorBench(Bench):
+    """Runs on a vector, which have no adapter."""
+
+    def lora(self, settings):
+        assert not settings, "a vector has no adapter"
+
+
 def make_batch(records=4, tokens=9, *, seed=0, padded=False, masked_prompt=False, left=False):
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 256, (records, tokens))
@@ -145,7 +157,26 @@ def make_batch(records=4, tokens=9, *, seed=0, padded=False, masked_prompt=False
 
 
 def run_pass(session, batch, **options):
-    return session.forward_backward(PassRequest.of_batch(batch, **options))
+    request = PassRequest.of_batch(batch, **options)
+    if isinstance(session, VectorSession):
+        return session.contribute(vectors_of(session, request), names_of(request))
+    return session.forward_backward(request)
+
+
+def vectors_of(session, request):
+    """A row for each record, a function of its tokens alone, so that the suite's batches go to a vector too."""
+    rows = [
+        np.random.default_rng(ids[mask == 1].tolist()).normal(0, 0.1, session.trainable_parameters)
+        for ids, mask in zip(request.input_ids_BT, request.attention_mask_BT, strict=True)
+    ]
+    return np.array(rows, dtype=np.float32).reshape(-1, session.trainable_parameters)
+
+
+def names_of(request):
+    if request.units is not None:
+        return request.units
+    names, unit_of_B = units_of(request)
+    return tuple(names[i] for i in unit_of_B)
 
 
 def accumulate(session, batch, **options):
@@ -216,8 +247,8 @@ def torch_models():
     return TorchBackend(LOADERS, PerformanceConfig(micro_batch_tokens=40))
 
 
-def bench_of(backend, model_ref):
-    bench = Bench(backend, model_ref)
+def bench_of(backend, model_ref, kind=Bench):
+    bench = kind(backend, model_ref)
     yield bench
     bench.close()
 
@@ -227,6 +258,21 @@ def bench(request):
     """Both backends, one after the other."""
     backend = BigramBackend() if request.param == "bigram" else request.getfixturevalue("torch_models")
     yield from bench_of(backend, "bigram" if request.param == "bigram" else "tiny")
+
+
+@pytest.fixture(params=["bigram", "torch", "vector"])
+def any_bench(request):
+    """Every backend, for promises that need no tokens."""
+    if request.param == "vector":
+        yield from bench_of(WithVectors(BigramBackend()), "vector:1200", VectorBench)
+    else:
+        yield from bench_of(
+            *(
+                (BigramBackend(), "bigram")
+                if request.param == "bigram"
+                else (request.getfixturevalue("torch_models"), "tiny")
+            )
+        )
 
 
 @pytest.fixture

@@ -63,19 +63,19 @@ def test_under_privacy_nobody_else_can_compute_the_dropout_masks(bench, tools):
     assert first.loss != second.loss
 
 
-def test_the_digest_names_the_gradient(bench, tools):
-    sessions = [bench.open(), bench.open()]
+def test_the_digest_names_the_gradient(any_bench, tools):
+    sessions = [any_bench.open(), any_bench.open()]
     same = [tools.run_pass(s, tools.batch()).contribution.digest() for s in sessions]
     assert same[0] == same[1]
     assert tools.run_pass(sessions[0], tools.batch(seed=9)).contribution.digest() != same[0]
 
 
 @pytest.mark.parametrize("dp", [None, DP, DP | {"merge_units": True}])
-def test_two_half_batches_and_a_step_equal_one_whole_batch_and_a_step(bench, tools, dp):
+def test_two_half_batches_and_a_step_equal_one_whole_batch_and_a_step(any_bench, tools, dp):
     batch = tools.batch(6, padded=True)
     moved = []
     for parts in ([range(6)], [range(2), range(2, 6)]):
-        session = bench.open(dp=dp, optimizer={"name": "sgd"})
+        session = any_bench.open(dp=dp, optimizer={"name": "sgd"})
         for part in parts:
             tools.accumulate(session, tools.rows(batch, part))
         assert session.pending_calls == len(parts)
@@ -86,8 +86,8 @@ def test_two_half_batches_and_a_step_equal_one_whole_batch_and_a_step(bench, too
     np.testing.assert_allclose(moved[0], moved[1], rtol=1e-5, atol=1e-6 * np.abs(moved[0]).max())
 
 
-def test_without_privacy_the_step_is_by_the_mean_over_records_of_all_calls(bench, tools):
-    session = bench.open(optimizer={"name": "sgd", "momentum": 0.0}, batch_size=100)
+def test_without_privacy_the_step_is_by_the_mean_over_records_of_all_calls(any_bench, tools):
+    session = any_bench.open(optimizer={"name": "sgd", "momentum": 0.0}, batch_size=100)
     batch = tools.batch(3)
     single = [tools.run_pass(session, tools.rows(batch, [i])).contribution.sum_P for i in range(3)]
     before = tools.flat_weights(session)
@@ -100,8 +100,8 @@ def test_without_privacy_the_step_is_by_the_mean_over_records_of_all_calls(bench
 
 
 @pytest.mark.parametrize("calls", [1, 2, 4])
-def test_with_privacy_the_divisor_is_public_whatever_was_drawn_in_however_many_calls(bench, tools, calls):
-    session = bench.open(
+def test_with_privacy_the_divisor_is_public_whatever_was_drawn_in_however_many_calls(any_bench, tools, calls):
+    session = any_bench.open(
         dp={"max_grad_norm": 1e6}, optimizer={"name": "sgd", "momentum": 0.0}, batch_size=5, randomise=True
     )
     batch = tools.batch(4)
@@ -113,17 +113,17 @@ def test_with_privacy_the_divisor_is_public_whatever_was_drawn_in_however_many_c
     np.testing.assert_allclose(tools.flat_weights(session) - before, -total / 5, rtol=1e-3, atol=1e-6)
 
 
-def test_five_records_and_three_are_divided_by_the_same_number(bench, tools):
+def test_five_records_and_three_are_divided_by_the_same_number(any_bench, tools):
     norms = []
     for records in (5, 3):
-        session = bench.open(dp={"max_grad_norm": 1e-6}, batch_size=4)
+        session = any_bench.open(dp={"max_grad_norm": 1e-6}, batch_size=4)
         result = tools.accumulate(session, tools.batch(records))
         norms.append(tools.step(session).grad_norm / np.linalg.norm(result.contribution.sum_P))
     assert norms == pytest.approx([0.25, 0.25])
 
 
-def test_an_empty_poisson_batch_still_takes_a_noised_step(bench, tools):
-    session = bench.open(dp=DP | {"sampling": "poisson", "dataset_size": 100})
+def test_an_empty_poisson_batch_still_takes_a_noised_step(any_bench, tools):
+    session = any_bench.open(dp=DP | {"sampling": "poisson", "dataset_size": 100})
     result = tools.accumulate(session, BatchData(input_ids=[]))
     assert (result.loss, result.num_records, result.contribution.units) == (0.0, 0, ())
     before = tools.flat_weights(session)
@@ -148,8 +148,8 @@ def test_a_step_without_a_pass_is_refused(bench, tools):
         tools.step(session)
 
 
-def test_discarding_forgets_the_pending_calls(bench, tools):
-    session = bench.open(dp=DP)
+def test_discarding_forgets_the_pending_calls(any_bench, tools):
+    session = any_bench.open(dp=DP)
     batch = tools.batch(2)
     tools.accumulate(session, batch, units=["a", "b"])
     session.discard_pending()
@@ -158,8 +158,8 @@ def test_discarding_forgets_the_pending_calls(bench, tools):
     assert session.pending_units == ("a", "b")
 
 
-def test_the_same_unit_in_two_calls_of_one_logical_batch_is_refused(bench, tools):
-    session = bench.open(dp=DP)
+def test_the_same_unit_in_two_calls_of_one_logical_batch_is_refused(any_bench, tools):
+    session = any_bench.open(dp=DP)
     batch = tools.batch(2)
     tools.accumulate(session, batch, units=["a", "b"])
     again = tools.run_pass(session, batch, units=["c", "b"])
@@ -172,8 +172,8 @@ def test_the_same_unit_in_two_calls_of_one_logical_batch_is_refused(bench, tools
     session.accumulate(tools.run_pass(session, batch, units=["c", "b"]).contribution)
 
 
-def test_records_without_unit_ids_are_units_of_their_own(bench, tools):
-    session = bench.open(dp=DP)
+def test_records_without_unit_ids_are_units_of_their_own(any_bench, tools):
+    session = any_bench.open(dp=DP)
     for seed in range(2):
         tools.accumulate(session, tools.batch(3, seed=seed))
     assert len(session.pending_units) == 6
@@ -197,16 +197,16 @@ def test_equal_records_are_two_units_in_one_call_and_the_same_unit_in_two(bench,
         tools.accumulate(session, BatchData(input_ids=[[4, 4, 4]]), units=("alice",))
 
 
-def test_several_records_of_one_unit_are_summed_and_clipped_once(bench, tools):
-    session = bench.open(dp=DP)
+def test_several_records_of_one_unit_are_summed_and_clipped_once(any_bench, tools):
+    session = any_bench.open(dp=DP)
     result = tools.run_pass(session, tools.batch(4), units=["u"] * 4)
     assert result.contribution.units == ("u",)
     assert np.linalg.norm(result.contribution.sum_P) <= 0.05
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_removing_any_one_unit_moves_the_sum_by_at_most_the_bound(bench, tools, merge):
-    session = bench.open(dp=DP | {"merge_units": merge})
+def test_removing_any_one_unit_moves_the_sum_by_at_most_the_bound(any_bench, tools, merge):
+    session = any_bench.open(dp=DP | {"merge_units": merge})
     batch, units = tools.batch(7, padded=True), ["a", "b", "a", "c", "d", "d", "d"]
 
     def clipped_sum(kept):
@@ -224,11 +224,11 @@ def test_removing_any_one_unit_moves_the_sum_by_at_most_the_bound(bench, tools, 
         assert 0 < np.linalg.norm(everything - without) <= 0.05 * (1 + 1e-5)
 
 
-def test_merged_units_over_two_calls_equal_the_same_units_in_one(bench, tools):
+def test_merged_units_over_two_calls_equal_the_same_units_in_one(any_bench, tools):
     batch = tools.batch(4)
     norms = []
     for parts in ([[0, 1, 2, 3]], [[0, 1], [2, 3]]):
-        session = bench.open(dp=DP | {"merge_units": True})
+        session = any_bench.open(dp=DP | {"merge_units": True})
         for part in parts:
             tools.accumulate(session, tools.rows(batch, part), units=[["a", "b", "a", "b"][i] for i in part])
         assert session.pending_units == ("a", "b")
@@ -238,8 +238,8 @@ def test_merged_units_over_two_calls_equal_the_same_units_in_one(bench, tools):
     assert norms[0].norm_before_clip == pytest.approx(norms[1].norm_before_clip, rel=1e-5)
 
 
-def test_norms_and_clip_counts_follow_the_bound(bench, tools):
-    huge, tiny = (bench.open(dp={"max_grad_norm": bound}) for bound in (1e6, 1e-6))
+def test_norms_and_clip_counts_follow_the_bound(any_bench, tools):
+    huge, tiny = (any_bench.open(dp={"max_grad_norm": bound}) for bound in (1e6, 1e-6))
     for session in (huge, tiny):
         tools.accumulate(session, tools.batch(4))
     loose, tight = tools.step(huge), tools.step(tiny)
@@ -248,8 +248,8 @@ def test_norms_and_clip_counts_follow_the_bound(bench, tools):
     assert 0.99e-6 < tight.norm_after_clip <= 1e-6
 
 
-def test_noise_of_another_bound_than_the_runs_is_refused_and_nothing_changes(bench, tools):
-    session = bench.open(dp=DP)
+def test_noise_of_another_bound_than_the_runs_is_refused_and_nothing_changes(any_bench, tools):
+    session = any_bench.open(dp=DP)
     tools.accumulate(session, tools.batch(2))
     before = tools.weights_of(session)
     with pytest.raises(ServerError, match="paid for"):
@@ -258,15 +258,15 @@ def test_noise_of_another_bound_than_the_runs_is_refused_and_nothing_changes(ben
     assert session.pending_calls == 1
 
 
-def test_noise_in_a_run_without_privacy_is_refused(bench, tools):
-    session = bench.open()
+def test_noise_in_a_run_without_privacy_is_refused(any_bench, tools):
+    session = any_bench.open()
     tools.accumulate(session, tools.batch(2))
     with pytest.raises(ServerError, match="without differential privacy"):
         tools.step(session, mechanism=tools.mechanism())
 
 
-def test_a_mechanism_is_used_by_one_step(bench, tools):
-    session, paid = bench.open(dp=DP), tools.mechanism(1.0, 0.05)
+def test_a_mechanism_is_used_by_one_step(any_bench, tools):
+    session, paid = any_bench.open(dp=DP), tools.mechanism(1.0, 0.05)
     tools.accumulate(session, tools.batch(2))
     tools.step(session, mechanism=paid)
     tools.accumulate(session, tools.batch(2))
@@ -276,18 +276,18 @@ def test_a_mechanism_is_used_by_one_step(bench, tools):
     assert tools.weights_of(session) == before
 
 
-def test_two_private_runs_of_the_same_seed_get_different_noise(bench, tools):
+def test_two_private_runs_of_the_same_seed_get_different_noise(any_bench, tools):
     weights = []
     for _ in range(2):
-        session = bench.open(dp=DP, seed=1, optimizer={"name": "sgd"})
+        session = any_bench.open(dp=DP, seed=1, optimizer={"name": "sgd"})
         tools.accumulate(session, tools.batch(2))
         tools.step(session, mechanism=tools.mechanism(1.0, 0.05))
         weights.append(tools.flat_weights(session))
     assert (weights[0] != weights[1]).mean() > 0.99
 
 
-def test_the_global_clip_acts_on_the_noised_mean(bench, tools):
-    session = bench.open(dp=DP, optimizer={"name": "sgd", "momentum": 0.0})
+def test_the_global_clip_acts_on_the_noised_mean(any_bench, tools):
+    session = any_bench.open(dp=DP, optimizer={"name": "sgd", "momentum": 0.0})
     tools.accumulate(session, tools.batch(2))
     before = tools.flat_weights(session)
     outcome = tools.step(session, 1.0, mechanism=tools.mechanism(1.0, 0.05), global_clip=1e-3)
@@ -295,10 +295,10 @@ def test_the_global_clip_acts_on_the_noised_mean(bench, tools):
     assert np.linalg.norm(tools.flat_weights(session) - before) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_the_update_hash_names_the_released_update(bench, tools):
+def test_the_update_hash_names_the_released_update(any_bench, tools):
     hashes = []
     for seed in (0, 0, 1):
-        session = bench.open()
+        session = any_bench.open()
         tools.accumulate(session, tools.batch(seed=seed))
         hashes.append(tools.step(session).update_hash)
     assert hashes[0].startswith("sha256:")
@@ -319,13 +319,13 @@ def test_each_optimizer_trains_a_toy_loss_down(bench, tools, name, rate, steps):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor"])
-def test_a_restored_state_takes_the_next_step_bit_for_bit(bench, tools, name):
-    session = bench.open(optimizer={"name": name})
+def test_a_restored_state_takes_the_next_step_bit_for_bit(any_bench, tools, name):
+    session = any_bench.open(optimizer={"name": name})
     for seed in range(2):
         tools.accumulate(session, tools.batch(seed=seed))
         tools.step(session)
     saved = session.export_state(optimizer=True)
-    other = bench.open(optimizer={"name": name})
+    other = any_bench.open(optimizer={"name": name})
     tools.accumulate(other, tools.batch(seed=5))
     other.import_state(saved, optimizer=True)
     assert other.pending_calls == 0
@@ -335,8 +335,8 @@ def test_a_restored_state_takes_the_next_step_bit_for_bit(bench, tools, name):
     assert tools.weights_of(session) == tools.weights_of(other)
 
 
-def test_an_exported_state_is_a_copy(bench, tools):
-    session = bench.open()
+def test_an_exported_state_is_a_copy(any_bench, tools):
+    session = any_bench.open()
     saved = session.export_state(optimizer=True)
     before = {k: v.copy() for k, v in saved.tensors.items()}
     tools.accumulate(session, tools.batch())
@@ -348,8 +348,8 @@ def test_an_exported_state_is_a_copy(bench, tools):
     assert all(np.array_equal(saved.tensors[k], before[k]) for k in before)
 
 
-def test_a_state_without_optimizer_restores_weights_and_starts_the_optimizer_anew(bench, tools):
-    session = bench.open()
+def test_a_state_without_optimizer_restores_weights_and_starts_the_optimizer_anew(any_bench, tools):
+    session = any_bench.open()
     tools.accumulate(session, tools.batch())
     tools.step(session)
     saved = session.export_state(optimizer=False)
@@ -372,8 +372,8 @@ def spoil(kind, tensors):
 
 
 @pytest.mark.parametrize("kind", ["missing", "extra", "shape", "nan"])
-def test_a_state_that_does_not_fit_changes_nothing(bench, tools, kind):
-    session = bench.open()
+def test_a_state_that_does_not_fit_changes_nothing(any_bench, tools, kind):
+    session = any_bench.open()
     tools.accumulate(session, tools.batch())
     saved = session.export_state(optimizer=False)
     before = tools.weights_of(session)
@@ -385,15 +385,15 @@ def test_a_state_that_does_not_fit_changes_nothing(bench, tools, kind):
     assert session.pending_calls == 1
 
 
-def test_another_optimizers_state_is_refused(bench):
-    saved = bench.open(optimizer={"name": "sgd"}).export_state(optimizer=True)
+def test_another_optimizers_state_is_refused(any_bench):
+    saved = any_bench.open(optimizer={"name": "sgd"}).export_state(optimizer=True)
     with pytest.raises(InvalidRequestError, match="its optimizer was sgd"):
-        bench.open(optimizer={"name": "adam"}).import_state(saved, optimizer=True)
+        any_bench.open(optimizer={"name": "adam"}).import_state(saved, optimizer=True)
 
 
 @pytest.mark.parametrize("dp", [None, DP])
-def test_a_step_that_would_diverge_changes_nothing_and_keeps_the_batch(bench, tools, dp):
-    session = bench.open(dp=dp, optimizer={"name": "sgd", "weight_decay": 1e10})
+def test_a_step_that_would_diverge_changes_nothing_and_keeps_the_batch(any_bench, tools, dp):
+    session = any_bench.open(dp=dp, optimizer={"name": "sgd", "weight_decay": 1e10})
     tools.accumulate(session, tools.batch())
     tools.step(session, 0.0)  # gives the optimizer a state to keep
     tools.accumulate(session, tools.batch())
@@ -407,8 +407,8 @@ def test_a_step_that_would_diverge_changes_nothing_and_keeps_the_batch(bench, to
 
 
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf"), 1e39])
-def test_an_impossible_learning_rate_is_refused_before_noise_is_drawn(bench, tools, rate):
-    session, paid = bench.open(dp=DP), tools.mechanism(1.0, 0.05)
+def test_an_impossible_learning_rate_is_refused_before_noise_is_drawn(any_bench, tools, rate):
+    session, paid = any_bench.open(dp=DP), tools.mechanism(1.0, 0.05)
     tools.accumulate(session, tools.batch())
     with pytest.raises(InvalidRequestError) as e:
         tools.step(session, rate, mechanism=paid)
@@ -449,9 +449,9 @@ def test_a_bad_batch_is_refused_by_field_and_constraint_and_the_session_goes_on(
     tools.step(session)
 
 
-def test_too_few_unit_ids_are_refused(bench, tools):
+def test_too_few_unit_ids_are_refused(any_bench, tools):
     with pytest.raises(InvalidRequestError) as e:
-        tools.run_pass(bench.open(dp=DP), tools.batch(3), units=["a"])
+        tools.run_pass(any_bench.open(dp=DP), tools.batch(3), units=["a"])
     assert e.value.field == "privacy_unit_ids"
 
 
@@ -472,10 +472,10 @@ def test_a_record_of_one_token_has_no_target(bench, tools):
     assert (result.loss, result.num_targets, result.num_tokens) == (0.0, 0, 2)
 
 
-def test_a_dynamic_loss_scale_is_refused_under_privacy_only(bench):
-    bench.open(loss_scale="dynamic")
+def test_a_dynamic_loss_scale_is_refused_under_privacy_only(any_bench):
+    any_bench.open(loss_scale="dynamic")
     with pytest.raises(DPUnsupportedError, match="skips steps") as e:
-        bench.open(loss_scale="dynamic", dp=DP)
+        any_bench.open(loss_scale="dynamic", dp=DP)
     assert e.value.feature == "loss_scale"
     assert e.value.alternative
 
@@ -492,14 +492,14 @@ def test_an_unknown_target_module_is_refused_naming_those_that_exist(bench):
     assert e.value.field == "lora_config.target_modules"
 
 
-def test_a_contribution_of_another_session_is_refused(bench, tools):
-    first, second = bench.open(), bench.open()
+def test_a_contribution_of_another_session_is_refused(any_bench, tools):
+    first, second = any_bench.open(), any_bench.open()
     with pytest.raises(ServerError, match="did not compute it"):
         second.accumulate(tools.run_pass(first, tools.batch()).contribution)
 
 
-def test_a_closed_session_answers_with_an_error(bench, tools):
-    session = bench.open()
+def test_a_closed_session_answers_with_an_error(any_bench, tools):
+    session = any_bench.open()
     session.close()
     session.close()
     with pytest.raises(ServerError, match="closed"):
@@ -521,8 +521,8 @@ def test_the_session_states_its_limits(bench):
     assert session.decode(session.encode("grüße")) == "grüße"
 
 
-def test_a_step_that_failed_leaves_no_noise_in_the_batch(bench, tools, monkeypatch):
-    session = bench.open(dp=DP)
+def test_a_step_that_failed_leaves_no_noise_in_the_batch(any_bench, tools, monkeypatch):
+    session = any_bench.open(dp=DP)
     tools.accumulate(session, tools.batch(3))
     before = session._pending.release(StepRequest(learning_rate=0.1)).grad_P
 

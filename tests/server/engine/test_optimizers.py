@@ -20,16 +20,17 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (12,)])
 @pytest.mark.parametrize("case", CASES)
-def test_both_libraries_take_the_same_steps(case):
+def test_both_libraries_take_the_same_steps(case, shape):
     config = OptimizerConfig(**CASES[case])
     rng = np.random.default_rng(0)
-    ours = rng.normal(size=(4, 3)).astype(np.float32)
+    ours = rng.normal(size=shape).astype(np.float32)
     theirs = nn.Parameter(torch.from_numpy(ours.copy()))
     optimizer = optimizers.make_optimizer(config, [theirs])
     state = {}
     for step in range(6):
-        grad = rng.normal(size=(4, 3)).astype(np.float32)
+        grad = rng.normal(size=shape).astype(np.float32)
         rate = 0.1 / (step + 1)
         ours, state = numpy_optimizers.update(config, ours, grad, state, learning_rate=rate)
         theirs.grad = torch.from_numpy(grad)
