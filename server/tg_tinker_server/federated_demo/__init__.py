@@ -1,1 +1,1 @@
-"""`tg-tinker federated demo`: three sites with texts of their own train one model, beside each alone and all together."""
+"""`tg-tinker federated demo`: three sites train one model, beside each of them alone and all their texts in one place."""

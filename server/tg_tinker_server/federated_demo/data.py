@@ -1,7 +1,7 @@
 """Three sites' texts: ICD-10-CM's diagnoses by chapters, as three kinds of hospital would see them.
 
-They are the official wordings of a classification (package ``simple-icd-10-cm``); no patient is in them. A wording that
-several chapters share belongs to the first, so that the sites' records are disjoint.
+They are the official wordings of a classification (package ``simple-icd-10-cm``); no patient is in them. A wording
+that several chapters share belongs to the first, so that the sites' records are disjoint.
 """
 
 from __future__ import annotations
