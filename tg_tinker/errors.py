@@ -259,8 +259,9 @@ class FederationRefusedError(TGTinkerError):
 
     Attributes:
         reason: ``"policy"`` (the site's own rules), ``"expired"``, ``"unknown_site"``, ``"bad_signature"``,
-            ``"bad_update"`` (wrong names, shapes or values), ``"wrong_round"``, ``"too_few_sites"`` or ``"hopeless"``
-            (the privacy asked for leaves nothing to learn).
+            ``"bad_update"`` (wrong names, shapes or values), ``"wrong_round"``, ``"too_few_sites"``, ``"masking"`` (a
+            step of secure aggregation that does not fit the others) or ``"hopeless"`` (the privacy asked for leaves
+            nothing to learn).
     """
 
     code = "FEDERATION_REFUSED"
