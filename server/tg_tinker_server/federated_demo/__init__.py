@@ -1,1 +1,1 @@
-"""`tg-tinker federated demo`: three sites train one model, beside each of them alone and all their texts in one place."""
+"""`tg-tinker federated demo`: three sites train one model, beside each of them alone and beside pooled texts."""
