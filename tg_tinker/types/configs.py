@@ -108,7 +108,7 @@ class DPConfig(_Config):
             you draw them with data.PoissonSampler and attest it; "max_participation": the server counts how often
             each unit takes part.
         max_participation: most steps one unit may take part in, for that mode.
-        privacy_unit: what one epsilon protects; "datum" is a record.
+        privacy_unit: what one epsilon protects; "datum" is a record, "site" all that one party of a federation sends.
         diagnostics: "owner" returns exact losses and norms to the caller; "off" returns none.
         merge_units: the same unit in several calls of one logical batch is summed and clipped once.
         initial_weights: "public" attests that checkpoints of runs without privacy, when loaded into this run, were
@@ -127,7 +127,7 @@ class DPConfig(_Config):
     dataset_size: int | None = Field(None, ge=1)
     sampling: Literal["none", "poisson", "max_participation"] = "none"
     max_participation: int | None = Field(None, ge=1)
-    privacy_unit: Literal["datum", "group", "pair", "user", "sequence"] = "datum"
+    privacy_unit: Literal["datum", "group", "pair", "user", "sequence", "site"] = "datum"
     diagnostics: Literal["owner", "off"] = "owner"
     merge_units: bool = False
     allow_unnoised_steps: bool = False

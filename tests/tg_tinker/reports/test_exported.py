@@ -209,6 +209,6 @@ def test_what_readers_would_refuse_is_not_signed(state: dict[str, Any]) -> None:
 
 
 def test_every_unit_that_a_run_can_protect_can_be_exported() -> None:
-    assert sorted(UNITS) == ["datum", "group", "pair", "sequence", "user"]
+    assert sorted(UNITS) == ["datum", "group", "pair", "sequence", "site", "user"]
     for unit in UNITS:
         assert open_manifest(files(source(ledger={**CLAIM, "unit": unit}))[MANIFEST], KEY).epsilon == 1.5
