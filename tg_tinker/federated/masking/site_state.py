@@ -1,0 +1,64 @@
+"""What a site remembers between the steps of masking, as JSON."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+REMEMBERED_KEYS = 20_000
+"""Keys of earlier attempts that are known again: some 130 rounds of 50 sites."""
+
+
+class MaskingState(BaseModel):
+    """State of one site in one job.
+
+    ``secret`` and ``received`` are secret: whoever has them and what the coordinator holds has the site's update.
+    They go when shares are opened, or when a later attempt begins.
+
+    Attributes:
+        round: the attempt that all below belongs to; 0 before the first.
+        secret: 32 bytes that its keys and shares follow from, base64.
+        keys: by site, as in the request for shares.
+        received: by site, its shares for this one, base64; its own are derived.
+        masked: SHA-256 of the rounded update; no other is masked with the same masks.
+        stayed: the set this site signed.
+        opened: its reply when it opened shares.
+        opened_round: the round it last opened shares in, whichever the attempt,
+        opened_stayed: and for which set. The sum over another set of the same round would differ by single updates.
+        earlier_keys: keys and commitments of other attempts, the latest last, base64.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    format: Literal["tg-tinker/masking-state/v1"] = "tg-tinker/masking-state/v1"
+    job: str
+    site: str
+    round: int = 0
+    attempt: int = 0
+    secret: str | None = Field(default=None, repr=False)
+    keys: dict[str, dict[str, str]] | None = None
+    received: dict[str, str] | None = Field(default=None, repr=False)
+    masked: str | None = Field(default=None, repr=False)
+    stayed: list[str] | None = None
+    opened: dict[str, Any] | None = None
+    opened_round: int = 0
+    opened_stayed: list[str] | None = None
+    earlier_keys: list[str] = Field(default_factory=list)
+
+    def begin(self, round_: int, attempt: int, secret: str) -> None:
+        """Forget the attempt before, remember its keys, start another."""
+        self.forget()
+        self.round, self.attempt, self.secret = round_, attempt, secret
+
+    def forget(self) -> None:
+        """Drop every secret and everything else of the attempt, but what later ones must know."""
+        used = [value for ad in (self.keys or {}).values() for name, value in ad.items() if name != "signature"]
+        self.earlier_keys = [*self.earlier_keys, *used][-REMEMBERED_KEYS:]
+        self.keys = self.received = self.stayed = self.opened = None
+        self.secret = self.masked = None
+
+    def close(self, reply: dict[str, Any], stayed: list[str]) -> None:
+        """Shares were opened: what is secret is of no more use."""
+        self.opened, self.opened_round, self.opened_stayed = reply, self.round, stayed
+        self.secret = self.received = self.masked = None
