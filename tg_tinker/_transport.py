@@ -11,7 +11,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -229,7 +229,7 @@ class Transport:
         policy = None if attempt_s is None else self.policy.with_attempt(attempt_s)
         return self.send(request, policy=policy).result()
 
-    def stream(self, request: Message, *, attempt_s: float | None = None) -> Iterator[Any]:
+    def stream(self, request: Message, *, attempt_s: float | None = None) -> Generator[Any]:
         """The replies of a server-streaming call. Closing the iterator cancels the call.
 
         A server that cannot be reached is asked again until the first reply has come.

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy.typing as npt
+
 from tg_tinker import datasets
 from tg_tinker._endpoint import DEFAULT_RETRY_COUNT, DEFAULT_TIMEOUT_S, parse_base_url, read_tls_files, resolve
 from tg_tinker._transport import Transport
@@ -40,13 +42,16 @@ from tg_tinker.types import (
     ArtifactInfo,
     AuditLogEntry,
     Capabilities,
+    LoRAConfig,
     ServiceConfig,
     TrainingClientInfo,
     TrainingConfig,
+    WeightsSource,
 )
+from tg_tinker.types.federation import check_note
 from tg_tinker.types.records import Budget
 from tg_tinker.types.run import RunInfo
-from tg_tinker.wire import requests
+from tg_tinker.wire import federation, requests
 from tg_tinker.wire.artifacts import artifact_from_proto
 from tg_tinker.wire.operations import (
     UNKNOWN,
@@ -239,6 +244,51 @@ class ServiceClient:
         with open_archive(Path(path), keys) as archive:
             reply = self._transport.upload(requests.import_artifact(checked.key.text, map(bytes, archive)))
         return artifact_from_proto(reply.artifact)
+
+    def import_weights(
+        self,
+        tensors: Mapping[str, npt.NDArray[Any]],
+        *,
+        base_model: str,
+        lora_config: LoRAConfig | None,
+        step: int = 0,
+        source: WeightsSource,
+    ) -> ArtifactInfo:
+        """Make an encrypted checkpoint of plain weights, e.g. of an average; ``load_state`` takes it like any other.
+
+        It is sent once: after a lost connection, call again and delete the checkpoint that the first call may have
+        made. Names and shapes are checked when it is loaded.
+
+        Args:
+            tensors: finite float32, under the names that ``pull_weights`` gives.
+            lora_config: the adapter they are of; ``None`` where every parameter is trained.
+            step: optimizer steps that made them.
+            source: where they come from and what that promises, on your word. It stays with everything that is
+                trained from them. Where nothing is promised, a run with privacy refuses to load them, unless it
+                was created with ``DPConfig(initial_weights="public")``.
+
+        Raises:
+            InvalidRequestError: naming what is wrong with them. Nothing is left of them then.
+        """
+        stream = federation.import_weights(
+            tensors, base_model=base_model, lora_config=lora_config, step=step, source=source
+        )
+        return artifact_from_proto(self._transport.upload(stream).artifact)
+
+    def note_federation(self, event: str, *, job: str, reason: str = "", round: int = 0) -> None:
+        """Note in the audit log what became of a federated job or of a round of it, as ``federation.<event>``.
+
+        Args:
+            event: one of ``tg_tinker.types.federation.EVENTS``.
+            job: digest of the job, hex.
+            reason: of a refusal or a failure, one of those of ``FederationRefusedError``.
+            round: 0 outside of rounds.
+
+        Raises:
+            InvalidRequestError: a value that is not of the lists: the log takes no free text.
+        """
+        check_note(event, job, round, reason)
+        self._transport.call(federation.note(event, job, round, reason))
 
     # Datasets.
 

@@ -140,6 +140,17 @@ class Session:
             self._note(info.server_epoch, 0)
             self._pump()
 
+    def await_weights(self) -> None:
+        """Wait until every call made so far that may change the weights has ended, well or not."""
+        with self._lock:
+            under_way = list(self._unheard)
+        for entry in under_way:
+            entry.watch()
+            try:
+                entry.outcome.exception()
+            finally:
+                entry.unwatch()
+
     def flush(self, *, wait_s: float) -> None:
         """Wait until the server has every call made so far, for up to ``wait_s`` seconds."""
         with self._lock:

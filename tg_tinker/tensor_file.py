@@ -24,6 +24,7 @@ LENGTH_BYTES = 8
 LARGEST_HEADER_BYTES = 16 * 2**20
 LARGEST_RANK = 32
 METADATA = "__metadata__"
+WEIGHTS_METADATA = {"format": "pt"}  # transformers refuses a file of weights that does not say so
 DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",

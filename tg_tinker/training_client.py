@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from tg_tinker.futures import FutureHandle
 from tg_tinker.privacy_view import PrivacyView
 from tg_tinker.session import Session
 from tg_tinker.types import (
+    AdapterWeights,
     BatchData,
     LoadStateResult,
     SampleResult,
@@ -23,7 +25,7 @@ from tg_tinker.types import (
     TrainingConfig,
 )
 from tg_tinker.types.run import RunInfo
-from tg_tinker.wire import requests
+from tg_tinker.wire import federation, requests
 from tg_tinker.wire.calls import Call, Load, Pass, Step
 from tg_tinker.wire.results import chunk_from_proto
 from tg_tinker.wire.runs import run_info_from_proto
@@ -260,6 +262,20 @@ class TrainingClient:
         """
         result: LoadStateResult = self._submit(Load(artifact_id=artifact_id, optimizer=optimizer)).result()
         return result
+
+    def pull_weights(self) -> AdapterWeights:
+        """The run's weights as they stand after every call made before, for averaging with others.
+
+        Neither the optimizer nor gradients that wait for their step are part of them. The server notes it in the
+        audit log.
+
+        Raises:
+            AuthorizationError: the key's roles do not allow exports.
+            ServerError: what came was not whole; ask again.
+        """
+        self._session.await_weights()
+        with closing(self._transport.stream(federation.pull_weights(self.id))) as chunks:
+            return federation.weights_from_proto(chunks)
 
     # The run itself.
 

@@ -24,6 +24,7 @@ from tg_tinker_server.logs import configure_logging
 from tg_tinker_server.rpc.artifacts import ArtifactServicer
 from tg_tinker_server.rpc.datasets import DatasetServicer
 from tg_tinker_server.rpc.endpoint import Endpoint
+from tg_tinker_server.rpc.federation import FederationServicer
 from tg_tinker_server.rpc.futures import FutureServicer
 from tg_tinker_server.rpc.privacy import PrivacyServicer
 from tg_tinker_server.rpc.runs import RunServicer
@@ -40,8 +41,10 @@ from tg_tinker_server.service.durability import Durability, now
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.exports import MOST_AT_ONCE as MOST_EXPORTS
 from tg_tinker_server.service.exports import ExportService
+from tg_tinker_server.service.federation_notes import FederationNotes
 from tg_tinker_server.service.fitting import PassLimits
-from tg_tinker_server.service.imports import ImportPlaces, ImportService
+from tg_tinker_server.service.imports import ImportService
+from tg_tinker_server.service.intake import Intake
 from tg_tinker_server.service.log import LogService
 from tg_tinker_server.service.operations import OperationService
 from tg_tinker_server.service.passes import PassQueue
@@ -50,6 +53,8 @@ from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.service.sampling import SamplingService
 from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.service.training import TrainingService
+from tg_tinker_server.service.uploads import Uploads
+from tg_tinker_server.service.weights import WeightsService
 from tg_tinker_server.store import artifact_rows, run_rows
 
 
@@ -138,7 +143,9 @@ class Server:
             hub_ids,
             asyncio.Semaphore(MOST_EXPORTS),
         )
-        imports = ImportService(db, vault, ledger, signers, audit, executors, texts, ImportPlaces())
+        intake = Intake(db, vault, audit, texts, Uploads(executors))
+        imports = ImportService(ledger, signers, intake)
+        weights = WeightsService(self._registry, audit, executors, intake)
         submitting = Submitting(self._registry, operations)
         endpoint = Endpoint(Authenticator(db, foundation.desk.pepper), executors)
         self._grpc = GrpcServer(
@@ -150,6 +157,7 @@ class Server:
                 FutureServicer(operations),
                 ArtifactServicer(checkpoints, exports, imports, executors),
                 DatasetServicer(datasets, executors),
+                FederationServicer(weights, FederationNotes(audit, executors), executors),
                 PrivacyServicer(self._registry, privacy, audit, log, executors),
             ],
             endpoint,

@@ -37,10 +37,10 @@ from tg_tinker.exports import files, hpke
 from tg_tinker.exports.manifest import PAYLOAD_TYPE
 from tg_tinker.exports.model_signing import make_bundle
 from tg_tinker.exports.tar import BUNDLE, MANIFEST, ORDER, write_tar
+from tg_tinker.tensor_file import WEIGHTS_METADATA, header_bytes
 from tg_tinker.transparency.note import VerifierKey
 from tg_tinker.wire import requests
 from tg_tinker_server.app import EmbeddedServer
-from tg_tinker_server.artifacts.weights import METADATA, header_bytes
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.crypto.signing import Signer, TenantSigner
 from tg_tinker_server.ledger.audit import AuditLog
@@ -315,7 +315,7 @@ def test_a_promise_missing_anywhere_in_the_past_is_no_promise(site: Site) -> Non
             "privacy": privacy,
         }
         config = {"model_ref": "bigram", "lora_config": None}
-        weights = header_bytes([("table", "F32", (260, 260), 270_400)], METADATA) + bytes(270_400)
+        weights = header_bytes([("table", "F32", (260, 260), 270_400)], WEIGHTS_METADATA) + bytes(270_400)
         made = replace(source(config=config, ledger=CLAIM, provenance=[entry]), weight_names=["table"])
         data = archive(specimen(made, weights=weights))
         return site.service._transport.upload(
@@ -461,7 +461,7 @@ def test_the_command_line_exports_opens_verifies_and_imports(
 def test_weights_whose_header_says_more_than_the_file_holds_are_refused(site: Site) -> None:
     """Signed and with the right digest, and still no safetensors file: nothing is allocated for what it claims."""
     claiming = (2**40).to_bytes(8, "little") + b"{}"
-    gaps = header_bytes([("a", "F32", (2,), 8)], METADATA) + bytes(9)
+    gaps = header_bytes([("a", "F32", (2,), 8)], WEIGHTS_METADATA) + bytes(9)
     for weights in (claiming, gaps, b"", b"\x80\x04pickle", WEIGHTS[:-1]):
         made = archive(specimen(weights=weights))
         with pytest.raises(InvalidRequestError, match="not a safetensors file"):

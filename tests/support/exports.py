@@ -8,9 +8,9 @@ from typing import Any
 
 from tg_tinker.exports.model_signing import make_bundle
 from tg_tinker.exports.tar import BUNDLE, MANIFEST, ORDER, write_tar
+from tg_tinker.tensor_file import WEIGHTS_METADATA, header_bytes
 from tg_tinker.transparency.note import VerifierKey
 from tg_tinker_server.artifacts.package import Source, documents
-from tg_tinker_server.artifacts.weights import METADATA, header_bytes
 from tg_tinker_server.crypto.signing import ModelSigner, Signer
 
 ARTIFACT = "ckpt_0123456789abcdef"
@@ -20,7 +20,7 @@ LORA = {
     "rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": ["q_proj"], "bias": "none", "modules_to_save": [],
 }  # fmt: skip
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-WEIGHTS = header_bytes([(NAME, "F32", (2, 3), 24)], METADATA) + bytes(range(24))
+WEIGHTS = header_bytes([(NAME, "F32", (2, 3), 24)], WEIGHTS_METADATA) + bytes(range(24))
 CLAIM = {
     "dataset_id": "data", "delta": "1e-05", "entries": 3, "epsilon": "1.5", "head": "ab" * 32,
     "initial_weights": "base", "unit": "datum",

@@ -33,6 +33,9 @@ UNITS = frozenset(get_args(DPConfig.model_fields["privacy_unit"].annotation))
 ORIGIN = re.compile(r"tg-tinker/[0-9a-f]{32}", re.ASCII)
 """Logs of tenants, and the names of the keys that sign them."""
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_FEDERATION = re.compile(r"federation:[0-9a-f]{64}", re.ASCII)
+NO_HEAD = "00" * 32
+"""Stands for the head of a ledger where there is none."""
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,15}(Z|[+-][0-9]{2}:[0-9]{2})", re.ASCII)
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,50}", re.ASCII)
@@ -49,6 +52,8 @@ _PREDICATE = {
     "server_version": str,
 }  # fmt: skip
 _PRIVACY = {"dataset_id", "delta", "entries", "epsilon", "head", "initial_weights", "unit"}
+ATTESTED = frozenset({"attested_by", "round"})
+"""In a promise that stands in no ledger: who stated it, and after which round of a federation."""
 _PROVENANCE = {"artifact", "base_model", "manifest", "origin", "privacy"}
 
 
@@ -215,7 +220,7 @@ def _check_origins(predicate: Mapping[str, Any]) -> None:
 
 
 def _check_privacy(privacy: Any) -> None:
-    if not isinstance(privacy, dict) or set(privacy) != _PRIVACY:
+    if not isinstance(privacy, dict) or set(privacy) not in (_PRIVACY, _PRIVACY | ATTESTED):
         raise refused("its manifest states privacy in an unknown form")
     texts = [privacy[k] for k in ("dataset_id", "delta", "epsilon", "head", "initial_weights", "unit")]
     if not all(isinstance(t, str) for t in texts) or type(privacy["entries"]) is not int:
@@ -240,3 +245,24 @@ def _check_privacy(privacy: Any) -> None:
         or repr(delta) != privacy["delta"]
     ):
         raise refused("its epsilon or delta is impossible")
+    if is_attested(privacy):
+        _check_attested(privacy)
+
+
+def is_attested(privacy: Mapping[str, Any]) -> bool:
+    """Whether a promise was stated by whoever brought the weights, and stands in no ledger."""
+    return "attested_by" in privacy
+
+
+def _check_attested(privacy: Mapping[str, Any]) -> None:
+    round_ = privacy["round"]
+    if (
+        privacy["attested_by"] != "caller"
+        or _FEDERATION.fullmatch(privacy["dataset_id"]) is None
+        or type(round_) is not int
+        or round_ < 0
+        or privacy["initial_weights"] != "base"
+        or privacy["entries"] != 0
+        or privacy["head"] != NO_HEAD
+    ):
+        raise refused("it states a promise that is in no ledger in an unknown form")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tg_tinker.exports.manifest import PEFT, Manifest
+from tg_tinker.exports.manifest import PEFT, Manifest, is_attested
 from tg_tinker.exports.tar import BUNDLE, BUNDLE_KEY, REPORT, REPORT_PAGE, WEIGHTS
 from tg_tinker.reports.statement import rounded_up, small
 
@@ -20,8 +20,23 @@ def guarantee(privacy: Mapping[str, Any] | None) -> str:
     """The promise as one sentence for people."""
     if privacy is None:
         return "Trained without differential privacy: nothing is promised about its training data."
+    if is_attested(privacy):
+        return _attested(privacy)
     if not math.isfinite(float(privacy["epsilon"])):
         return "An un-noised gradient was released in training: there is no finite guarantee."
+    return _bound(privacy)
+
+
+def _attested(privacy: Mapping[str, Any]) -> str:
+    weights = (
+        f"the weights of federated job `{privacy['dataset_id'].partition(':')[2]}` after round {privacy['round']}"
+    )
+    if not math.isfinite(float(privacy["epsilon"])):
+        return f"Whoever brought {weights} promises nothing about its training data."
+    return f"{_bound(privacy)} So stated by the caller who brought {weights}; it is in no ledger of this server."
+
+
+def _bound(privacy: Mapping[str, Any]) -> str:
     what = "record" if privacy["unit"] == "datum" else privacy["unit"]
     epsilon, delta = rounded_up(float(privacy["epsilon"])), small(float(privacy["delta"]))
     return (
@@ -52,7 +67,7 @@ def model_card(manifest: Manifest, base_model: str, verifier_key: str) -> str:
         "---",
         f"base_model: {model}",
         *(("library_name: peft",) if is_adapter else ()),
-        "tags: [differential-privacy, tg-tinker]" if claims["privacy"] else "tags: [tg-tinker]",
+        "tags: [differential-privacy, tg-tinker]" if _is_private(claims["privacy"]) else "tags: [tg-tinker]",
         "---",
         f"# Checkpoint {claims['artifact']['id']}",
         "",
@@ -85,3 +100,9 @@ def model_card(manifest: Manifest, base_model: str, verifier_key: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _is_private(privacy: Mapping[str, Any] | None) -> bool:
+    if privacy is None:
+        return False
+    return not is_attested(privacy) or math.isfinite(float(privacy["epsilon"]))

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import rfc8785
 
-from tg_tinker.exports.manifest import MODEL, PAYLOAD_TYPE, Manifest, parse_payload
+from tg_tinker.exports.manifest import MODEL, PAYLOAD_TYPE, Manifest, is_attested, parse_payload
 from tg_tinker.exports.reader import ExportReader
 from tg_tinker.exports.tar import CARD, REPORT, REPORT_PAGE
 from tg_tinker.ledger import LEDGER_DOMAIN, entry_hash
@@ -71,6 +71,13 @@ def check_export(reader: ExportReader, trust: Trust) -> Iterator[Verdict]:
         return
     if claim["initial_weights"] == "public":
         yield Verdict("promise", "it is on top of weights that are public by the word of who trained them")
+    if is_attested(claim):
+        if envelope is not None:
+            raise refused("promise", "it holds a report, and its promise is in no ledger")
+        yield Verdict(
+            "report", "there is none: the promise is in no ledger, and is the word of who brought the weights"
+        )
+        return
     if envelope is None:
         yield Verdict("report", "there is none inside: the promise rests on the signer's word alone")
         return

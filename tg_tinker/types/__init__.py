@@ -2,6 +2,7 @@
 
 from tg_tinker.types.batch import IGNORE_INDEX, BatchData, batch_digest, hash_batch
 from tg_tinker.types.configs import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
+from tg_tinker.types.federation import AdapterWeights, WeightsSource
 from tg_tinker.types.info import ArtifactInfo, AuditLogEntry, Capabilities, ServiceConfig, TrainingClientInfo
 from tg_tinker.types.results import (
     DPMetrics,
@@ -20,6 +21,7 @@ from tg_tinker.types.results import (
 
 __all__ = [
     "IGNORE_INDEX",
+    "AdapterWeights",
     "ArtifactInfo",
     "AuditLogEntry",
     "BatchData",
@@ -42,6 +44,7 @@ __all__ = [
     "StreamChunk",
     "TrainingClientInfo",
     "TrainingConfig",
+    "WeightsSource",
     "batch_digest",
     "hash_batch",
 ]

@@ -12,13 +12,14 @@ from tg_tinker.proto.v1 import (
     artifacts_pb2,
     common_pb2,
     datasets_pb2,
+    federation_pb2,
     privacy_pb2,
     runs_pb2,
     sampling_pb2,
     training_pb2,
 )
 
-_FILES = (training_pb2, sampling_pb2, runs_pb2, artifacts_pb2, privacy_pb2, datasets_pb2)
+_FILES = (training_pb2, sampling_pb2, runs_pb2, artifacts_pb2, privacy_pb2, datasets_pb2, federation_pb2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import rfc8785
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.exports.manifest import MODEL, PAYLOAD_TYPE, PEFT, PLAIN, Manifest, parse_payload
+from tg_tinker.exports.manifest import ATTESTED, MODEL, PAYLOAD_TYPE, PEFT, PLAIN, Manifest, parse_payload
 from tg_tinker.exports.model_signing import make_bundle
 from tg_tinker.exports.tar import (
     ADAPTER,
@@ -100,7 +100,8 @@ def privacy_claim(state: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     dp = state["config"].get("dp_config") or {}
     claim = {k: ledger[k] for k in ("dataset_id", "delta", "entries", "epsilon", "head", "initial_weights")}
-    return {**claim, "unit": ledger.get("unit") or dp.get("privacy_unit", "datum")}
+    stated = {k: ledger[k] for k in ATTESTED if k in ledger}
+    return {**claim, **stated, "unit": ledger.get("unit") or dp.get("privacy_unit", "datum")}
 
 
 def predicate(source: Source, privacy: Mapping[str, Any] | None, origin: str) -> dict[str, Any]:
@@ -173,8 +174,12 @@ def _model_name(source: Source) -> str:
 
 
 def _lora_claim(lora: Any) -> Any:
+    if lora is None:
+        return None
+    # What a run left untrained says nothing of the adapter, and older readers refuse fields that they do not know.
+    shape = {k: v for k, v in lora.items() if k != "frozen_factor"}
     # Decimal fractions as text: RFC 8785 would write 32.0 as 32, and a reader must get back what was meant.
-    return None if lora is None else {**lora, "alpha": repr(lora["alpha"]), "dropout": repr(lora["dropout"])}
+    return {**shape, "alpha": repr(lora["alpha"]), "dropout": repr(lora["dropout"])}
 
 
 def _json(value: Any) -> bytes:

@@ -12,6 +12,8 @@ from typing import Any
 
 from tg_tinker.tensor_file import (
     LENGTH_BYTES,
+    WEIGHTS_METADATA,
+    Array,
     Bytes,
     Entry,
     FormatError,
@@ -19,11 +21,11 @@ from tg_tinker.tensor_file import (
     header_length,
     parse_header,
 )
+from tg_tinker.wire.federation import check_entries, finite, refused_tensor
 from tg_tinker_server.artifacts.tensors import STATE, state_to_json
 
 WEIGHTS = "weights/"
 SAVED_MODULES = ".modules_to_save"
-METADATA = {"format": "pt"}  # transformers refuses a file that does not say so
 PEFT_PREFIX = "base_model.model."
 
 
@@ -96,7 +98,7 @@ def take_weights(pieces: Iterable[Bytes], size: int) -> Weights:
     file = TensorFile.read(pieces, size)
     wanted = [e for e in file.entries if e.name.startswith(WEIGHTS) and e.end > e.start]
     described = [(public_name(e.name.removeprefix(WEIGHTS)), e.dtype, e.shape, e.end - e.start) for e in wanted]
-    header = header_bytes(described, METADATA)
+    header = header_bytes(described, WEIGHTS_METADATA)
 
     def out() -> Iterator[Bytes]:
         yield header
@@ -123,13 +125,49 @@ def put_weights(
         FormatError: not a file that `take_weights` writes.
     """
     file = TensorFile.read(pieces, size)
-    if file.metadata != METADATA:
+    if file.metadata != WEIGHTS_METADATA:
         raise FormatError("metadata")
+    yield _header_of(file, state, saved_modules)
+    yield from file.data
+
+
+def put_plain_weights(
+    pieces: Iterable[Bytes], size: int, state: Mapping[str, Any], saved_modules: Sequence[str]
+) -> Iterator[Bytes]:
+    """As `put_weights`, for a file that nobody vouches for: finite float32 alone, and not a byte more or less.
+
+    Raises:
+        InvalidRequestError: it is another file; raised before its last piece is given.
+    """
+    try:
+        file = TensorFile.read(_exactly(pieces, size), size)
+        check_entries(file.entries)
+        yield _header_of(file, state, saved_modules)
+        yield from finite(file.data)
+    except FormatError as e:
+        raise refused_tensor(f"they are not a safetensors file of {size} bytes") from e
+
+
+def weights_of(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The weights among an engine's tensors, under the names that PEFT uses."""
+    return {public_name(n.removeprefix(WEIGHTS)): v for n, v in tensors.items() if n.startswith(WEIGHTS) and v.size}
+
+
+def _header_of(file: TensorFile, state: Mapping[str, Any], saved_modules: Sequence[str]) -> bytes:
     described = [
         (WEIGHTS + engine_name(e.name, saved_modules), e.dtype, e.shape, e.end - e.start) for e in file.entries
     ]
-    yield header_bytes(described, {STATE: state_to_json(state)})
-    yield from file.data
+    return header_bytes(described, {STATE: state_to_json(state)})
+
+
+def _exactly(pieces: Iterable[Bytes], size: int) -> Iterator[Bytes]:
+    for piece in pieces:
+        size -= len(piece)
+        if size < 0:
+            raise FormatError("too long")
+        yield piece
+    if size:
+        raise FormatError("too short")
 
 
 def public_name(name: str) -> str:

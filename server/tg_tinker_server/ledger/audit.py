@@ -16,7 +16,22 @@ from tg_tinker_server.store import audit_rows
 from tg_tinker_server.store.database import Database, Transaction
 
 DP_METRICS = frozenset({"noise_applied", "epsilon_spent", "total_epsilon", "delta"})
-FACTS = frozenset({"recipients", "digest", "origin", "key_id", "dataset_id", "epsilon", "delta", "audit_digest"})
+FACTS = frozenset(
+    {
+        "recipients",
+        "digest",
+        "origin",
+        "key_id",
+        "dataset_id",
+        "epsilon",
+        "delta",
+        "audit_digest",
+        "step",
+        "job",
+        "round",
+        "reason",
+    }
+)
 _PAGE = 1000
 
 

@@ -42,7 +42,7 @@ class ArtifactServicer:
         """The tenant's checkpoints, newest first."""
         limit = min(max(1, request.limit or 100), MAX_LISTED)
         rows = await self.checkpoints.list(call.tenant, request.run_id, limit)
-        return artifacts_pb2.ListArtifactsReply(artifacts=[artifact_to_proto(_info(r)) for r in rows])
+        return artifacts_pb2.ListArtifactsReply(artifacts=[artifact_to_proto(info_of(r)) for r in rows])
 
     async def DeleteArtifact(  # noqa: N802
         self, call: Call, request: artifacts_pb2.DeleteArtifactRequest
@@ -80,11 +80,12 @@ class ArtifactServicer:
 
         row, manifest = await self.imports.take(call.caller, first.signer, data())
         return artifacts_pb2.ImportArtifactReply(
-            artifact=artifact_to_proto(_info(row)), manifest_json=manifest.payload().decode()
+            artifact=artifact_to_proto(info_of(row)), manifest_json=manifest.payload().decode()
         )
 
 
-def _info(row: ArtifactRow) -> ArtifactInfo:
+def info_of(row: ArtifactRow) -> ArtifactInfo:
+    """A checkpoint's row, as callers see it."""
     return ArtifactInfo(
         artifact_id=row.artifact_id,
         training_client_id=row.run_id,

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from tg_tinker.errors import DPUnsupportedError, InvalidRequestError, ResourceNotFoundError
+from tg_tinker.exports.manifest import is_attested
 from tg_tinker.types import EncryptionInfo, LoadStateResult, SavedState
 from tg_tinker.wire.runs import config_to_json
 from tg_tinker_server.artifacts.vault import Vault
@@ -243,6 +244,8 @@ class CheckpointService:
                 else "from weights without a ledger"
             )
             how = how if unknown or ledger is None or attested else "with an un-noised step"
+            if ledger is not None and is_attested(ledger):
+                how = "in a federation that promises nothing"
             raise DPUnsupportedError(
                 f"this checkpoint was trained {how}, so what it reveals about its data is not in any budget",
                 feature="checkpoint",
@@ -253,7 +256,7 @@ class CheckpointService:
 
     def check_fits(self, run: Run, state: Mapping[str, Any]) -> None:
         self._check_provenance(run, state)
-        saved, here = state["config"], json.loads(config_to_json(run.config))
+        saved, here = _shape(state["config"]), _shape(json.loads(config_to_json(run.config)))
         different = [k for k in ("model_ref", "lora_config") if saved.get(k) != here[k]]
         if different:
             raise InvalidRequestError(
@@ -262,3 +265,9 @@ class CheckpointService:
                 field="artifact_id",
                 constraint="same base model and adapter",
             )
+
+
+def _shape(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration without what may differ from the checkpoint's: which factor of an adapter is trained."""
+    lora = config.get("lora_config")
+    return config if lora is None else {**config, "lora_config": {**lora, "frozen_factor": None}}

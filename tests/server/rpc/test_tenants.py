@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from tests.server.rpc.raw_client import RawClient, batch
 from tests.tg_tinker.ledger.test_audits import RESULT
 from tg_tinker.errors import AuthenticationError, AuthorizationError, ResourceNotFoundError, TGTinkerError
-from tg_tinker.proto.v1 import artifacts_pb2, datasets_pb2, privacy_pb2, runs_pb2, sampling_pb2
+from tg_tinker.proto.v1 import artifacts_pb2, datasets_pb2, federation_pb2, privacy_pb2, runs_pb2, sampling_pb2
 from tg_tinker.types import DPConfig, TrainingConfig
 from tg_tinker.types.records import Record
 from tg_tinker.types.sampling import SamplingParams
@@ -44,6 +44,7 @@ def requests_on(run_id: str, artifact_id: str, dataset_id: str, upload_id: str) 
         get_future_request(f"{run_id}.1", wait_s=0),
         cancel_future_request(f"{run_id}.1"),
         artifacts_pb2.PullArtifactRequest(artifact_id=artifact_id),
+        federation_pb2.PullWeightsRequest(run_id=run_id),
         artifacts_pb2.DeleteArtifactRequest(artifact_id=artifact_id),
         artifacts_pb2.ExportArtifactRequest(artifact_id=artifact_id, recipients=[RECIPIENT]),
         privacy_pb2.GetLedgerRequest(dataset_id=dataset_id),
@@ -83,6 +84,8 @@ WITHOUT_IDS = {
     "ListArtifacts",
     "GetAuditLog",
     "ImportArtifact",
+    "ImportWeights",
+    "NoteFederation",
     "GetCheckpoint",
     "GetLogEntries",
     "CreateDataset",

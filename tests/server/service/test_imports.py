@@ -26,7 +26,7 @@ from tg_tinker.wire.methods import method_of
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.artifacts.vault import Vault
 from tg_tinker_server.config import ServerConfig
-from tg_tinker_server.service import imports
+from tg_tinker_server.service import imports, uploads
 from tg_tinker_server.store import audit_rows
 
 SMALL = archive()
@@ -71,7 +71,7 @@ def test_whoever_sends_slowly_keeps_only_imports_of_the_own_tenant_waiting(serve
         while not done.wait(0.05):
             yield b""
 
-    slow = [begin(server, evil, dripping()) for _ in range(3 * imports.MOST_PER_TENANT)]
+    slow = [begin(server, evil, dripping()) for _ in range(3 * uploads.MOST_PER_TENANT)]
     time.sleep(0.3)  # their places are taken
     with ServiceClient(server.mint_key("good"), server.address) as service:
         assert take(service).startswith("ckpt_")
@@ -84,8 +84,8 @@ def test_whoever_sends_slowly_keeps_only_imports_of_the_own_tenant_waiting(serve
 
 def received(pieces: list[tuple[float, bytes]], monkeypatch: pytest.MonkeyPatch, *, patience_s: float = 0.2) -> bytes:
     """What comes through of pieces, each after a pause."""
-    monkeypatch.setattr(imports, "PATIENCE_S", patience_s)
-    monkeypatch.setattr(imports, "SLOWEST_BYTES_PER_S", 100)
+    monkeypatch.setattr(uploads, "PATIENCE_S", patience_s)
+    monkeypatch.setattr(uploads, "SLOWEST_BYTES_PER_S", 100)
 
     async def data() -> AsyncIterator[bytes]:
         for pause_s, piece in pieces:
@@ -93,7 +93,7 @@ def received(pieces: list[tuple[float, bytes]], monkeypatch: pytest.MonkeyPatch,
             yield piece
 
     async def main() -> bytes:
-        source = imports._from_loop(asyncio.get_running_loop(), data())
+        source = uploads.from_loop(asyncio.get_running_loop(), data(), "export")
         return await asyncio.to_thread(lambda: b"".join(source))
 
     return asyncio.run(main())
@@ -128,7 +128,7 @@ def test_a_caller_who_is_gone_ends_the_import(monkeypatch: pytest.MonkeyPatch) -
         raise asyncio.CancelledError
 
     async def main() -> None:
-        source = imports._from_loop(asyncio.get_running_loop(), gone())
+        source = uploads.from_loop(asyncio.get_running_loop(), gone(), "export")
         await asyncio.to_thread(list, source)
 
     with pytest.raises(FutureCancelledError):

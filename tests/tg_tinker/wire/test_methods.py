@@ -13,8 +13,13 @@ def test_a_method_knows_its_path_messages_and_direction():
     assert method.reply is training_pb2.Submitted
     assert method.scope == "TRAIN"
     assert not method.client_streaming
-    assert {m.name for m in methods() if m.server_streaming} == {"SampleStream", "PullArtifact", "ExportArtifact"}
-    assert {m.name for m in methods() if m.client_streaming} == {"ImportArtifact"}
+    assert {m.name for m in methods() if m.server_streaming} == {
+        "SampleStream",
+        "PullArtifact",
+        "ExportArtifact",
+        "PullWeights",
+    }
+    assert {m.name for m in methods() if m.client_streaming} == {"ImportArtifact", "ImportWeights"}
 
 
 def test_no_two_methods_share_a_request_message():
