@@ -30,7 +30,14 @@ class _Config(BaseModel):
 
 
 class LoRAConfig(_Config):
-    """A low-rank adapter (Hu et al. 2021): W + (alpha / rank) B A on each target module."""
+    """A low-rank adapter (Hu et al. 2021): W + (alpha / rank) B A on each target module.
+
+    Attributes:
+        frozen_factor: "a" or "b": that factor of every adapter stays as it was loaded or began, for methods of
+            federated learning that average one factor exactly (FFA-LoRA, Sun et al. 2024; RoLoRA, Chen et al. 2024).
+            It has no gradient, no part in clipping, noise or decay, and is saved and loaded with the rest. B begins
+            at zero, where A has no gradient: freeze "b" only in a run that loads weights.
+    """
 
     rank: int = Field(16, ge=1, le=4096)
     alpha: float = Field(32, gt=0, allow_inf_nan=False)
@@ -38,6 +45,7 @@ class LoRAConfig(_Config):
     target_modules: list[str] | Literal["all-linear"] = Field(default_factory=lambda: ["q_proj", "v_proj"])
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] = Field(default_factory=list)
+    frozen_factor: Literal["a", "b"] | None = None
 
     @field_validator("target_modules")
     @classmethod

@@ -65,6 +65,13 @@ class BigramBackend:
                 field="lora_config.target_modules",
                 constraint="one of: " + ", ".join(TARGET_MODULES),
             )
+        if config.lora_config is not None and config.lora_config.frozen_factor is not None:
+            raise InvalidRequestError(
+                f"{MODEL_NAME} trains one whole table, which has no factors A and B; leave frozen_factor out, or "
+                "take a server with backend 'torch'",
+                field="lora_config.frozen_factor",
+                constraint=f"none for {MODEL_NAME}",
+            )
         return BigramSession(self._base_VV, config)
 
 

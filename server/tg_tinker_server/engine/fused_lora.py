@@ -7,7 +7,8 @@ With g = dL/dy the backward pass computes dx = g W + s (g B) A, and per record n
     dL_n/dA = s (g_n B)^T x_n   [r, i]        (dL_n/dB)^T = s (x_n A^T)^T g_n   [r, o]
 
 from products that a non-private step needs as well, only batched over records. No gradient of W, and under privacy
-no sum over records, is ever formed. Derivation and sources: docs/how-dp-lora-works.md.
+no sum over records, is ever formed. A frozen factor has no gradient, so what only it needs (x for A, x A^T for B) is
+not kept. Derivation and sources: docs/how-dp-lora-works.md.
 
 The rows of one pass may belong to several adapters: A and B are then [K, r, i] and [K, o, r], one for each of K equal
 blocks of rows, down to one row each.
@@ -67,6 +68,7 @@ class _FusedLoRA(torch.autograd.Function):
         grads: GradRows | None,
         owners: tuple[nn.Parameter, nn.Parameter],
     ) -> torch.Tensor:
+        trains_A, trains_B = (p.requires_grad if grads is None else grads.wants(p) for p in owners)
         rows = _blocks(x, A)
         low = rows @ A.to(x.dtype).mT
         low *= scale
@@ -75,8 +77,8 @@ class _FusedLoRA(torch.autograd.Function):
         else:
             y = functional.linear(rows, weight, bias)
             _add_product(y, low, B.to(x.dtype).mT)
-        ctx.save_for_backward(x, low, A, B, weight)
-        ctx.scale, ctx.grads, ctx.owners = scale, grads, owners
+        ctx.save_for_backward(x if trains_A else None, low if trains_B else None, A, B, weight)
+        ctx.scale, ctx.grads, ctx.owners, ctx.shape = scale, grads, owners, x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -84,28 +86,33 @@ class _FusedLoRA(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, low, A, B, weight = ctx.saved_tensors
         g_rows = _blocks(g, A)
-        g_low = g_rows @ B.to(g.dtype)
-        g_low *= ctx.scale
-        dx = None
+        dx: torch.Tensor | None = None
+        g_low: Any = None  # of no use to B
+        if ctx.needs_input_grad[0] or x is not None:
+            g_low = g_rows @ B.to(g.dtype)
+            g_low *= ctx.scale
         if ctx.needs_input_grad[0]:
             if weight is None:
                 dx = g_low @ A.to(g.dtype)
             else:
                 dx = g_rows @ weight
                 _add_product(dx, g_low, A.to(g.dtype))
-            dx = dx.view(x.shape)
+            dx = dx.view(ctx.shape)
         dA = dB = None
         if ctx.grads is None:
-            rows = x.reshape(-1, x.shape[-1])
-            dA = g_low.to(A.dtype).mT @ rows.to(A.dtype) if ctx.needs_input_grad[1] else None
-            dB = (low.to(B.dtype).mT @ g_rows.to(B.dtype)).mT if ctx.needs_input_grad[2] else None
+            if x is not None:
+                dA = g_low.to(A.dtype).mT @ x.reshape(-1, x.shape[-1]).to(A.dtype)
+            if low is not None:
+                dB = (low.to(B.dtype).mT @ g_rows.to(B.dtype)).mT
         else:
             # Inputs that were flattened lack the records' dimension: they are refused there, by shape.
-            n = x.shape[0]
-            per_record = (n, -1, g_low.shape[-1])
+            n = ctx.shape[0]
+            per_record = (n, -1, B.shape[-1])
             owner_A, owner_B = ctx.owners
-            ctx.grads.add_product(owner_A, g_low.view(per_record).mT, x.reshape(n, -1, x.shape[-1]))
-            ctx.grads.add_product(owner_B, low.view(per_record).mT, g.reshape(n, -1, g.shape[-1]))
+            if x is not None:
+                ctx.grads.add_product(owner_A, g_low.view(per_record).mT, x.reshape(n, -1, x.shape[-1]))
+            if low is not None:
+                ctx.grads.add_product(owner_B, low.view(per_record).mT, g.reshape(n, -1, g.shape[-1]))
         return dx, dA, dB, None, None, None, None, None, None
 
 
@@ -155,7 +162,7 @@ def _forward(layer: Any, x: torch.Tensor, rows: Rows) -> torch.Tensor:
     scale: float | torch.Tensor = layer.scaling[first]
     A, B, anchor = *owners, None
     if rows.grads is not None:
-        A, B, anchor = A.detach(), B.detach(), owners[0]
+        A, B, anchor = A.detach(), B.detach(), owners[0 if owners[0].requires_grad else 1]
     if len(rows.adapters) > 1:
         A, B, scale = _per_block(layer, rows)
     y: torch.Tensor = cast(Any, _FusedLoRA).apply(low_input, A, B, anchor, weight, bias, scale, rows.grads, owners)

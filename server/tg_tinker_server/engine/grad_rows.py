@@ -118,6 +118,10 @@ class GradRows:
         self._written: set[str] = set()
         self.misshapen: set[str] = set()
 
+    def wants(self, parameter: nn.Parameter) -> bool:
+        """Whether it is trained, so that its gradients have a place here."""
+        return id(parameter) in self.columns.by_parameter
+
     def add_product(self, parameter: nn.Parameter, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add the batched product ``left @ right`` [N, ...] to the gradient of a matrix, as it is stored."""
         column = self.columns.by_parameter[id(parameter)]

@@ -29,6 +29,7 @@ from tg_tinker_server.engine.models import LoadedModel
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 _LINEAR = (nn.Linear, Conv1D)
 _ADAPTER = re.compile(r"\.(adapter\d+)(?:\.|$)")
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.(adapter\d+)(?:\.|$)")
 
 
 class AdaptedBase:
@@ -37,7 +38,7 @@ class AdaptedBase:
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self._peft: Any = None
-        self._adapters: set[str] = set()
+        self._adapters: dict[str, str | None] = {}  # and which factor of each is frozen
         self._count = 0
         self._rows: Rows | None = None
         self._fused: set[nn.Module] = set()
@@ -122,25 +123,27 @@ class AdaptedBase:
                 self._peft = peft.get_peft_model(self.module, peft_config, adapter_name=name)
             else:
                 self._peft.add_adapter(name, peft_config)
-        self._adapters.add(name)
+        self._adapters[name] = config.frozen_factor
         self._fuse_layers()
         self._switch(name)
         self.module.eval()  # what PEFT adds is in training mode
         return name
 
     def _switch(self, name: str) -> None:
-        """Tell PEFT which adapter is meant; all others stay trainable, which it does not want."""
+        """Tell PEFT which adapter is meant; what is trained in each stays as it was, which it does not want."""
         if name == self._switched:
             return
         self._peft.set_adapter(name)
         self._switched = name
-        self._keep_all_trainable()
+        self._keep_as_configured()
 
-    def _keep_all_trainable(self) -> None:
-        """Undo that PEFT, whenever it makes an adapter the active one, freezes all others."""
+    def _keep_as_configured(self) -> None:
+        """Undo that PEFT, whenever it makes an adapter the active one, trains all of it and freezes all others."""
         for path, parameter in self.module.named_parameters():
             if _ADAPTER.search(path):
-                parameter.requires_grad_(True)
+                factor = _FACTOR.search(path)
+                frozen = factor is not None and self._adapters.get(factor[2]) == factor[1].lower()
+                parameter.requires_grad_(not frozen)
 
     def _fuse_layers(self) -> None:
         for module in self.module.modules():
@@ -181,12 +184,12 @@ class AdaptedBase:
         """Take an adapter off; with the last one the base is as it was."""
         if name not in self._adapters:
             return
-        self._adapters.remove(name)
+        del self._adapters[name]
         self._switched = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft names the adapter it switches to
             self._peft.delete_adapter(name)
-            self._keep_all_trainable()
+            self._keep_as_configured()
             if not self._adapters:
                 self._peft.unload()
                 self._peft = None
@@ -235,20 +238,25 @@ class AdaptedBase:
                 )
 
 
-def trainable_parameters(module: nn.Module, adapter: str | None) -> dict[str, nn.Parameter]:
-    """Parameters that a run trains, under names that do not depend on the adapter's, sorted.
-
-    For adapters the names are those of PEFT's own files.
+def own_parameters(module: nn.Module, adapter: str | None) -> dict[str, nn.Parameter]:
+    """Parameters of a run's state, under names that do not depend on the adapter's, sorted: those that it trains, and
+    a frozen factor. For adapters the names are those of PEFT's own files.
     """
     found = {}
     for name, parameter in module.named_parameters():
-        other = _ADAPTER.search(name)
-        if not parameter.requires_grad or (other is not None and other[1] != adapter):
+        owner = _ADAPTER.search(name)
+        own = parameter.requires_grad if owner is None else owner[1] == adapter
+        if not own:
             continue
         if adapter is not None:
             name = "base_model.model." + re.sub(rf"\.{adapter}(?=\.|$)", "", name)  # noqa: PLW2901
         found[name] = parameter
     return dict(sorted(found.items()))
+
+
+def trainable_parameters(module: nn.Module, adapter: str | None) -> dict[str, nn.Parameter]:
+    """Those of them that the run trains."""
+    return {name: p for name, p in own_parameters(module, adapter).items() if p.requires_grad}
 
 
 def fused_parameters(module: nn.Module, adapter: str | None) -> frozenset[str]:

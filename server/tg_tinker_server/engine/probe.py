@@ -71,12 +71,12 @@ def probe(
     """Raise DPUnsupportedError unless records are independent and per-sample gradients exact.
 
     Parameters are moved a little for the trial (a fresh adapter's second half is zero and would hide a wrong rule in
-    the first) and put back; buffers and the global generator too.
+    the first, also where it is frozen) and put back; buffers and the global generator too.
 
     Args:
         base: the model.
         adapter: the run's, or ``None``.
-        parameters: the run's trained parameters.
+        parameters: the run's own parameters, frozen ones included.
         gradients: how their per-sample gradients are computed.
         lm: how its losses are computed.
         vocab_size: ids to try.
@@ -101,7 +101,8 @@ def probe(
                 _check_no_mixing(lm, ids_BT, tolerance=tolerance)
                 _check_no_mixing(lm, torch.randint(vocab_size, (_MANY + 1, long)).to(device), tolerance=tolerance)
             _check_no_memory(model, buffers)
-            _check_gradients(base, adapter, parameters, gradients, lm, ids_BT, tolerance=0.1 if half else 1e-3)
+            trained = {name: p for name, p in parameters.items() if p.requires_grad}
+            _check_gradients(base, adapter, trained, gradients, lm, ids_BT, tolerance=0.1 if half else 1e-3)
         finally:
             gradients.reset()
             with torch.no_grad():

@@ -14,10 +14,11 @@ WEIGHTS, OPTIMIZER = "weights/", "optimizer/"
 Arrays = dict[str, "np.ndarray[tuple[int, ...], np.dtype[np.float32]]"]
 
 
-def _refuse(what: str) -> InvalidRequestError:
+def _refuse(what: str, *, optimizer: bool = False) -> InvalidRequestError:
+    alone = ", or its weights alone with optimizer=False" if optimizer else ""
     return InvalidRequestError(
         f"this checkpoint does not fit the run: {what}; load it into a run with the same model_ref, lora_config and "
-        "optimizer",
+        f"optimizer{alone}",
         field="artifact_id",
         constraint="a checkpoint of a run with the same shape",
     )
@@ -45,21 +46,25 @@ def checked_optimizer(state: EngineState, layout: ParamLayout, *, optimizer: str
     """The optimizer's arrays by parameter name and quantity; empty when it had not stepped yet.
 
     Raises:
-        InvalidRequestError: saved without an optimizer, by another one, or with shapes that do not fit.
+        InvalidRequestError: saved without an optimizer, by another one, for other parameters, or with values that are
+            not finite.
     """
     saved = state.scalars.get("optimizer")
     if saved is None:
-        raise _refuse("it was saved without its optimizer")
+        raise _refuse("it was saved without its optimizer", optimizer=True)
     if saved != optimizer:
-        raise _refuse(f"its optimizer was {saved}, here it is {optimizer}")
+        raise _refuse(f"its optimizer was {saved}, here it is {optimizer}", optimizer=True)
     out: dict[str, Arrays] = {}
     for key, value in state.tensors.items():
         if not key.startswith(OPTIMIZER):
             continue
         name, _, quantity = key.removeprefix(OPTIMIZER).rpartition("/")
         if name not in layout.shapes:
-            raise _refuse(f"its optimizer knows {name}, which is not trained here")
+            raise _refuse(f"its optimizer knows {name}, which is not trained here", optimizer=True)
         if not np.isfinite(value).all():
-            raise _refuse(f"its optimizer holds values that are not finite for {name}")
+            raise _refuse(f"its optimizer holds values that are not finite for {name}", optimizer=True)
         out.setdefault(name, {})[quantity] = np.asarray(value, dtype=np.float32)
+    unknown = sorted(set(layout.shapes) - set(out)) if out else []
+    if unknown:
+        raise _refuse(f"its optimizer does not know {unknown[0]}, which is trained here", optimizer=True)
     return out

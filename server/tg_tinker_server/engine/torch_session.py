@@ -21,7 +21,7 @@ from tg_tinker_server.engine.backend import EngineState, PassRequest
 from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
 from tg_tinker_server.engine.grad_rows import GradRows
 from tg_tinker_server.engine.gradients import ParamLayout
-from tg_tinker_server.engine.lora import AdaptedBase, fused_parameters, trainable_parameters
+from tg_tinker_server.engine.lora import AdaptedBase, fused_parameters, own_parameters, trainable_parameters
 from tg_tinker_server.engine.memory import bytes_per_token, parameters_of_products, tokens_within
 from tg_tinker_server.engine.microbatch import Limits
 from tg_tinker_server.engine.per_sample import PerSampleGradients, check_complete, columns_of
@@ -56,8 +56,10 @@ class TorchSession(SessionCore):
     ) -> None:
         self.base, self.adapter, self._performance, self._on_close = base, adapter, performance, on_close
         self.parameters = trainable_parameters(base.module, adapter)
+        self._own = own_parameters(base.module, adapter)
         loaded = base.loaded
         self.layout = ParamLayout({name: tuple(p.shape) for name, p in self.parameters.items()})
+        self._state_layout = ParamLayout({name: tuple(p.shape) for name, p in self._own.items()})
         super().__init__(
             config=config,
             layout=self.layout,
@@ -98,7 +100,7 @@ class TorchSession(SessionCore):
             )
             if self._kind not in base.tried:
                 try:
-                    probe(base, adapter, self.parameters, self._per_sample, self.lm, vocab_size=self.vocab_size)
+                    probe(base, adapter, self._own, self._per_sample, self.lm, vocab_size=self.vocab_size)
                 except BaseException:
                     self._per_sample.close()
                     raise
@@ -126,13 +128,18 @@ class TorchSession(SessionCore):
     def share_key(self) -> Hashable | None:
         """Sessions with equal keys can go through the model together; ``None`` goes alone.
 
-        They have the same base in memory, adapters of the same shapes on the same layers, and nothing that makes a
-        row depend on how it is batched.
+        They have the same base in memory, adapters of the same shapes on the same layers, trained in the same
+        factors, and nothing that makes a row depend on how it is batched.
         """
         lonely = self._alone or self.random or self.lm.shortcuts.by_length
         if lonely or self.adapter is None or not self._all_fused or not self.base.shareable:
             return None
-        return (id(self.base), self.checkpoints, tuple(self.layout.shapes.items()))
+        return (
+            id(self.base),
+            self.checkpoints,
+            tuple(self.layout.shapes.items()),
+            tuple(self._state_layout.shapes.items()),
+        )
 
     def _most_tokens(self, performance: PerformanceConfig) -> int:
         if performance.micro_batch_tokens != "auto":
@@ -194,7 +201,7 @@ class TorchSession(SessionCore):
     def export_state(self, *, optimizer: bool) -> EngineState:
         """See ``backend.Session``."""
         self.ensure_open()
-        tensors = {WEIGHTS + n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters.items()}
+        tensors = {WEIGHTS + n: p.detach().float().cpu().numpy().copy() for n, p in self._own.items()}
         if optimizer:
             for name, values in optimizers.state_of(self._torch_optimizer, self.parameters).items():
                 for quantity, value in values.items():
@@ -210,10 +217,10 @@ class TorchSession(SessionCore):
     def import_state(self, state: EngineState, *, optimizer: bool) -> None:
         """See ``backend.Session``."""
         self.ensure_open()
-        weights = checked_weights(state, self._layout)
+        weights = checked_weights(state, self._state_layout)
         saved = checked_optimizer(state, self._layout, optimizer=self._config.optimizer.name) if optimizer else {}
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
+            for name, parameter in self._own.items():
                 parameter.copy_(torch.from_numpy(weights[name]))
         optimizers.restore_state(
             self._torch_optimizer,
