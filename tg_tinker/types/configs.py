@@ -59,6 +59,8 @@ class OptimizerConfig(_Config):
     """The optimizer and its schedule. Under differential privacy all of it is post-processing and free.
 
     ``max_grad_norm`` is a global clip of the mean gradient AFTER noise; the per-unit bound is in DPConfig.
+    ``proximal_mu`` adds ``mu * (w - w_anchor)`` to the gradient of every step, after noise and global clip (FedProx,
+    Li et al. 2020). The anchor is the weights that the run began with, or those that it last loaded with load_state.
     ``lr_scheduler`` other than "constant" needs ``TrainingConfig.max_steps`` or ``lr_scheduler_kwargs``
     ``{"total_steps": n}``.
     """
@@ -76,6 +78,7 @@ class OptimizerConfig(_Config):
         default_factory=dict
     )
     max_grad_norm: float | None = Field(None, gt=0)
+    proximal_mu: float = Field(0.0, ge=0, allow_inf_nan=False)
 
     @field_validator("name")
     @classmethod

@@ -198,7 +198,8 @@ class EngineState:
     """Weights and optimizer of a run as plain arrays. No pending gradients, no generator state.
 
     Attributes:
-        tensors: ``weights/<parameter>`` and, if asked for, ``optimizer/<parameter>/<quantity>``; float32.
+        tensors: ``weights/<parameter>`` and, if asked for, ``optimizer/<parameter>/<quantity>``; float32. With the
+            optimizer also ``anchor/<parameter>``, if a proximal term pulls back to other weights than these.
         scalars: JSON-compatible facts: model, optimizer.
     """
 
@@ -293,8 +294,10 @@ class Session(Protocol):
         """Take one optimizer step with the pending logical batch and clear it.
 
         Without privacy the gradient is the mean over all pending records. With it: the clipped sum over
-        units, plus noise, divided by ``TrainingConfig.expected_batch_size``. On any exception weights, optimizer and
-        pending batch are as before; the mechanism may be used up.
+        units, plus noise, divided by ``TrainingConfig.expected_batch_size``. Then ``OptimizerConfig.proximal_mu``
+        times the way from the anchor is added: from the weights last imported in a state without an anchor.
+
+        On any exception weights, optimizer and pending batch are as before; the mechanism may be used up.
         """
         ...
 

@@ -141,6 +141,7 @@ class BigramSession(SessionCore):
         tensors = {WEIGHTS + _TABLE: self._weights_VV.copy()}
         if optimizer:
             tensors |= {f"{OPTIMIZER}{_TABLE}/{k}": v.copy() for k, v in self._optimizer_state.items()}
+            tensors |= self._anchor_tensors()
         name = self._config.optimizer.name if optimizer else None
         return EngineState(tensors=tensors, scalars={"model": MODEL_NAME, "optimizer": name})
 
@@ -150,6 +151,7 @@ class BigramSession(SessionCore):
         weights = checked_weights(state, self._layout)
         name = self._config.optimizer.name
         saved = checked_optimizer(state, self._layout, optimizer=name) if optimizer else {}
+        self._anchor_P = self._anchor_of(state) if optimizer else None
         self._weights_VV = weights[_TABLE].copy()
         self._optimizer_state = {k: v.copy() for k, v in saved.get(_TABLE, {}).items()}
         self.discard_pending()
@@ -208,6 +210,9 @@ class BigramSession(SessionCore):
             )
         ensure_finite([weights])
         self._weights_VV, self._optimizer_state = weights, state
+
+    def _weights_P(self) -> npt.NDArray[np.float32]:  # noqa: N802 - shape suffix
+        return self._weights_VV.reshape(-1)
 
     def _decoder(self) -> BigramDecoder:
         return BigramDecoder(self)

@@ -13,6 +13,7 @@ from tg_tinker.errors import DPUnsupportedError, InvalidRequestError, ServerErro
 from tg_tinker.types import TrainingConfig
 from tg_tinker_server.engine.backend import (
     Contribution,
+    EngineState,
     Pass,
     PassRequest,
     PassResult,
@@ -25,6 +26,7 @@ from tg_tinker_server.engine.generation import Decoder, generate
 from tg_tinker_server.engine.gradients import ParamLayout
 from tg_tinker_server.engine.pending import PendingBatch
 from tg_tinker_server.engine.requests import check_request
+from tg_tinker_server.engine.state import ANCHOR, checked_anchor
 from tg_tinker_server.engine.tokenizers import Tokenizer
 
 
@@ -54,6 +56,8 @@ class SessionCore(ABC):
         self._layout = layout
         self._tokenizer = tokenizer
         self._pending = PendingBatch(layout, config)
+        # What the proximal term pulls back to; None is the weights as they are, until a step moves them.
+        self._anchor_P: npt.NDArray[np.float32] | None = None
         self._group_size = group_size
         self._closed = False
         self.trainable_parameters = layout.size
@@ -116,11 +120,33 @@ class SessionCore(ABC):
                 constraint="0 or more, and within float32",
             )
         release = self._pending.release(request)
-        if not np.isfinite(release.grad_P).all():
+        grad_P = self._with_proximal_term(release.grad_P)
+        if not np.isfinite(grad_P).all():
             raise diverged("the mean gradient is not finite")
-        self._apply(release.grad_P, request.learning_rate)
+        self._apply(grad_P, request.learning_rate)
         self._pending.clear()
         return release.result
+
+    def _with_proximal_term(self, grad_P: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The gradient of F(w) + mu/2 |w - anchor|^2 [P] (Li et al. 2020). Only released weights enter: free."""
+        mu = self._config.optimizer.proximal_mu
+        if mu == 0:
+            return grad_P
+        weights_P = self._weights_P()
+        if self._anchor_P is None:
+            self._anchor_P = weights_P
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused by the caller
+            return grad_P + np.float32(mu) * (weights_P - self._anchor_P)
+
+    def _anchor_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
+        """The anchor as part of an exported state."""
+        if self._anchor_P is None:
+            return {}
+        return {ANCHOR + name: part.copy() for name, part in self._layout.split(self._anchor_P).items()}
+
+    def _anchor_of(self, state: EngineState) -> npt.NDArray[np.float32] | None:
+        """The anchor after importing a state with its optimizer."""
+        return checked_anchor(state, self._layout) if self._config.optimizer.proximal_mu else None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, slice_tokens: int
@@ -153,6 +179,10 @@ class SessionCore(ABC):
         Raises:
             InvalidRequestError: the new weights would not be finite.
         """
+
+    @abstractmethod
+    def _weights_P(self) -> npt.NDArray[np.float32]:  # noqa: N802 - shape suffix
+        """Trained weights, flat in the layout's order [P]; steps to come leave it as it is."""
 
     @abstractmethod
     def _decoder(self) -> Decoder:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker_server.engine.backend import EngineState
 from tg_tinker_server.engine.gradients import ParamLayout
 
-WEIGHTS, OPTIMIZER = "weights/", "optimizer/"
+WEIGHTS, OPTIMIZER, ANCHOR = "weights/", "optimizer/", "anchor/"
 Arrays = dict[str, "np.ndarray[tuple[int, ...], np.dtype[np.float32]]"]
 
 
@@ -30,7 +31,29 @@ def checked_weights(state: EngineState, layout: ParamLayout) -> Arrays:
     Raises:
         InvalidRequestError: names or shapes differ, or a value is not finite.
     """
-    found = {k.removeprefix(WEIGHTS): v for k, v in state.tensors.items() if k.startswith(WEIGHTS)}
+    return _checked(state, WEIGHTS, layout)
+
+
+def checked_anchor(state: EngineState, layout: ParamLayout) -> npt.NDArray[np.float32] | None:
+    """What the run is anchored to, flat [P]; ``None`` where that is the state's own weights.
+
+    Raises:
+        InvalidRequestError: as ``checked_weights``.
+    """
+    if not any(key.startswith(ANCHOR) for key in state.tensors):
+        return None
+    arrays = _checked(state, ANCHOR, layout)
+    return np.concatenate([arrays[name].reshape(-1) for name in layout.shapes])
+
+
+def checkpoint_of(state: EngineState) -> EngineState:
+    """A state for others to load: without the anchor, so that who loads it is anchored to its weights."""
+    tensors = {key: value for key, value in state.tensors.items() if not key.startswith(ANCHOR)}
+    return EngineState(tensors=tensors, scalars=state.scalars)
+
+
+def _checked(state: EngineState, prefix: str, layout: ParamLayout) -> Arrays:
+    found = {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
     missing, extra = sorted(set(layout.shapes) - set(found)), sorted(set(found) - set(layout.shapes))
     if missing or extra:
         raise _refuse(f"{len(missing)} parameters are missing and {len(extra)} unknown, e.g. {(missing + extra)[0]}")

@@ -206,6 +206,7 @@ class TorchSession(SessionCore):
             for name, values in optimizers.state_of(self._torch_optimizer, self.parameters).items():
                 for quantity, value in values.items():
                     tensors[f"{OPTIMIZER}{name}/{quantity}"] = value.float().cpu().numpy()
+            tensors |= self._anchor_tensors()
         return EngineState(
             tensors=tensors,
             scalars={
@@ -219,6 +220,7 @@ class TorchSession(SessionCore):
         self.ensure_open()
         weights = checked_weights(state, self._state_layout)
         saved = checked_optimizer(state, self._layout, optimizer=self._config.optimizer.name) if optimizer else {}
+        self._anchor_P = self._anchor_of(state) if optimizer else None
         with torch.no_grad():
             for name, parameter in self._own.items():
                 parameter.copy_(torch.from_numpy(weights[name]))
@@ -246,6 +248,9 @@ class TorchSession(SessionCore):
         self.discard_pending()
         self._torch_optimizer.state.clear()
         self._on_close()
+
+    def _weights_P(self) -> npt.NDArray[np.float32]:  # noqa: N802 - shape suffix
+        return np.concatenate([p.detach().float().cpu().numpy().reshape(-1) for p in self.parameters.values()])
 
     def _decoder(self) -> TorchDecoder:
         return TorchDecoder(self.base.module, self._inference)

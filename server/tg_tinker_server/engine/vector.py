@@ -186,6 +186,7 @@ class VectorSession(SessionCore):
         tensors = {WEIGHTS + _VECTOR: self._vector_P.copy()}
         if optimizer:
             tensors |= {f"{OPTIMIZER}{_VECTOR}/{k}": v.copy() for k, v in self._optimizer_state.items()}
+            tensors |= self._anchor_tensors()
         name = self._config.optimizer.name if optimizer else None
         return EngineState(tensors=tensors, scalars={"model": self._config.model_ref, "optimizer": name})
 
@@ -195,6 +196,7 @@ class VectorSession(SessionCore):
         weights = checked_weights(state, self._layout)
         name = self._config.optimizer.name
         saved = checked_optimizer(state, self._layout, optimizer=name) if optimizer else {}
+        self._anchor_P = self._anchor_of(state) if optimizer else None
         self._vector_P = weights[_VECTOR].copy()
         self._optimizer_state = {k: v.copy() for k, v in saved.get(_VECTOR, {}).items()}
         self.discard_pending()
@@ -211,6 +213,9 @@ class VectorSession(SessionCore):
             )
         ensure_finite([vector_P])
         self._vector_P, self._optimizer_state = vector_P, state
+
+    def _weights_P(self) -> npt.NDArray[np.float32]:  # noqa: N802 - shape suffix
+        return self._vector_P
 
     def _decoder(self) -> Decoder:
         raise _no_tokens("prompts")

@@ -14,6 +14,7 @@ from tg_tinker.types import EncryptionInfo, LoadStateResult, SavedState
 from tg_tinker.wire.runs import config_to_json
 from tg_tinker_server.artifacts.vault import Vault
 from tg_tinker_server.engine.backend import EngineState
+from tg_tinker_server.engine.state import checkpoint_of
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.service.durability import CHECKPOINT, Durability, new_id, now
 from tg_tinker_server.service.executors import Executors
@@ -72,7 +73,7 @@ class CheckpointService:
                 field="metadata",
                 constraint="<= 1 MiB of JSON",
             )
-        engine = await self.executors.compute(run.session.export_state, optimizer=include_optimizer)
+        engine = checkpoint_of(await self.executors.compute(run.session.export_state, optimizer=include_optimizer))
         artifact_id, when = new_id("ckpt"), now()
         head = await self._ledger_head(run)
         sealed = await self.executors.io(
