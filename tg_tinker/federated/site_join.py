@@ -1,0 +1,95 @@
+"""Whether a site takes a job: its policy, the roster, what its server offers, what its data's budget can carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from tg_tinker.errors import FederationRefusedError
+from tg_tinker.federated.job import Job
+from tg_tinker.federated.masking import MaskingSetting
+from tg_tinker.federated.site_budget import (
+    Histogram,
+    Holding,
+    charges_of,
+    check_unprotected,
+    merged,
+    remaining,
+    solve_noise,
+)
+from tg_tinker.federated.site_config import SiteConfig
+from tg_tinker.federated.site_state import SiteState
+from tg_tinker.federated.site_training import history_of
+from tg_tinker.ledger.releases import histogram
+from tg_tinker.service_client import ServiceClient
+
+
+def read_job(facts: Mapping[str, Any], digest: str) -> Job:
+    """The job in a request to join.
+
+    Raises:
+        FederationRefusedError: reason "policy": it is no job, or not the one that the message is about.
+    """
+    try:
+        job = Job.model_validate(facts.get("job"))
+    except ValidationError as e:
+        errors = [
+            f"{'.'.join(map(str, error['loc'])) or 'the job'}: {error['msg'].removeprefix('Value error, ')}"
+            for error in e.errors(include_input=False, include_url=False)
+        ]
+        raise _refused(f"this site does not understand the job: {'; '.join(errors)[:1000]}") from None
+    if job.digest() != digest:
+        raise _refused("the job is not the one that the message names: their digests differ")
+    return job
+
+
+def agreed_noise(
+    job: Job, *, config: SiteConfig, service: ServiceClient, state: SiteState, public_key: str, now: datetime
+) -> float | None:
+    """The noise multiplier to train the job with; ``None`` where it has no privacy of records. No data is touched.
+
+    Args:
+        public_key: of this site.
+
+    Raises:
+        FederationRefusedError: "policy", "expired", "unknown_site", or what masking cannot do.
+    """
+    config.policy.check(job, now)
+    if job.roster.get(config.site) != public_key:
+        raise FederationRefusedError(
+            f"the job's roster does not have site {config.site!r} with the public key of this site",
+            reason="unknown_site",
+        )
+    if job.masking is not None:
+        MaskingSetting.of(job)
+    if job.base_model not in {model.name for model in service.get_server_capabilities().models}:
+        raise _refused(f"the server of this site does not offer the base model {job.base_model!r}")
+    holding = _holding(job, config=config, service=service, state=state, now=now)
+    if job.records is None:
+        check_unprotected(job, holding)
+        return None
+    return solve_noise(job, holding, floor=config.policy.min_noise_multiplier, max_epsilon=config.policy.max_epsilon)
+
+
+def _holding(job: Job, *, config: SiteConfig, service: ServiceClient, state: SiteState, now: datetime) -> Holding:
+    """The site's dataset, and what other jobs may still spend of it."""
+    units = service.get_dataset(config.dataset).num_slots
+    history = history_of(service, config.dataset)
+    promised: list[Histogram] = []
+    for other in state.unfinished():
+        if other.digest != job.digest() and other.noise_multiplier is not None and now < other.job.expires:
+            charged = len(charges_of(history, state.run_ids(other.digest)))
+            promised.append(remaining(other.noise_multiplier, other.job, units, charged))
+    return Holding(
+        units=units,
+        terms=history.in_force,
+        spent=histogram(history.releases),
+        promised=merged(promised),
+    )
+
+
+def _refused(message: str) -> FederationRefusedError:
+    return FederationRefusedError(message, reason="policy")
