@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tg_tinker.errors import FederationRefusedError
 from tg_tinker.federated.job import Job
 from tg_tinker.federated.masking import keys as k
-from tg_tinker.federated.masking.agreement import Agreement, check_keys, keys_digest, repeated
+from tg_tinker.federated.masking.agreement import Agreement, keys_digest, repeated
 from tg_tinker.federated.masking.facts import Facts, raw, refused, site_table, text
 from tg_tinker.federated.masking.masks import pairwise_mask, personal_mask
 from tg_tinker.federated.masking.recovery import Fits, recover
@@ -82,7 +82,7 @@ class MaskingRound:
         for site in repeated(shown):
             self.excluded[site] = "shows a key that is shown twice"
             del shown[site]
-        check_keys(self._setting, self._place, shown)
+        self._setting.require(len(shown), "showed their keys")
         self._keys = shown
         return {"keys": {site: ad.facts() for site, ad in shown.items()}}
 

@@ -27,6 +27,7 @@ from tg_tinker.federated.masking.setting import MaskingSetting, Place
 SECRET_BYTES = 32
 _KEY_BYTES = 32
 SIGNATURE_BYTES = 64
+_ANY_KEY = bytes(32)  # for a point of small order any gives zero
 _NONCE = bytes(12)  # each sealing key is for one message
 SEALED_BYTES = 2 * shamir.SHARE_BYTES + 16
 
@@ -76,10 +77,10 @@ class Advertisement:
         }
 
     def verify(self, site: str, identity: Ed25519PublicKey, place: Place) -> None:
-        """Require the site's signature, made for this place.
+        """Require the site's signature, made for this place, and keys with which secrets can be agreed.
 
         Raises:
-            FederationRefusedError: reason "bad_signature".
+            FederationRefusedError: reason "bad_signature" or "masking".
         """
         try:
             identity.verify(self.signature, _advertised(place, site, self.shown()))
@@ -89,6 +90,8 @@ class Advertisement:
                 "replayed on the way; do not go on with this coordinator before that is explained",
                 reason="bad_signature",
             ) from None
+        for key in (self.mask_key, self.share_key):
+            _agree(_ANY_KEY, key, site)
 
 
 class AttemptSecrets:

@@ -27,7 +27,7 @@ def error_bound(clip: float, bits: int) -> float:
 
     The step is ``clip / (2**(bits - 1) - 1)``; rounding moves each update, and so their mean, by at most half of it:
     ``clip / (2**bits - 2)``. The last factor covers float64 arithmetic, which adds less than 2**-26 of that. What
-    clipping cuts off comes on top; a site counts that for itself, since the number is private.
+    clipping cuts off comes on top, and how much that is stays the site's secret.
     """
     return clip / (2 * levels(bits)) * (1 + 2.0**-24)
 

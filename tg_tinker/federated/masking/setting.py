@@ -25,14 +25,16 @@ class MaskingSetting:
     Attributes:
         job: digest of the job, hex.
         roster: each site's identity key, by name in sorted order; a site's place in it, from 1, is its Shamir point.
+        rounds: of the job.
         threshold: sites that must stay, t. With n sites on the roster the coordinator and up to ``2 t - n - 1`` sites
-            in league with it learn no honest site's update, only the sum over all who stayed.
+            in league with it, however they lie, learn the sum over the honest sites that stayed and no more.
         clip: bound on a coordinate of an update.
         bits: of a rounded coordinate.
     """
 
     job: str
     roster: Mapping[str, Ed25519PublicKey]
+    rounds: int
     threshold: int
     clip: float
     bits: int
@@ -64,6 +66,7 @@ class MaskingSetting:
         return cls(
             job=job.digest(),
             roster={name: _identity(name, job.roster[name]) for name in sorted(job.roster)},
+            rounds=job.rounds,
             threshold=job.masking.threshold or -(-2 * count // 3),
             clip=job.masking.clip,
             bits=job.masking.bits,

@@ -33,6 +33,7 @@ from tg_tinker.federated.masking.shamir import SHARE_BYTES
 from tg_tinker.federated.masking.site_state import MaskingState
 from tg_tinker.transparency._encoding import from_base64
 
+MAX_ATTEMPTS = 1_000_000
 _REQUEST = "the coordinator's request"
 
 
@@ -105,12 +106,12 @@ class MaskingSite:
         """Step "mask.keys": draw fresh keys and show them.
 
         Raises:
-            FederationRefusedError: reason "wrong_round": an attempt that is over.
+            FederationRefusedError: reason "wrong_round": an attempt that is over, or that the job does not have.
         """
         state = self._state
-        if (round_, attempt) < (state.round, state.attempt) or (
-            (round_, attempt) == (state.round, state.attempt) and state.secret is None
-        ):
+        over = (round_, attempt) == (state.round, state.attempt) and state.secret is None
+        possible = 1 <= round_ <= self._setting.rounds and 0 <= attempt < MAX_ATTEMPTS
+        if over or not possible or (round_, attempt) < (state.round, state.attempt):
             raise self._wrong_round(round_, attempt)
         if (round_, attempt) != (state.round, state.attempt):
             state.begin(round_, attempt, text(self._entropy(k.SECRET_BYTES)))

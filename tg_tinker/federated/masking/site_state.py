@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-REMEMBERED_KEYS = 20_000
-"""Keys of earlier attempts that are known again: some 130 rounds of 50 sites."""
+REMEMBERED_KEYS = 5_000
+"""Keys of earlier attempts that are known again: some 30 rounds of 50 sites, 500 of three."""
 
 
 class MaskingState(BaseModel):

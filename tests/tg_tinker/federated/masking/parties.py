@@ -6,11 +6,13 @@ Shape suffixes: P parameters.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
+from secrets import token_bytes
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tg_tinker.federated.job import Job, Masking
 from tg_tinker.federated.masking import MaskedMean, MaskingRound, MaskingSite
+from tg_tinker.federated.masking.setting import Place
 
 Vector = npt.NDArray[np.float32]
 STEPS = ("keys", "shares", "train", "agree", "open")
@@ -37,6 +40,12 @@ def public(name: str) -> str:
 def names(count: int) -> list[str]:
     """Names of sites; their order is not that of their numbers."""
     return [f"site-{i}" for i in range(1, count + 1)]
+
+
+def dice(name: str) -> Callable[[int], bytes]:
+    """Fixed secrets for one site, another one each time."""
+    count = itertools.count()
+    return lambda size: sha256(f"{name} draws {next(count)}".encode()).digest()[:size]
 
 
 def make_job(sites: list[str], *, rounds: int = 10, **masking: Any) -> Job:
@@ -59,26 +68,39 @@ def plain_mean(updates: Mapping[str, Vector], *, clip: float) -> npt.NDArray[np.
     return np.mean([np.clip(u.astype(np.float64), -clip, clip) for u in updates.values()], axis=0)
 
 
+def forge(federation: Federation, site: str, *, round_: int = 1, attempt: int = 0, **keys: bytes) -> Any:
+    """Keys of the forger's choice under the true signature of ``site``: what a site in league can show."""
+    place = Place(federation.job.digest(), round_, attempt)
+    shown = {name: base64.b64encode(value).decode() for name, value in keys.items()}
+    signature = identity(site).sign(place.bind("tg-tinker/masking/keys/v1", site=site, **shown))
+    return {**shown, "signature": base64.b64encode(signature).decode()}
+
+
 @dataclass
 class Federation:
     """Sites and what the coordinator saw of them.
 
     Attributes:
         seen: every message that passed the coordinator: step, site, request, reply.
+        states: of each site, in the order of its replies; what a thief or a site in league with others has.
         restart: put every site away as JSON and bring it back before each step.
     """
 
     job: Job
     restart: bool = False
     seen: list[tuple[str, str, Any, Any]] = field(default_factory=list)
+    states: dict[str, list[Any]] = field(default_factory=dict)
     sites: dict[str, MaskingSite] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, count: int, *, restart: bool = False, **masking: Any) -> Federation:
-        """``count`` honest sites."""
+    def of(cls, count: int, *, restart: bool = False, fixed: bool = False, **masking: Any) -> Federation:
+        """``count`` honest sites; ``fixed``: the same secrets in every run."""
         job = make_job(names(count), **masking)
         made = cls(job=job, restart=restart)
-        made.sites = {name: MaskingSite(job, name, identity(name)) for name in job.roster}
+        made.sites = {
+            name: MaskingSite(job, name, identity(name), entropy=dice(name) if fixed else token_bytes)
+            for name in job.roster
+        }
         return made
 
     def updates(self, size: int = 40, *, seed: int = 0, scale: float = 0.1) -> dict[str, Vector]:
@@ -101,6 +123,7 @@ class Federation:
         else:
             reply = json.loads(json.dumps(self.sites[site].answer(f"mask.{step}", round_, attempt, request)))
         self.seen.append((step, site, request, reply))
+        self.states.setdefault(site, []).append(self.sites[site].state)
         return reply
 
     def run(
