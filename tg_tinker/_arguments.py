@@ -7,9 +7,12 @@ import hmac
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types.sampling import SamplingParams
-from tg_tinker.wire.calls import Generate, Save
+from tg_tinker.wire.calls import Generate, Save, Updates
 
 _UNIT_DOMAIN = b"tg-tinker/unit/v1\x00"
 
@@ -58,6 +61,24 @@ def saving(include_optimizer: bool | str, metadata: Mapping[str, Any] | None, na
     if isinstance(include_optimizer, str):
         return Save(metadata=metadata or {}, name=name or include_optimizer)
     return Save(include_optimizer=bool(include_optimizer), metadata=metadata or {}, name=name or "")
+
+
+def updates(key: bytes, vectors: npt.NDArray[np.float32], unit_ids: Sequence[str]) -> Updates:
+    """The call of ``add_updates``.
+
+    Raises:
+        InvalidRequestError: not float32 [rows, parameters], or not one unit for each row.
+    """
+    if not isinstance(vectors, np.ndarray) or vectors.dtype != np.float32 or vectors.ndim != 2:
+        found = (
+            f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, np.ndarray) else type(vectors).__name__
+        )
+        raise InvalidRequestError(
+            f"vectors are {found}; pass a numpy array of float32 [rows, parameters]",
+            field="vectors",
+            constraint="float32 [rows, parameters]",
+        )
+    return Updates(vectors_UP=vectors, units=keyed_units(key, unit_ids, len(vectors)))
 
 
 def keyed_units(key: bytes, unit_ids: Sequence[str], num_records: int) -> tuple[str, ...]:

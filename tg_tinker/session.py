@@ -30,7 +30,7 @@ from tg_tinker.operation import Operation
 from tg_tinker.types import LoadStateResult, OptimStepOutput, OptimStepResult
 from tg_tinker.types.run import RunInfo
 from tg_tinker.wire import calls
-from tg_tinker.wire.calls import Pass, Position, Step
+from tg_tinker.wire.calls import Pass, Position, Step, Updates
 from tg_tinker.wire.operations import (
     FAILED,
     FutureState,
@@ -126,8 +126,8 @@ class Session:
             entry.request = (method, payload)
             entry.known_size = known_size
             entry.effect = calls.has_effect(call)
-            entry.train_pass = isinstance(call, Pass) and call.train
-            entry.weights = entry.effect and not isinstance(call, Pass)
+            entry.train_pass = isinstance(call, Updates) or (isinstance(call, Pass) and call.train)
+            entry.weights = entry.effect and not isinstance(call, Pass | Updates)
             if entry.weights:
                 self._unheard.add(entry)
             self._journal.add(entry)
@@ -314,8 +314,9 @@ class Session:
                 dead = self._journal.replaying() or collided or error.details.get("retry") is True
             if not dead and self.usable and error.details.get("aborted") is not True:
                 later = self._journal.roll_back(entry)
-                if any(e.train_pass for e in later):
-                    self._incomplete = f"a forward_backward was refused: {error.message}"
+                passes = [e.name for e in later if e.train_pass]
+                if passes:
+                    self._incomplete = f"{passes[0]} was refused: {error.message}"
             self._moved.notify_all()
         broken = cannot_go_on(self.run_id, error)
         entry.end(FAILED, broken if collided else error)

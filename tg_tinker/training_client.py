@@ -8,7 +8,10 @@ from contextlib import closing
 from types import TracebackType
 from typing import Any, Self
 
-from tg_tinker._arguments import generation, keyed_units, sampling_params, saving, texts
+import numpy as np
+import numpy.typing as npt
+
+from tg_tinker._arguments import generation, keyed_units, sampling_params, saving, texts, updates
 from tg_tinker._transport import Transport
 from tg_tinker.datasets import Dataset
 from tg_tinker.errors import InvalidRequestError
@@ -118,6 +121,29 @@ class TrainingClient:
         data = BatchData.of(batch)
         units = None if privacy_unit_ids is None else keyed_units(self._unit_key, privacy_unit_ids, data.num_records)
         return self._submit(Pass(batch=data, train=self._training, units=units, batch_hash=batch_hash))
+
+    def add_updates(self, vectors: npt.NDArray[np.float32], privacy_unit_ids: Sequence[str]) -> FutureHandle:
+        """Add rows that were computed elsewhere; like the gradients of a pass they add up until ``optim_step``.
+
+        For runs with ``model_ref="vector:<P>"``. Under differential privacy the server sums the rows of each unit and
+        clips the sum to ``max_grad_norm``; one that is not finite contributes zero. A step moves the run's vector
+        against the (noised) sum, divided by the expected batch size, as it does with any gradient.
+
+        Args:
+            vectors: float32 [rows, P].
+            privacy_unit_ids: whose each row is. Only keyed hashes of them leave this process.
+
+        Returns:
+            Resolves to a ForwardBackwardResult whose loss is zero.
+
+        Raises:
+            InvalidRequestError: rows or units that cannot be, before anything is sent; or eval mode.
+        """
+        if not self._training:
+            raise InvalidRequestError(
+                "add_updates in eval mode; call train() first", field="add_updates", constraint="train mode"
+            )
+        return self._submit(updates(self._unit_key, vectors, privacy_unit_ids))
 
     def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle:
         """Apply the gradients that added up.

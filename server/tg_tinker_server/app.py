@@ -53,6 +53,7 @@ from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.service.sampling import SamplingService
 from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.service.training import TrainingService
+from tg_tinker_server.service.updates import UpdatesService
 from tg_tinker_server.service.uploads import Uploads
 from tg_tinker_server.service.weights import WeightsService
 from tg_tinker_server.store import artifact_rows, run_rows
@@ -151,7 +152,7 @@ class Server:
         self._grpc = GrpcServer(
             config,
             [
-                TrainingServicer(submitting, training, checkpoints),
+                TrainingServicer(submitting, training, UpdatesService(training, executors), checkpoints),
                 SamplingServicer(submitting, sampling),
                 RunServicer(submitting, privacy, config),
                 FutureServicer(operations),

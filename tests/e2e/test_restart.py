@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.e2e.server_process import ServerProcess, batch
@@ -92,3 +93,25 @@ def test_results_can_be_fetched_after_a_restart(tmp_path: Path, signal: str) -> 
         assert service.get_future(first.id).result(timeout=60).loss == loss
         assert service.get_future(step.id).result(timeout=60).step == 1
         assert service.get_training_client(client.id).step == 1
+
+
+def test_kills_leave_the_vector_of_a_run_on_updates_as_it_would_have_been(tmp_path: Path) -> None:
+    plain = OptimizerConfig(name="sgd", learning_rate=0.5, momentum=0.0, nesterov=False)
+    vectors = np.random.default_rng(4).normal(size=(12, 2, 5)).astype(np.float32)
+    with ServerProcess(tmp_path) as server, server.client(timeout=120) as service:
+        tc = service.create_training_client(TrainingConfig(model_ref="vector:5", optimizer=plain))
+        steps = []
+        for i, rows in enumerate(vectors):
+            tc.add_updates(rows[:1], ["a"])
+            if i in (3, 8):
+                server.kill()
+                server.start().wait_until_up()
+            tc.add_updates(rows[1:], ["b"])
+            steps.append(tc.optim_step())
+        assert [s.result(timeout=120).step for s in steps] == list(range(1, 13))
+        moved = -sum(0.5 * rows.astype(np.float64).mean(axis=0) for rows in vectors)
+        again = service.create_training_client(
+            TrainingConfig(model_ref="vector:5", optimizer=plain), checkpoint_id=tc.save_state().artifact_id
+        )
+        assert again.step == 12
+        np.testing.assert_allclose(again.pull_weights().tensors["vector"], moved, atol=1e-5)

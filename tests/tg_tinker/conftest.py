@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import grpc
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import settings
@@ -31,6 +32,7 @@ from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2, sampling_pb
 from tg_tinker.transparency.merkle import EMPTY_ROOT
 from tg_tinker.transparency.note import Checkpoint, VerifierKey, sign_note
 from tg_tinker.types import (
+    AdapterWeights,
     ArtifactInfo,
     Capabilities,
     EncryptionInfo,
@@ -53,9 +55,11 @@ from tg_tinker.wire.calls import (
     Position,
     Save,
     Step,
+    Updates,
     call_from_proto,
     position_from_proto,
 )
+from tg_tinker.wire.federation import weights_to_proto
 from tg_tinker.wire.log import checkpoint_to_proto
 from tg_tinker.wire.methods import methods
 from tg_tinker.wire.operations import (
@@ -364,7 +368,7 @@ class ScriptedServer:
         except FutureCancelledError as e:
             outcome = {"status": "cancelled", "error": e}
         except TGTinkerError as e:
-            if isinstance(operation.call, Pass) and operation.call.train:
+            if isinstance(operation.call, Updates) or (isinstance(operation.call, Pass) and operation.call.train):
                 run.poison = e.message
             outcome = {"status": "failed", "error": e}
         with self.changed:
@@ -392,6 +396,9 @@ class ScriptedServer:
             return ForwardBackwardOutput(
                 run.weight + total / 1024, "", "g" if call.train else "", call.batch.num_tokens, 1.0
             )
+        if isinstance(call, Updates):
+            run.pending.append(float(call.vectors_UP.sum()))
+            return ForwardBackwardOutput(0.0, "", "g", 0, 1.0)
         if isinstance(call, Step):
             run.poison = run.poison or call.incomplete
             pending, run.pending = run.pending, []
@@ -477,6 +484,10 @@ class ScriptedServer:
             raise ResourceNotFoundError("no", resource_type="artifact", resource_id=request.artifact_id)
         for _ in range(3):
             yield artifacts_pb2.ArtifactChunk(data=b"\x00\x01\x02")
+
+    def PullWeights(self, request):  # noqa: N802
+        run = self._run(request.run_id)
+        yield from weights_to_proto(AdapterWeights(tensors={"w": np.float32([run.weight])}, step=run.step))
 
     def ListArtifacts(self, request):  # noqa: N802
         infos = [

@@ -4,6 +4,7 @@ import threading
 import time
 
 import grpc
+import numpy as np
 import pytest
 
 from tg_tinker import (
@@ -385,3 +386,55 @@ def test_a_broken_connection_under_a_call_is_repaired(tc, server):
     server.faults["ForwardBackward"] = [grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN]
     assert tc.forward_backward(batch(1)).result(20).num_tokens == 1
     assert len(server.executed) == 1
+
+
+def updates(value):
+    return np.full((1, 1), value, dtype=np.float32), ["a site"]
+
+
+def test_updates_lost_with_a_server_are_sent_again_byte_for_byte_and_added_once(tc, server):
+    tc.add_updates(*updates(1))
+    tc.optim_step().result(20)
+    server.gate.clear()
+    futures = [tc.add_updates(*updates(2)), tc.optim_step(), tc.add_updates(*updates(3)), tc.optim_step()]
+    until(lambda: len(server.seen("OptimStep")) == 3)
+    server.gate.set()
+    server.restart()
+    assert futures[-1].result(30).step == 3
+    assert futures[-1].result().grad_norm == expected_weight([1, 2, 3])
+    sent = [r.SerializeToString() for r in server.seen("AddUpdates")]
+    assert len(sent) > len(set(sent)) == 3
+
+
+def test_updates_that_ended_are_added_again_if_their_step_was_lost(tc, server):
+    first = tc.add_updates(*updates(2))
+    result = first.result(20)
+    server.restart()
+    tc.add_updates(*updates(4))
+    assert tc.optim_step().result(30).grad_norm == 6.0
+    assert first.result() is result
+
+
+def test_refused_updates_make_the_batch_incomplete(tc, server):
+    server.faults["AddUpdates"] = [0, AuthorizationError("may not train"), 0]
+    tc.add_updates(*updates(1))
+    with pytest.raises(AuthorizationError):
+        tc.add_updates(*updates(2)).result(20)
+    with pytest.raises(InvalidRequestError, match="add_updates was refused"):
+        tc.optim_step().result(20)
+    tc.add_updates(*updates(4))
+    assert tc.optim_step().result(20).grad_norm == 4.0
+
+
+def test_weights_are_pulled_after_the_steps_and_loads_before_them(tc, server):
+    server.gate.clear()
+    tc.forward_backward(batch(3))
+    tc.optim_step()
+    threading.Timer(0.2, server.gate.set).start()
+    pulled = tc.pull_weights()
+    assert (pulled.step, pulled.tensors["w"].tolist()) == (1, [3.0])
+    tc.forward_backward(batch(5))
+    tc.optim_step(apply_dp_noise=False)
+    tc.forward_backward(batch(-1))
+    tc.optim_step()  # fails; the weights are there all the same
+    assert tc.pull_weights().tensors["w"].tolist() == [6.5]

@@ -289,3 +289,41 @@ def test_leaving_the_context_closes_the_handle(server):
         tc.optim_step()
     assert server.seen("ForwardBackward")
     assert future.id == f"{tc.id}.1"
+
+
+def test_updates_leave_as_bytes_and_their_units_as_keyed_hashes(tc, server):
+    vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
+    future = tc.add_updates(vectors, ["north", "south"])
+    vectors += 1  # may be reused as soon as the call returns
+    assert isinstance(future.result(), ForwardBackwardResult)
+    (request,) = server.seen("AddUpdates")
+    assert request.vectors.data == np.arange(6, dtype="<f4").tobytes()
+    assert list(request.vectors.shape) == [2, 3]
+    expected = hmac.new(b"k" * 32, b"tg-tinker/unit/v1\x00north", hashlib.sha256).hexdigest()
+    assert request.privacy_unit_ids[0] == expected
+    assert b"north" not in request.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("vectors", "units", "field"),
+    [
+        (np.zeros((1, 2)), ["a"], "vectors"),
+        ([[0.0]], ["a"], "vectors"),
+        (np.zeros(2, np.float32), ["a", "b"], "vectors"),
+        (np.zeros((2, 2), np.float32), ["a"], "privacy_unit_ids"),
+        (np.zeros((2, 2), np.float32), "ab", "privacy_unit_ids"),
+        (np.zeros((1, 2), np.float32), [""], "privacy_unit_ids"),
+    ],
+)
+def test_updates_that_cannot_be_are_refused_here_and_cost_no_number(tc, server, vectors, units, field):
+    with pytest.raises(InvalidRequestError) as caught:
+        tc.add_updates(vectors, units)
+    assert caught.value.field == field
+    assert server.seen("AddUpdates") == []
+    assert tc.forward_backward(BATCH).id.endswith(".1")
+
+
+def test_updates_in_eval_mode_are_refused(tc):
+    tc.eval()
+    with pytest.raises(InvalidRequestError, match=r"train\(\)"):
+        tc.add_updates(np.zeros((1, 2), np.float32), ["a"])

@@ -37,6 +37,7 @@ REASONS: Final = frozenset(
         "wrong_round",
         "too_few_sites",
         "hopeless",
+        "masking",
     }
 )
 """Those of `FederationRefusedError`."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from google.protobuf.message import Message
 
 from tg_tinker.errors import InvalidRequestError
@@ -15,6 +18,7 @@ from tg_tinker.types import BatchData
 from tg_tinker.types.sampling import SamplingParams
 from tg_tinker.wire.tensors import tensor_from_proto, tensor_to_proto
 
+_UPDATES_DOMAIN = b"tg-tinker/updates/v1\x00"
 _BATCH_FIELDS = ("input_ids", "attention_mask", "labels")
 
 
@@ -53,6 +57,27 @@ class Pass:
     def drawn_from(cls, dataset_id: str, *, train: bool = True) -> Pass:
         """A pass over a batch that the server draws."""
         return cls(batch=BatchData(input_ids=[]), train=train, dataset_id=dataset_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Updates:
+    """One add_updates.
+
+    Attributes:
+        vectors_UP: float32 [rows, parameters]; row i is a contribution of ``units[i]``.
+        units: already keyed.
+    """
+
+    vectors_UP: npt.NDArray[np.float32]  # noqa: N815 - shape suffix
+    units: tuple[str, ...]
+
+    def digest(self) -> bytes:
+        """SHA-256 over the canonical bytes of the rows: domain tag, shape, data."""
+        digest = hashlib.sha256(_UPDATES_DOMAIN)
+        header = f"vectors:float32:{','.join(str(n) for n in self.vectors_UP.shape)}".encode()
+        digest.update(len(header).to_bytes(4, "little") + header)
+        digest.update(np.ascontiguousarray(self.vectors_UP, dtype="<f4").tobytes())
+        return digest.digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,11 +121,12 @@ class Generate:
     num_completions: int = 1
 
 
-Call = Pass | Step | Save | Load | Generate
+Call = Pass | Updates | Step | Save | Load | Generate
 
 # What the operation of each call is named, and whether it may change weights or the pending gradient.
 OPERATION = {
     Pass: "forward_backward",
+    Updates: "add_updates",
     Step: "optim_step",
     Save: "save_state",
     Load: "load_state",
@@ -110,7 +136,7 @@ OPERATION = {
 
 def has_effect(call: Call) -> bool:
     """Whether a restarted server must execute the call again: it may change weights or the pending gradient."""
-    return call.train if isinstance(call, Pass) else isinstance(call, Step | Load)
+    return call.train if isinstance(call, Pass) else isinstance(call, Updates | Step | Load)
 
 
 def position_to_proto(position: Position) -> common_pb2.OperationKey:
@@ -129,6 +155,10 @@ def call_to_proto(call: Call, position: Position) -> Message:
     match call:
         case Pass():
             return _pass_to_proto(call, key)
+        case Updates():
+            return training_pb2.AddUpdatesRequest(
+                key=key, vectors=tensor_to_proto(call.vectors_UP), privacy_unit_ids=call.units
+            )
         case Step():
             return training_pb2.OptimStepRequest(
                 key=key,
@@ -162,6 +192,8 @@ def call_from_proto(request: Message) -> Call:
     match request:
         case training_pb2.ForwardBackwardRequest():
             return _pass_from_proto(request)
+        case training_pb2.AddUpdatesRequest():
+            return _updates_from_proto(request)
         case training_pb2.OptimStepRequest():
             return Step(
                 apply_dp_noise=request.apply_dp_noise,
@@ -287,3 +319,14 @@ def _pass_from_proto(request: training_pb2.ForwardBackwardRequest) -> Pass:
         units=tuple(request.privacy_unit_ids) or None,
         batch_hash=request.batch_hash or None,
     )
+
+
+def _updates_from_proto(request: training_pb2.AddUpdatesRequest) -> Updates:
+    vectors_UP = tensor_from_proto(request.vectors, field="vectors")
+    if vectors_UP.dtype != np.float32 or vectors_UP.ndim != 2:
+        raise InvalidRequestError(
+            f"vectors are {vectors_UP.dtype} in {vectors_UP.ndim} dimensions; send float32 [rows, parameters]",
+            field="vectors",
+            constraint="float32 [rows, parameters]",
+        )
+    return Updates(vectors_UP=vectors_UP, units=tuple(request.privacy_unit_ids))

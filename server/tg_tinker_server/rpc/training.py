@@ -13,14 +13,16 @@ from tg_tinker_server.service.checkpoints import CheckpointService
 from tg_tinker_server.service.lanes import Operation
 from tg_tinker_server.service.run import Run
 from tg_tinker_server.service.training import TrainingService
+from tg_tinker_server.service.updates import UpdatesService
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingServicer:
-    """forward_backward, optim_step, save_state, load_state."""
+    """forward_backward, add_updates, optim_step, save_state, load_state."""
 
     submitting: Submitting
     training: TrainingService
+    updates: UpdatesService
     checkpoints: CheckpointService
 
     async def ForwardBackward(  # noqa: N802
@@ -35,6 +37,19 @@ class TrainingServicer:
             self.training.forward_backward,
             effect=effect,
             on_failure=self.training.poison if effect else None,
+        )
+
+    async def AddUpdates(  # noqa: N802
+        self, call: Call, request: training_pb2.AddUpdatesRequest
+    ) -> training_pb2.Submitted:
+        """Add rows computed elsewhere to the logical batch."""
+        return await self.submitting.submit(
+            call,
+            request,
+            "add_updates",
+            self.updates.add_updates,
+            effect=True,
+            on_failure=self.training.poison,
         )
 
     async def OptimStep(  # noqa: N802

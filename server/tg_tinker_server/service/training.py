@@ -79,12 +79,12 @@ class TrainingService:
                 constraint="sha256 of this batch",
             )
         if request.train and run.private is not None:
-            await self._refuse_if_unaffordable(run, run.private)
+            await self.refuse_if_unaffordable(run, run.private)
         result = await self._pass(run, operation, engine_request)
-        describing = asyncio.ensure_future(self._describe(run, digest, result, operation))  # hashes on a disk thread
+        describing = asyncio.ensure_future(self.describe(run, digest, result, operation))  # hashes on a disk thread
         try:
             if request.train:
-                await self._accumulate(run, operation, result)
+                await self.accumulate(run, operation, result)
             return await describing
         finally:
             describing.cancel()
@@ -100,7 +100,7 @@ class TrainingService:
     async def _draw(self, run: Run, operation: Operation, request: Pass) -> ForwardBackwardOutput:
         """Draw the logical batch from the run's registered dataset. Nothing is charged until it is stepped."""
         private = require_drawable(run, request)
-        await self._refuse_if_unaffordable(run, private)
+        await self.refuse_if_unaffordable(run, private)
         digest, results, gradients = hashlib.sha256(), list[PassResult](), hashlib.sha256()
         for drawn in await self.draws.draw(run, operation.ensure_wanted):
             part = Pass(batch=drawn.batch, units=drawn.units)
@@ -108,7 +108,7 @@ class TrainingService:
             result = await self._pass(run, operation, engine_request)
             assert result.contribution is not None
             gradients.update(await self.executors.io(result.contribution.digest))
-            await self._accumulate(run, operation, result)
+            await self.accumulate(run, operation, result)
             results.append(replace(result, contribution=None))
             digest.update(part_digest)
         output = self._output_of_pass(run, digest.digest(), _together(results), gradients.digest(), operation)
@@ -122,7 +122,8 @@ class TrainingService:
         if run.status == ACTIVE and not isinstance(error, DPBudgetExceededError):
             run.poison = run.poison or (error.message if isinstance(error, TGTinkerError) else "it crashed")
 
-    async def _accumulate(self, run: Run, operation: Operation, result: PassResult) -> None:
+    async def accumulate(self, run: Run, operation: Operation, result: PassResult) -> None:
+        """Add what a pass computed to the logical batch."""
         assert result.contribution is not None
         operation.commit()
         await self.executors.compute(run.session.accumulate, result.contribution)
@@ -131,14 +132,8 @@ class TrainingService:
     def _check(self, run: Run, request: Pass) -> None:
         records, tokens = request.batch.input_ids.shape
         private = run.private
-        if request.train and private is not None and private.drawn_here:
-            raise InvalidRequestError(
-                f"the server draws the batches of this run from dataset {private.scope.dataset_id}; call "
-                "forward_backward(dataset=...). To choose batches yourself, create the run with "
-                "DPConfig(sampling='none'), which claims no amplification",
-                field="batch",
-                constraint="drawn by the server",
-            )
+        if request.train:
+            refuse_if_drawn_here(run, field="batch")
         empty_draw = request.train and private is not None and private.config.sampling == "poisson"
         if (records == 0 or tokens == 0) and not empty_draw:
             raise InvalidRequestError(
@@ -146,13 +141,7 @@ class TrainingService:
                 field="batch.input_ids",
                 constraint="at least one record of one token",
             )
-        if records > self.max_batch_records:
-            raise InvalidRequestError(
-                f"the batch has {records} records, over the {self.max_batch_records} of one call; split it into "
-                "several forward_backward calls, they add up",
-                field="batch.input_ids",
-                constraint=f"at most {self.max_batch_records} records",
-            )
+        self.refuse_too_many(records, "forward_backward", field="batch.input_ids")
         if records * tokens > self.max_batch_tokens:
             raise InvalidRequestError(
                 f"the batch has {records * tokens} tokens with padding, over the {self.max_batch_tokens} of one "
@@ -188,7 +177,22 @@ class TrainingService:
                 constraint="one per record",
             )
 
-    async def _refuse_if_unaffordable(self, run: Run, private: PrivateRun) -> None:
+    def refuse_too_many(self, records: int, operation: str, *, field: str) -> None:
+        """Refuse more records than one call may have."""
+        if records > self.max_batch_records:
+            raise InvalidRequestError(
+                f"the batch has {records} records, over the {self.max_batch_records} of one call; split it into "
+                f"several {operation} calls, they add up",
+                field=field,
+                constraint=f"at most {self.max_batch_records} records",
+            )
+
+    async def refuse_if_unaffordable(self, run: Run, private: PrivateRun) -> None:
+        """Refuse a pass whose step could not be paid for.
+
+        Raises:
+            DPBudgetExceededError: it could not.
+        """
         if private.config.sampling == "max_participation":
             return  # what the step costs depends on its units; the charge decides
         refusal = await self.executors.io(
@@ -201,9 +205,10 @@ class TrainingService:
         if refusal is not None:
             raise refusal
 
-    async def _describe(
+    async def describe(
         self, run: Run, digest: bytes, result: PassResult, operation: Operation
     ) -> ForwardBackwardOutput:
+        """What a caller may see of a pass over the batch of this digest."""
         gradient = None
         if result.contribution is not None:
             gradient = await self.executors.io(result.contribution.digest)
@@ -262,16 +267,17 @@ class TrainingService:
         if why:
             run.drop_pending()
             raise InvalidRequestError(
-                f"a forward_backward since the last step failed ({why}), so its batch is incomplete and was "
-                "dropped; send the batch again",
+                f"a forward_backward or add_updates since the last step failed ({why}), so its batch is incomplete "
+                "and was dropped; send the batch again",
                 field="optim_step",
                 constraint="every forward_backward of the step succeeded",
             )
         if run.session.pending_calls == 0:
             raise InvalidRequestError(
-                "nothing was accumulated since the last step; call forward_backward first (in train mode)",
+                "nothing was accumulated since the last step; call forward_backward (in train mode) or add_updates "
+                "first",
                 field="optim_step",
-                constraint="at least one forward_backward",
+                constraint="at least one forward_backward or add_updates",
             )
         operation.commit()
         rate = learning_rate_at(run.config.optimizer, step=run.step, max_steps=run.config.max_steps)
@@ -413,6 +419,22 @@ class TrainingService:
             dp_metrics=dp,
             latency_ms=operation.elapsed_ms(),
             metrics=metrics,
+        )
+
+
+def refuse_if_drawn_here(run: Run, *, field: str) -> None:
+    """Refuse what callers send where the server draws.
+
+    Raises:
+        InvalidRequestError: it does.
+    """
+    if run.private is not None and run.private.drawn_here:
+        raise InvalidRequestError(
+            f"the server draws the batches of this run from dataset {run.private.scope.dataset_id}; call "
+            "forward_backward(dataset=...). To choose batches yourself, create the run with "
+            "DPConfig(sampling='none'), which claims no amplification",
+            field=field,
+            constraint="drawn by the server",
         )
 
 

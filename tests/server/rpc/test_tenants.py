@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pyrage
 import pytest
 from google.protobuf.message import Message
@@ -16,7 +17,7 @@ from tg_tinker.proto.v1 import artifacts_pb2, datasets_pb2, federation_pb2, priv
 from tg_tinker.types import DPConfig, TrainingConfig
 from tg_tinker.types.records import Record
 from tg_tinker.types.sampling import SamplingParams
-from tg_tinker.wire.calls import Generate, Load, Position, Save, Step, call_to_proto
+from tg_tinker.wire.calls import Generate, Load, Position, Save, Step, Updates, call_to_proto
 from tg_tinker.wire.datasets import append_records
 from tg_tinker.wire.methods import methods
 from tg_tinker.wire.operations import cancel_future_request, get_future_request, resume_request
@@ -30,7 +31,9 @@ PRIVATE = CONFIG.model_copy(update={"dp_config": DPConfig(dataset_id="secret-dat
 def requests_on(run_id: str, artifact_id: str, dataset_id: str, upload_id: str) -> list[Message]:
     """One request for each method that takes somebody's id."""
     position = Position(run_id=run_id, seq=99)
+    vectors = np.zeros((1, 3), np.float32)
     calls = [batch(), batch(train=False), Step(), Save(), Load(artifact_id=artifact_id), Generate(prompts=("x",))]
+    calls.append(Updates(vectors_UP=vectors, units=("u",)))
     return [
         *(call_to_proto(call, position) for call in calls),
         sampling_pb2.SampleStreamRequest(run_id=run_id, prompt="x"),

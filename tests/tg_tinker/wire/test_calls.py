@@ -18,12 +18,14 @@ from tg_tinker.wire.calls import (
     Position,
     Save,
     Step,
+    Updates,
     call_from_proto,
     call_to_proto,
     has_effect,
     position_from_proto,
     position_to_proto,
 )
+from tg_tinker.wire.tensors import tensor_to_proto
 
 HERE = Position(run_id="run_1", seq=7, handle="h")
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -90,6 +92,23 @@ def test_a_pass_survives_the_wire(call):
     assert dataclasses.replace(back, batch=None).__repr__() == dataclasses.replace(call, batch=None).__repr__()
 
 
+@given(st.integers(0, 4), st.integers(0, 5), st.randoms())
+def test_updates_survive_the_wire_bit_for_bit(rows, size, random):
+    vectors_UP = np.frombuffer(random.randbytes(4 * rows * size), dtype=np.float32).reshape(rows, size)  # NaN too
+    call = Updates(vectors_UP=vectors_UP, units=tuple(f"u{i}" for i in range(rows)))
+    back = through_the_wire(call)
+    assert (back.units, back.vectors_UP.shape, back.digest()) == (call.units, (rows, size), call.digest())
+    assert back.vectors_UP.tobytes() == vectors_UP.tobytes()
+
+
+def test_the_digest_of_updates_tells_shapes_and_values_apart_and_not_layouts():
+    rows = np.arange(6, dtype=np.float32)
+    digests = {Updates(vectors_UP=v, units=()).digest() for v in (rows.reshape(2, 3), rows.reshape(3, 2), rows[:4])}
+    assert len(digests) == 3
+    turned = np.asfortranarray(rows.reshape(2, 3))
+    assert Updates(vectors_UP=turned, units=()).digest() in digests
+
+
 @given(OTHERS)
 def test_every_other_call_survives_the_wire(call):
     assert through_the_wire(call) == call
@@ -102,9 +121,10 @@ def test_a_position_survives_the_wire(position):
 
 def test_every_kind_of_call_has_a_name_and_a_known_effect():
     batch = BatchData(input_ids=[[1]])
-    calls = [Pass(batch=batch), Step(), Save(), Load(artifact_id="a"), Generate(prompts=("p",))]
+    updates = Updates(vectors_UP=np.zeros((1, 2), np.float32), units=("u",))
+    calls = [Pass(batch=batch), Step(), Save(), Load(artifact_id="a"), Generate(prompts=("p",)), updates]
     assert {type(c) for c in calls} == set(OPERATION)
-    assert [has_effect(c) for c in calls] == [True, True, False, True, False]
+    assert [has_effect(c) for c in calls] == [True, True, False, True, False, True]
     assert not has_effect(Pass(batch=batch, train=False))
 
 
@@ -121,6 +141,9 @@ def test_metadata_that_is_not_json_is_refused_by_name():
         (training_pb2.ForwardBackwardRequest(mode=1), "batch.input_ids"),
         (training_pb2.ForwardBackwardRequest(), "mode"),
         (training_pb2.SaveStateRequest(metadata_json="[1]"), "metadata"),
+        (training_pb2.AddUpdatesRequest(), "vectors"),
+        (training_pb2.AddUpdatesRequest(vectors=tensor_to_proto(np.zeros((1, 2)))), "vectors"),
+        (training_pb2.AddUpdatesRequest(vectors=tensor_to_proto(np.zeros(2, np.float32))), "vectors"),
         (training_pb2.SaveStateRequest(metadata_json="{"), "metadata"),
     ],
 )

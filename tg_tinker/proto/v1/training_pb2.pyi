@@ -52,6 +52,16 @@ class ForwardBackwardRequest(_message.Message):
     dataset_id: str
     def __init__(self, key: _Optional[_Union[_common_pb2.OperationKey, _Mapping]] = ..., mode: _Optional[_Union[PassMode, str]] = ..., input_ids: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., privacy_unit_ids: _Optional[_Iterable[str]] = ..., batch_hash: _Optional[str] = ..., dataset_id: _Optional[str] = ...) -> None: ...
 
+class AddUpdatesRequest(_message.Message):
+    __slots__ = ("key", "vectors", "privacy_unit_ids")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_UNIT_IDS_FIELD_NUMBER: _ClassVar[int]
+    key: _common_pb2.OperationKey
+    vectors: _common_pb2.Tensor
+    privacy_unit_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, key: _Optional[_Union[_common_pb2.OperationKey, _Mapping]] = ..., vectors: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., privacy_unit_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class ForwardBackwardReply(_message.Message):
     __slots__ = ("loss", "batch_hash", "gradient_hash", "num_tokens", "latency_ms", "metrics")
     class MetricsEntry(_message.Message):
