@@ -132,3 +132,17 @@ def check_robust(job: Job) -> None:
             reason="too_few_sites",
             details={"min_sites": sites, "needed": needed},
         )
+
+
+def poison_borne(job: Job) -> int:
+    """How many poisoned updates the job's strategy bears in the smallest round that counts; 0 for averages."""
+    strategy, sites = job.strategy, job.min_sites
+    match strategy.name:
+        case "fedmedian":
+            return (sites - 1) // 2
+        case "fedtrimmedavg":
+            return int(strategy.trimmed_fraction * sites)
+        case "krum" | "multikrum":
+            return strategy.num_malicious
+        case _:
+            return 0

@@ -21,6 +21,7 @@ from tg_tinker.errors import FederationRefusedError, InvalidRequestError
 Phase = Literal["joining", "training", "finished", "failed"]
 FOR_GOOD = ("policy", "expired")
 """Reasons after which a site is not asked again: neither will change."""
+MOST_SKIPPED = 3
 _SHOWN = 300  # characters of what a site said
 
 
@@ -67,6 +68,7 @@ class RoundRecord(_Value):
         updates: how many went into the aggregate; ``None`` likewise.
         artifact_id: of the adapter after the round, at the coordinator's server.
         weights_digest: of that adapter.
+        skipped: why the adapter stayed as it was: a masked sum that was opened in part and cannot be again.
         metrics: what the evaluation of the released adapter found.
     """
 
@@ -76,6 +78,7 @@ class RoundRecord(_Value):
     updates: int | None
     artifact_id: str
     weights_digest: str
+    skipped: str = ""
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
@@ -97,6 +100,7 @@ class Course(_Value):
         tries: attempts since the last start.
         asked: sites of the attempt under way.
         answers: last word of each site in the round under way.
+        opened: sites over whose masked updates shares were asked for in this round: from now on these and no others.
         ignored: late, repeated or uncalled-for replies of the whole job.
         why: why it failed.
     """
@@ -115,6 +119,7 @@ class Course(_Value):
     tries: int = Field(0, ge=0)
     asked: tuple[str, ...] = ()
     answers: dict[str, Answer] = Field(default_factory=dict)
+    opened: tuple[str, ...] = ()
     ignored: int = Field(0, ge=0)
     why: str = ""
 
@@ -220,34 +225,49 @@ class Course(_Value):
         after = self._but(answers={**self.answers, site: answer})
         return after.leaves(site, answer) if answer.kind == "refused" and answer.reason in FOR_GOOD else after
 
-    def close(self) -> Self:
-        """Give up on whoever has not answered; failed if that was the last attempt and there are too few updates."""
+    def open(self, sites: Iterable[str]) -> Self:
+        """Shares of the masks of these sites' updates are about to be asked for."""
+        self._in("training")
+        return self._but(opened=tuple(sorted(sites)))
+
+    def close(self, why: str = "") -> Self:
+        """Give up on whoever has not answered; failed if that was the last attempt and there are too few updates.
+
+        Args:
+            why: what else kept the attempt from being released.
+        """
         self._in("training")
         missing = {s: Answer.none("no reply in time") for s in self.waiting_for}
         after = self._but(answers={**self.answers, **missing})
-        if after.releasable or after.tries < after.max_attempts:
+        if after.releasable or after.tries < after.max_attempts or after.opened:
             return after
         return after.fail(
             f"round {self.round} has {len(after.with_update)} updates and needs {self.min_updates}, after "
-            f"{self.attempt} attempts{_list(after.answers)}"
+            f"{self.attempt} attempts{f'; {why}' if why else ''}{_list(after.answers)}"
         )
 
-    def release(self, *, artifact_id: str, weights_digest: str, metrics: Mapping[str, float] | None = None) -> Self:
+    def release(self, *, artifact_id: str, weights_digest: str) -> Self:
         """The adapter after this round is out: on to the next, or finished."""
         if not self.releasable:
             raise InvalidRequestError("this round cannot be released", field="round", constraint="enough updates")
-        record = RoundRecord(
-            round=self.round,
-            attempts=self.attempt,
-            answers=dict(self.answers) if self.public else None,
-            updates=len(self.with_update) if self.public else None,
-            artifact_id=artifact_id,
-            weights_digest=weights_digest,
-            metrics=dict(metrics or {}),
-        )
-        released = (*self.released, record)
-        phase: Phase = "finished" if len(released) == self.rounds else "training"
-        return self._but(released=released, phase=phase, attempt=0, tries=0, asked=(), answers={})
+        return self._recorded(artifact_id, weights_digest, "")
+
+    def skip(self, why: str, *, artifact_id: str, weights_digest: str) -> Self:
+        """Leave the adapter as it is and go on: the only way once masks were opened and their sum was lost.
+
+        Failed where that happens several times in a row.
+        """
+        self._in("training")
+        if not self.opened:
+            raise InvalidRequestError("this round can be tried again", field="round", constraint="opened")
+        if len(self.released) >= MOST_SKIPPED and all(r.skipped for r in self.released[-MOST_SKIPPED:]):
+            return self.fail(f"{MOST_SKIPPED} rounds in a row were lost, and now round {self.round}: {why}")
+        return self._recorded(artifact_id, weights_digest, _tidy(why))
+
+    def evaluated(self, metrics: Mapping[str, float]) -> Self:
+        """What the evaluation of the last released adapter found."""
+        last = self.released[-1].model_copy(update={"metrics": dict(metrics)})
+        return self._but(released=(*self.released[:-1], last))
 
     def fail(self, why: str) -> Self:
         """End without the rounds that are left; what was released stays."""
@@ -261,6 +281,20 @@ class Course(_Value):
             return self
         began = self.phase == "training" or (self.attempt + len(self.released) and len(self.members) >= self.quorum)
         return self._but(phase="training" if began else "joining", why="", tries=0, asked=(), answers={})
+
+    def _recorded(self, artifact_id: str, weights_digest: str, skipped: str) -> Self:
+        record = RoundRecord(
+            round=self.round,
+            attempts=self.attempt,
+            answers=dict(self.answers) if self.public else None,
+            updates=(0 if skipped else len(self.with_update)) if self.public else None,
+            artifact_id=artifact_id,
+            weights_digest=weights_digest,
+            skipped=skipped,
+        )
+        released = (*self.released, record)
+        phase: Phase = "finished" if len(released) == self.rounds else "training"
+        return self._but(released=released, phase=phase, attempt=0, tries=0, asked=(), answers={}, opened=())
 
     def _but(self, **changes: Any) -> Self:
         return self.model_copy(update=changes)

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from tg_tinker.data import PoissonSampler
 from tg_tinker.errors import FederationRefusedError, InvalidRequestError
 from tg_tinker.federated.job import Job, SitePrivacy
+from tg_tinker.federated.updates import Factor, trained_names
 from tg_tinker.privacy import gate_epsilon, plan
 from tg_tinker.service_client import ServiceClient
 from tg_tinker.types import DPConfig, OptimizerConfig, TrainingConfig
@@ -141,7 +142,13 @@ def next_bound(sites: SitePrivacy, bound: float, share_within: float | None) -> 
     return min(sites.clip * _FARTHEST, max(sites.clip / _FARTHEST, moved))
 
 
-def check_feasible(job: Job, sizes: Mapping[str | None, int]) -> dict[str, float]:
+def trained_sizes(job: Job, weights: Mapping[str, npt.NDArray[Any]]) -> dict[Factor | None, int]:
+    """Parameters that the rounds of a job train, by what they freeze."""
+    frozen = {job.frozen_factor(r) for r in (1, min(2, job.rounds))}
+    return {f: sum(weights[name].size for name in trained_names(weights, f)) for f in frozen}
+
+
+def check_feasible(job: Job, sizes: Mapping[Factor | None, int]) -> dict[str, float]:
     """Require that site-level privacy can work for a job, before anything is asked or spent.
 
     Two things are required. The rounds cost no more than ``target_epsilon`` by the gate. And the noise is not

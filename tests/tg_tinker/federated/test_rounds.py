@@ -37,7 +37,7 @@ def test_a_job_goes_from_joining_over_its_rounds_to_finished():
     for number in (1, 2):
         assert (at.phase, at.round) == ("training", number)
         at = answered(at.ask(SITES), a=UPDATE, b=UPDATE, c=UPDATE, d=UPDATE).close()
-        at = at.release(**OUT, metrics={"loss": 1.0})
+        at = at.release(**OUT).evaluated({"loss": 1.0})
     assert at.phase == "finished"
     assert at.over
     assert [(r.round, r.attempts, r.updates, r.metrics) for r in at.released] == [
@@ -88,6 +88,23 @@ def test_a_masked_round_starts_over():
     at = answered(training().ask(SITES), a=UPDATE).close().ask(SITES, again=True)
     assert at.asked == SITES
     assert at.with_update == ()
+
+
+def test_a_masked_sum_that_was_opened_and_lost_is_skipped_and_three_in_a_row_fail_the_job():
+    at = training(rounds=9)
+    with pytest.raises(InvalidRequestError):
+        at.ask(SITES).skip("lost", **OUT)
+    for number in (1, 2, 3):
+        at = answered(at.ask(SITES), a=UPDATE, b=UPDATE, c=UPDATE).close().open("abc")
+        assert at.resumed().opened == ("a", "b", "c")
+        at = at.skip("lost", **OUT)
+        assert (at.round, at.opened, at.released[-1].skipped) == (number + 1, (), "lost")
+        assert at.released[-1].updates == 0
+    at = at.ask(SITES).close("sums differ").open("abc")
+    for _ in range(5):
+        at = at.ask(SITES).close()
+    assert at.phase == "training"
+    assert "3 rounds in a row" in at.skip("lost", **OUT).why
 
 
 def test_a_site_that_refuses_for_good_is_not_asked_again():
@@ -163,7 +180,7 @@ EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("accepted"), st.sampled_from(SITES)),
         st.tuples(st.just("leaves"), st.sampled_from(SITES)),
-        st.tuples(st.sampled_from(["begin", "close", "release", "resumed", "fail"])),
+        st.tuples(st.sampled_from(["begin", "close", "release", "resumed", "fail", "open", "skip"])),
         st.tuples(st.just("ask"), st.sets(st.sampled_from(SITES)), st.booleans()),
         st.tuples(st.just("answer"), st.sampled_from(SITES), ANSWERS, st.integers(0, 1), st.integers(0, 1)),
     ),
@@ -181,6 +198,10 @@ def _do(at, event):
             return at.ask(sites & set(at.members), again=again)
         case ("release",):
             return at.release(**OUT)
+        case ("skip",):
+            return at.skip("lost", **OUT)
+        case ("open",):
+            return at.open(at.with_update)
         case ("fail",):
             return at.fail("because")
         case (name, *arguments):
@@ -204,8 +225,10 @@ def test_whatever_happens_a_course_stays_possible_and_moves_by_releases_alone(ev
         assert Course.model_validate_json(at.model_dump_json()) == at
         grown = len(at.released) - len(before.released)
         assert at.released[: len(before.released)] == before.released
-        assert grown == (1 if event[0] == "release" else 0)
-        if grown:
+        assert grown == (event[0] == "release" or (event[0] == "skip" and at.phase != "failed"))
+        if event[0] == "skip":
+            assert before.opened
+        elif grown:
             assert len(before.with_update) >= min_updates
             assert not before.waiting_for
         if event[0] == "ask":

@@ -1,0 +1,118 @@
+"""What a federated job came to: everything that a report needs, and nothing that a reader must not learn."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tg_tinker.federated.aggregation import poison_borne
+from tg_tinker.federated.job import Job
+from tg_tinker.federated.rounds import Answer, RoundRecord
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SiteLevel(_Part):
+    """What was promised to whole sites.
+
+    Attributes:
+        dataset_id: name of the ledger at the coordinator's server that was charged.
+        epsilon: spent there, rounds whose result was lost included.
+        bound: last clipping bound.
+        numbers: behind the decision that the job may begin; see ``site_privacy.check_feasible``.
+    """
+
+    dataset_id: str
+    epsilon: float
+    delta: float
+    bound: float
+    numbers: dict[str, float]
+
+
+class Promise(_Part):
+    """The worst case over everybody in any site's records, as the job declares it; a site's own figure is in its
+    statement. ``epsilon`` is ``None`` where records are not protected.
+    """
+
+    epsilon: float | None
+    delta: float | None
+    unit: str | None
+    people: Literal["disjoint", "shared"] | None
+
+
+class FederatedResult(_Part):
+    """The end of a job, or of one attempt at it.
+
+    Attributes:
+        job: as the sites accepted it.
+        job_digest: its name in every message and note.
+        status: "failed" may be run again: it goes on from the last released round.
+        why: it failed.
+        members: sites that accepted and did not leave.
+        left: sites that refused, with their reasons.
+        unheard: sites that never said a word.
+        rounds: that were released. Who took part is not told where that would tell who was drawn.
+        first_metrics: of the evaluation before the first round.
+        ignored: replies that were late, repeated or uncalled for.
+        artifact_id: of the last released adapter, encrypted at the coordinator's server.
+        weights_digest: of its weights.
+        records: promise to the people in the records.
+        sites: promise to the sites.
+        statements: of sites on what they spent, each in a DSSE envelope that its key signed.
+        unstated: why a site gave none.
+        trust: who can see or do what, as codes; see docs.
+        ended: when.
+    """
+
+    format: Literal["tg-tinker/federated-result/v1"] = "tg-tinker/federated-result/v1"
+    job: Job
+    job_digest: str
+    status: Literal["finished", "failed"]
+    why: str
+    members: tuple[str, ...]
+    left: dict[str, Answer]
+    unheard: tuple[str, ...]
+    rounds: tuple[RoundRecord, ...]
+    first_metrics: dict[str, float]
+    ignored: int
+    artifact_id: str
+    weights_digest: str
+    records: Promise
+    sites: SiteLevel | None
+    statements: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    unstated: dict[str, str] = Field(default_factory=dict)
+    trust: dict[str, Any]
+    ended: datetime
+
+
+def promise_of(job: Job) -> Promise:
+    """The largest promise over all sites: one site's for disjoint people, the sum where anybody may be everywhere."""
+    records = job.records
+    if records is None:
+        return Promise(epsilon=None, delta=None, unit=None, people=None)
+    times = 1 if records.people == "disjoint" else len(job.roster)
+    return Promise(
+        epsilon=records.target_epsilon * times,
+        delta=min(records.target_delta * times, 1 - 2**-53),
+        unit=records.unit,
+        people=records.people,
+    )
+
+
+def trust_of(job: Job) -> dict[str, Any]:
+    """Who can see or do what in this job."""
+    sampled = job.sites is not None and job.sites.sample_rate < 1
+    return {
+        "coordinator_sees_updates": job.masking is None,
+        "coordinator_is_trusted_with_site_privacy": job.sites is not None,
+        "site_sampling_attested_by": "coordinator" if sampled else None,
+        "carrier_sees_who_takes_part": True,
+        "carrier_sees_updates": job.masking is None,
+        "carrier_can_alter_messages": False,
+        "records_protected_at_sites": job.records is not None,
+        "poisoned_updates_borne": poison_borne(job),
+    }
