@@ -34,13 +34,18 @@ def client_app(handler: Handler) -> ClientApp:
 
 
 def server_app(
-    run: Callable[[CoordinatorLink], None], *, roster: Mapping[str, str], key: Ed25519PrivateKey, poll_s: float = 0.5
+    run: Callable[[CoordinatorLink], None],
+    *,
+    roster: Mapping[str, str],
+    key: Ed25519PrivateKey,
+    poll_s: float = 0.5,
+    ended: Callable[[], str] = lambda: "",
 ) -> ServerApp:
     """A ServerApp that hands ``run`` a link to the sites of ``roster``; see `FlowerLink` for the other arguments."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001 - Flower hands it over
-        run(FlowerLink(grid, roster=roster, key=key, poll_s=poll_s))
+        run(FlowerLink(grid, roster=roster, key=key, poll_s=poll_s, ended=ended))
 
     return app

@@ -1,7 +1,7 @@
 """What we use from inside of Flower, apart from its Message API and Grid: all of it is here.
 
 Flower's own executors unpack the bundle that a run brings and import the app from it: code of the coordinator at
-every site. Ours ask for tasks in the same way and run the app that is installed; bundles are carried and never opened.
+every site. Ours ask for tasks in the same way and run the app that is installed; bundles are carried, never opened.
 That needs Flower's Runtime and Control APIs, which may change with any minor release: a new release is let in by
 ``pyproject.toml`` after the tests over real processes have passed with it.
 """

@@ -40,6 +40,7 @@ FAILURES = {
 }
 """Flower's error codes in plain words."""
 _FIRST_POLL_S = 0.01
+_ENDED_S = 1.0
 _ASK_AGAIN_S = 60.0
 """A node that was no site of the job may be set right and restarted under its number."""
 _LONGEST_REASON = 300
@@ -75,6 +76,7 @@ class FlowerLink:
         hello_timeout_s: how long to wait for a new node to say its name. A SuperNode handles one message at a time,
             so one that still trains for an earlier request answers later.
         poll_s: the longest pause between two looks for replies.
+        ended: why there is no SuperLink any more, "" while there is: saves waiting for it.
 
     Attributes:
         ignored: why a node, by its number, is no site of the job.
@@ -88,6 +90,7 @@ class FlowerLink:
         key: Ed25519PrivateKey,
         hello_timeout_s: float = 30.0,
         poll_s: float = 0.5,
+        ended: Callable[[], str] = lambda: "",
     ) -> None:
         self.ignored: dict[int, str] = {}
         self._grid = grid
@@ -95,6 +98,7 @@ class FlowerLink:
         self._key = key
         self._hello_timeout_s = hello_timeout_s
         self._poll_s = poll_s
+        self._ended = ended
         self._nodes: dict[str, int] = {}
         self._asked: dict[str, _Question] = {}
         self._ask_again: dict[int, float] = {}
@@ -254,7 +258,13 @@ class FlowerLink:
 
         thread = threading.Thread(target=work, daemon=True, name="flower-link")
         thread.start()
-        thread.join(max(deadline - time.monotonic(), _FIRST_POLL_S))
+        while True:
+            left = deadline - time.monotonic()
+            thread.join(max(min(left, _ENDED_S), _FIRST_POLL_S))
+            if not thread.is_alive() or left <= _ENDED_S:
+                break
+            if why := self._ended():
+                raise ServerError(f"{why}; start the coordinator again, it resumes")
         if done:
             return done[0]
         if not failed:

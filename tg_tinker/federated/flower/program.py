@@ -1,86 +1,182 @@
-"""Flower's own long-running programs, started as children of ours: ``python -m ...flower.program superlink ...``.
-
-Two additions to the programs as installed. They end when their parent does, however it died. And a SuperLink answers
-its Control and Runtime APIs to this computer only: they share their port with the Fleet API that sites need, and
-without an account server anybody who reaches the Control API may start runs and register nodes.
-"""
+"""One of Flower's programs as a child process: with few rights, its words in a log file, stopped for certain."""
 
 from __future__ import annotations
 
-import ipaddress
 import os
+import re
+import secrets
 import signal
+import socket
+import subprocess
 import sys
-import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from flwr.superlink import extensions
-from flwr.superlink.cli import flower_superlink
-from flwr.supernode.cli import flower_supernode
-from starlette.middleware import Middleware
+from tg_tinker.errors import ServerError
+from tg_tinker.federated.keys import read_secret, write_secret
 
-OPEN_TO_ALL = ("/v1/fleet/", "/health")
-"""What sites need. Paths are compared as the SuperLink's router sees them."""
-_Scope = MutableMapping[str, Any]
-_Receive = Callable[[], Awaitable[_Scope]]
-_Send = Callable[[_Scope], Awaitable[None]]
-_App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
-
-
-class LocalOnly:
-    """ASGI middleware: requests from other computers reach the paths of `OPEN_TO_ALL` only; others get 403."""
-
-    def __init__(self, app: _App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
-        """Pass the request on, or refuse it."""
-        if scope["type"] == "lifespan" or scope["path"].startswith(OPEN_TO_ALL) or _is_local(scope):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"this part of the SuperLink answers locally only"})
-        else:
-            await send({"type": "websocket.close", "code": 1008})
+_KEPT = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "PYTHONPATH",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "NO_PROXY",
+    "no_proxy",
+)
+_TERMINATE_S = 5.0
+_LARGEST_LOG = 20 * 2**20
+_LONGEST_REASON = 600
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def _is_local(scope: _Scope) -> bool:
-    """Whether the connection comes from this computer: over loopback, or from the address that it goes to."""
-    client, server = scope.get("client"), scope.get("server")
+class Program:
+    """A program of Flower, started as a child of this process and ended with it.
+
+    It gets a process group of its own, so that Ctrl-C reaches us first, and an environment without our secrets.
+
+    Args:
+        name: "superlink" or "supernode".
+        arguments: of the command line. No secrets: every user of the computer can read them.
+        state_dir: for its log and Flower's own files.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[str], state_dir: Path) -> None:
+        self.name = name
+        self.log = state_dir / f"{name}.log"
+        self._arguments = list(arguments)
+        self._state_dir = state_dir
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    def start(self) -> None:
+        """Start it; `said` is empty again.
+
+        Raises:
+            ServerError: the log or the process cannot be made.
+        """
+        self.stop()
+        try:
+            self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.log.exists() and self.log.stat().st_size > _LARGEST_LOG:
+                self.log.replace(self.log.with_suffix(".log.1"))
+            with self.log.open("ab") as log:
+                self._log_start = log.tell()
+                self._process = subprocess.Popen(  # noqa: S603 - this Python, with arguments made here
+                    [
+                        sys.executable,
+                        "-m",
+                        "tg_tinker.federated.flower.entry",
+                        self.name,
+                        str(os.getpid()),
+                        *self._arguments,
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=environment(self._state_dir),
+                )
+        except OSError as e:
+            raise ServerError(f"cannot start flower-{self.name} in {self._state_dir}: {e.strerror}") from e
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, which leads a group of its own."""
+        return self._process.pid if self._process else None
+
+    def said(self) -> str:
+        """Its words since it was started."""
+        try:
+            with self.log.open("rb") as log:
+                log.seek(self._log_start)
+                return log.read().decode("utf-8", errors="replace")
+        except OSError:
+            return ""
+
+    def reason(self) -> str:
+        """The last thing that it said, for an error message."""
+        lines = [line.strip() for line in _COLOURS.sub("", self.said()).splitlines() if line.strip()]
+        at = next((i for i, line in enumerate(lines) if "Exit Code" in line), max(len(lines) - 3, 0))
+        text = " ".join(line for line in lines[at : at + 4] if "For more information" not in line)
+        plain = "".join(c if c.isprintable() else " " for c in text)[:_LONGEST_REASON]
+        return plain or "it said nothing"
+
+    def stop(self) -> None:
+        """End it and all that it started. Returns when they are gone."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for number, patience in ((signal.SIGTERM, _TERMINATE_S), (signal.SIGKILL, _TERMINATE_S)):
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                break
+            try:
+                process.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
+            deadline = time.monotonic() + 1.0
+            while time.monotonic() < deadline and _exists(process.pid):
+                time.sleep(0.02)
+        process.wait()
+
+
+def _exists(group: int) -> bool:
     try:
-        address = ipaddress.ip_address(client[0] if client else "")
-    except ValueError:
+        os.killpg(group, 0)
+    except ProcessLookupError:
         return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback or bool(client and server and client[0] == server[0])
+    return True
 
 
-def _end_with(parent: int) -> None:
-    """Stop this program when its parent is gone."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def main() -> None:
-    """Run the program named by the first argument, whose parent is the second."""
-    name, parent = sys.argv[1], int(sys.argv[2])
-    sys.argv = [f"flower-{name}", *sys.argv[3:]]
-    _end_with(parent)
-    if name == "superlink":
-        extensions.get_middleware = lambda: (Middleware(LocalOnly),)
-        flower_superlink()
-    else:
-        flower_supernode()
+def environment(state_dir: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of Flower's programs: none of our keys, no calls home, nothing installed."""
+    kept = {name: environ[name] for name in _KEPT if name in environ}
+    return kept | {
+        "FLWR_HOME": str(state_dir / "flwr-home"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
-if __name__ == "__main__":
-    main()
+def task_secret(path: Path) -> bytes:
+    """The secret shared between a program and our executor, made on the first use.
+
+    Raises:
+        InvalidRequestError: others can read the file.
+        ServerError: it cannot be written.
+    """
+    if not path.exists():
+        write_secret(path, secrets.token_hex(32).encode("ascii"))
+    return read_secret(path)
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a program could listen there now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

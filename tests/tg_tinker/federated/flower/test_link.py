@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,9 +38,8 @@ class Bench:
         self.sites = {name: ToySite(name, KEY.public_key()) for name in names}
         self.roster = {name: site.public for name, site in self.sites.items()}
         self.grid = InProcessGrid({name: client_app(site) for name, site in self.sites.items()}, disturb=disturb)
-        self.link = FlowerLink(
-            self.grid, roster=self.roster, key=KEY, **{"hello_timeout_s": 5.0, "poll_s": 0.02, **options}
-        )
+        settings: dict[str, Any] = {"hello_timeout_s": 5.0, "poll_s": 0.02, **options}
+        self.link = FlowerLink(self.grid, roster=self.roster, key=KEY, **settings)
 
     def ask(self, *, timeout_s: float = 5.0, **changes: object) -> dict[str, str]:
         """What became of a request to each: "" for a good reply, else the failure."""
@@ -57,7 +57,7 @@ class Bench:
 
 @contextmanager
 def bench(disturb: Disturb | None = None, **options: float) -> Iterator[Bench]:
-    made = Bench(disturb, **options)
+    made = Bench(disturb, NAMES, **options)
     try:
         yield made
     finally:
@@ -326,7 +326,8 @@ HttpError.__module__ = "httpx._exceptions"
 @pytest.fixture
 def broken() -> Iterator[tuple[BrokenGrid, FlowerLink]]:
     site = ToySite("rome", KEY.public_key())
-    with BrokenGrid({"rome": client_app(site)}) as grid:
+    grid = BrokenGrid({"rome": client_app(site)})
+    with grid:
         yield grid, FlowerLink(grid, roster={"rome": site.public}, key=KEY, hello_timeout_s=0.3, poll_s=0.02)
 
 
