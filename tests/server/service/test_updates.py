@@ -319,3 +319,11 @@ def test_a_failure_inside_the_engine_leaves_nothing_in_the_batch(
         tc.optim_step().result()
     tc.add_updates(rows(), SITES)
     assert tc.optim_step().result().step == 1
+
+
+def test_a_run_whose_batches_the_server_draws_takes_no_rows(service: ServiceClient) -> None:
+    service.create_dataset("kept", [f"record {i}" for i in range(40)], target_epsilon=100.0, target_delta=1e-5)
+    made = config(dataset_id="kept", sampling="poisson", privacy_unit="datum", target_epsilon=100.0)
+    tc = service.create_training_client(made)
+    with pytest.raises(InvalidRequestError, match="the server draws"):
+        tc.add_updates(rows(), SITES).result()

@@ -20,6 +20,7 @@ from tg_tinker.errors import (
     DPUnsupportedError,
     InvalidRequestError,
     ResourceNotFoundError,
+    ServerError,
     TGTinkerError,
 )
 from tg_tinker.proto.v1 import federation_pb2
@@ -28,6 +29,7 @@ from tg_tinker.wire import federation
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.engine.bigram import BigramSession
+from tg_tinker_server.service import uploads
 from tg_tinker_server.store import audit_rows
 
 JOB = "ab" * 32
@@ -394,3 +396,44 @@ def test_dozens_of_rounds_of_one_job_leave_one_entry_also_after_a_restart(config
         tc = service.get_training_client(run_id)
         assert tc.pull_weights().step == 30
         assert lineage_of(server, tc) == [entry]
+
+
+def test_weights_that_could_not_be_taken_back_are_shown_to_nobody(
+    service: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tc = service.create_training_client(PRIVATE)
+    tc.forward_backward(BATCH).result()
+    real = BigramSession.export_state
+
+    def broken(self: Any, *, optimizer: bool) -> Any:
+        if optimizer:
+            raise OSError("the disk is gone")
+        return real(self, optimizer=optimizer)
+
+    def gone(self: Any, state: Any, *, optimizer: bool) -> None:
+        raise OSError("for good")
+
+    monkeypatch.setattr(BigramSession, "export_state", broken)
+    monkeypatch.setattr(BigramSession, "import_state", gone)
+    tc.optim_step()
+    with pytest.raises(ServerError, match="failed half-way"):
+        tc.pull_weights()
+
+
+def test_whoever_reads_slowly_keeps_only_pulls_of_the_own_tenant_waiting(server: EmbeddedServer) -> None:
+    size = 8 * 2**20  # 32 MiB: more than a connection takes ahead of its reader
+    big = TrainingConfig(model_ref=f"vector:{size}")
+    key = server.mint_key("slow", ROLES)
+    with ServiceClient(key, server.address) as slow, ServiceClient(server.mint_key(), server.address) as other:
+        tc, theirs = slow.create_training_client(big), other.create_training_client(CONFIG)
+        held = [slow._transport.stream(federation.pull_weights(tc.id)) for _ in range(uploads.MOST_PER_TENANT)]
+        assert [next(chunks).head.size_bytes > 4 * size for chunks in held] == [True, True]
+        waiting = threading.Thread(target=tc.pull_weights)
+        waiting.start()
+        assert theirs.pull_weights().step == 0
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        held[0].close()  # its place is free again
+        waiting.join(20)
+        assert not waiting.is_alive()
+        held[1].close()
