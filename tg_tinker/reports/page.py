@@ -45,6 +45,7 @@ def _page(report: Mapping[str, Any]) -> str:
     guarantee, coverage, integrity = report["guarantee"], report["coverage"], report["integrity"]
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
+        style=style(),
         dataset=text(report["dataset_id"]),
         time=text(day(report["time"])),
         sentence=_sentence(guarantee["sentence"]),
@@ -54,21 +55,26 @@ def _page(report: Mapping[str, Any]) -> str:
         odds=_odds(float(guarantee["epsilon"]), guarantee),
         all_runs=text(coverage["what"]),
         runs="\n".join(_runs(coverage["runs"])),
-        covered=_items(coverage["covered"]),
-        not_covered=_items(coverage["not_covered"]),
-        mechanism=_facts(_mechanism(report)),
-        accounting=_facts(_accounting(report["accounting"], guarantee)),
+        covered=items(coverage["covered"]),
+        not_covered=items(coverage["not_covered"]),
+        mechanism=facts(_mechanism(report)),
+        accounting=facts(_accounting(report["accounting"], guarantee)),
         profile="\n".join(_profile(report["privacy_profile"], float(guarantee["delta"]))),
         changes=_changes(coverage["changes"]),
-        trust=_items(report["trust_model"]),
+        trust=items(report["trust_model"]),
         audit=_audit(report["empirical_audit"]),
         verifier_key=text(integrity["verifier_key"]),
         entries=f"{len(integrity['entries']):,}",
-        integrity=_facts(_integrity(report)),
+        integrity=facts(_integrity(report)),
         checkpoint="\n".join(text(line) for line in str(integrity["checkpoint"]).rstrip("\n").split("\n")),
         footer=f"{text(report['prepared'])} Written by tg-tinker {text(report['server_version'])}; nothing on this "
         "page is fetched from elsewhere.",
     )
+
+
+def style() -> str:
+    """The style sheet that the pages of all kinds of reports share."""
+    return files(__package__).joinpath("page.css").read_text(encoding="utf-8")
 
 
 def text(value: object) -> str:
@@ -253,7 +259,7 @@ def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
         rows.append((heading, f'{text(_change(change))}<br><span class="quiet">{when}</span>'))
     return (
         '<section>\n<h2>Changes to budget and data</h2>\n<table class="facts"><tbody>\n'
-        f"{_facts(rows)}\n</tbody></table>\n"
+        f"{facts(rows)}\n</tbody></table>\n"
         '<p class="quiet">A raise or an erasure never lowers what was spent.</p>\n</section>'
     )
 
@@ -273,7 +279,7 @@ def _change(change: Mapping[str, Any]) -> str:
 def _audit(audit: Mapping[str, Any]) -> str:
     shown = f'<p><span class="tag">{text(audit["status"])}</span></p><p>{text(audit["note"])}</p>'
     for result in audit.get("results", []):
-        shown += f'\n<table class="facts"><tbody>\n{_facts(_audited(result))}\n</tbody></table>'
+        shown += f'\n<table class="facts"><tbody>\n{facts(_audited(result))}\n</tbody></table>'
     return shown
 
 
@@ -319,9 +325,11 @@ def _up(value: object) -> str:
     return "∞" if math.isinf(number) else rounded_up(number)
 
 
-def _items(lines: Iterable[object]) -> str:
+def items(lines: Iterable[object]) -> str:
+    """Texts as list items."""
     return "".join(f"<li>{text(line)}</li>" for line in lines)
 
 
-def _facts(facts: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f"<tr><th>{text(name)}</th><td>{value}</td></tr>" for name, value in facts)
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """Rows of a table: a plain name, and a value in HTML."""
+    return "\n".join(f"<tr><th>{text(name)}</th><td>{value}</td></tr>" for name, value in rows)

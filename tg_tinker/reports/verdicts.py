@@ -39,11 +39,13 @@ class Trust:
     Attributes:
         keys: verifier keys that were given or pinned.
         pins, receipts: checkpoints seen before, and entries seen appended; ``None``: nothing to compare with.
+        beside: documents that this one refers to by digest, to be checked with it where its type has any.
     """
 
     keys: Sequence[VerifierKey]
     pins: Pins | None = None
     receipts: Receipts | None = None
+    beside: Sequence[bytes] = ()
 
     @classmethod
     def of_user(cls, folder: Folder, key: VerifierKey | None = None) -> Trust:
@@ -143,6 +145,34 @@ def refused(check: str, message: str) -> InvalidRequestError:
         constraint="what the entries and the signature say",
         details={"check": check},
     )
+
+
+def same(name: str, check: str, said: object, right: object) -> None:
+    """Require a JSON value to be the one that follows from the rest of its document.
+
+    Raises:
+        InvalidRequestError: the first place where it is not.
+    """
+    different = _difference(name, said, right)
+    if different:
+        raise refused(check, different)
+
+
+def _difference(path: str, said: object, right: object) -> str:
+    """The first place where two JSON values differ, in words; empty where they do not."""
+    if isinstance(said, dict) and isinstance(right, dict):
+        odd = sorted(set(said) ^ set(right))
+        if odd:
+            return f"{path} has too many or too few fields: {', '.join(odd)[:200]}"
+        return next((d for k in right if (d := _difference(f"{path}.{k}", said[k], right[k]))), "")
+    if isinstance(said, list) and isinstance(right, list):
+        if len(said) != len(right):
+            return f"{path} has {len(said)} items, and {len(right)} follow from the entries"
+        pairs = enumerate(zip(said, right, strict=True))
+        return next((d for i, (a, b) in pairs if (d := _difference(f"{path}[{i}]", a, b))), "")
+    if type(said) is type(right) and said == right:
+        return ""
+    return f"{path} is {str(said)[:200]!r} in the report, and {str(right)[:200]!r} follows from its entries"
 
 
 def _short(error: Exception) -> str:

@@ -19,7 +19,7 @@ from tg_tinker.ledger.history import History, read_history
 from tg_tinker.ledger.releases import histogram
 from tg_tinker.reports import recompute
 from tg_tinker.reports.statement import FORMAT, PAYLOAD_TYPE, Figures, rounded_up, small, statement
-from tg_tinker.reports.verdicts import REGISTRY, Document, Verdict, refused
+from tg_tinker.reports.verdicts import REGISTRY, Document, Verdict, refused, same
 from tg_tinker.transparency.merkle import leaf_hash, verify_subset
 from tg_tinker.transparency.note import Checkpoint, VerifierKey
 
@@ -165,7 +165,7 @@ def _numbers(report: Mapping[str, Any], history: History) -> Iterator[Verdict]:
         integrity=report["integrity"],
     )
     for name in ("prepared", "time", "trust_model", "dataset_id"):
-        _same(name, "format", report[name], expected[name])
+        same(name, "format", report[name], expected[name])
     shown = {
         "guarantee": f"dataset {history.dataset_id!r} at {expected['time']}: epsilon "
         f"{rounded_up(history.epsilon_spent)} at delta {small(terms.target_delta)}, unit {terms.unit}, target "
@@ -175,7 +175,7 @@ def _numbers(report: Mapping[str, Any], history: History) -> Iterator[Verdict]:
         "curve": "as charged",
     }
     for name, check in SECTIONS[:6]:
-        _same(name, check, report[name], expected[name])
+        same(name, check, report[name], expected[name])
         if name in ("guarantee", "mechanism", "curve"):
             yield Verdict(check, shown[check])
     try:
@@ -196,7 +196,7 @@ def _numbers(report: Mapping[str, Any], history: History) -> Iterator[Verdict]:
     computed = recompute.figures(history)
     _check_figures(report, computed)
     for name, check in SECTIONS[6:]:
-        _same(name, check, report[name], expected[name])
+        same(name, check, report[name], expected[name])
     yield Verdict("second accountant", _second_opinion(history, computed.pld))
 
 
@@ -287,26 +287,3 @@ def _receipts(document: Document, dataset_id: str, log: _Log) -> Iterator[Verdic
     elif pin is not None and pin.checkpoint.size > size:
         said += f"; you saw the log with {pin.checkpoint.size - size} entries more, of this dataset or others"
     yield Verdict("receipts", said)
-
-
-def _same(name: str, check: str, said: object, right: object) -> None:
-    different = _difference(name, said, right)
-    if different:
-        raise refused(check, different)
-
-
-def _difference(path: str, said: object, right: object) -> str:
-    """The first place where two JSON values differ, in words; empty where they do not."""
-    if isinstance(said, dict) and isinstance(right, dict):
-        odd = sorted(set(said) ^ set(right))
-        if odd:
-            return f"{path} has too many or too few fields: {', '.join(odd)[:200]}"
-        return next((d for k in right if (d := _difference(f"{path}.{k}", said[k], right[k]))), "")
-    if isinstance(said, list) and isinstance(right, list):
-        if len(said) != len(right):
-            return f"{path} has {len(said)} items, and {len(right)} follow from the entries"
-        pairs = enumerate(zip(said, right, strict=True))
-        return next((d for i, (a, b) in pairs if (d := _difference(f"{path}[{i}]", a, b))), "")
-    if type(said) is type(right) and said == right:
-        return ""
-    return f"{path} is {str(said)[:200]!r} in the report, and {str(right)[:200]!r} follows from its entries"

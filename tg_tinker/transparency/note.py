@@ -118,20 +118,29 @@ def open_note(text: str, key: VerifierKey) -> str:
     Raises:
         LogVerificationError: kind ``"bad_signature"``: not a note, not signed by this key, or altered.
     """
-    _check_text(text)
-    body, separator, lines = text.rpartition("\n\n")
-    if not separator or not lines:
-        raise _bad("this is not a signed note: there is no empty line before its signatures")
-    body += "\n"
-    signatures = [_signature(line) for line in lines.removesuffix("\n").split("\n")]
-    if len(signatures) > _MAX_SIGNATURES:
-        raise _bad(f"a signed note has more than {_MAX_SIGNATURES} signatures")
+    body, signatures = read_note(text)
     ours = [s for name, hashed, s in signatures if name == key.name and hashed == key.key_hash]
     if not ours:
         raise _bad(f"a signed note has no signature of {key.name} ({key.key_hash.hex()})")
     if not all(key.is_signed(body.encode(), s) for s in ours):
         raise _bad(f"the signature of {key.name} is not over this text: the note was altered")
     return body
+
+
+def read_note(text: str) -> tuple[str, list[tuple[str, bytes, bytes]]]:
+    """The body of a note and the name, key hash and signature of each of its lines. Nothing is verified.
+
+    Raises:
+        LogVerificationError: kind ``"bad_signature"``: not a note.
+    """
+    _check_text(text)
+    body, separator, lines = text.rpartition("\n\n")
+    if not separator or not lines:
+        raise _bad("this is not a signed note: there is no empty line before its signatures")
+    signatures = [_signature(line) for line in lines.removesuffix("\n").split("\n")]
+    if len(signatures) > _MAX_SIGNATURES:
+        raise _bad(f"a signed note has more than {_MAX_SIGNATURES} signatures")
+    return body + "\n", signatures
 
 
 @dataclass(frozen=True, slots=True)
