@@ -62,13 +62,13 @@ def development_tools() -> list[str]:
 
 
 def install(pip: list[str], *, tools: bool, torch_index: str) -> None:
-    """Install the project (editable) with the extra `demo`; with ``tools`` also what tests and checks need."""
+    """Install the project (editable) with the extras `demo` and `federation`; with ``tools`` also what tests and checks need."""
     command = [*pip, "install", "--disable-pip-version-check", "-c", "constraints.txt"]
     if not sys.stdout.isatty():
         command.append("--quiet")
     if torch_index:
         command += ["--extra-index-url", torch_index]
-    command += ["-e", ".[demo]"]
+    command += ["-e", ".[demo,federation]"]
     if tools:
         command += development_tools()
     say("installing the project" + (" and its development tools" if tools else "") + "; the first time takes minutes")

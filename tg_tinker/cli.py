@@ -14,6 +14,7 @@ from tg_tinker.ledger import PrivacyLedger
 MODULES: dict[str, str] = {
     "audit": "tg_tinker.commands.audit:audit",
     "checkpoints": "tg_tinker.commands.checkpoints:checkpoints",
+    "federated": "tg_tinker.commands.federated:federated",
     "log": "tg_tinker.commands.log:log",
     "privacy": "tg_tinker.commands.privacy:privacy",
 }

@@ -83,6 +83,17 @@ def public_key(text: str) -> Ed25519PublicKey:
         ) from None
 
 
+def require_new(*paths: Path) -> None:
+    """Require that none of these files exists, before the first of them is written.
+
+    Raises:
+        InvalidRequestError: one does.
+    """
+    for path in paths:
+        if os.path.lexists(path):
+            raise _refused(f"{path} exists and is left as it is; a key is never overwritten", "a new file")
+
+
 def write_secret(path: Path, content: bytes) -> None:
     """Write a new file with mode 0600, whole and on disk or not at all.
 
@@ -111,6 +122,22 @@ def write_secret(path: Path, content: bytes) -> None:
         if os.path.lexists(path):
             raise _refused(f"{path} exists and is left as it is; a key is never overwritten", "a new file") from None
         raise ServerError(f"cannot create the key file {path}: {e.strerror}; name a writable folder") from e
+
+
+def write_public(path: Path, content: bytes) -> None:
+    """Write a new file that everybody may read.
+
+    Raises:
+        InvalidRequestError: the file exists; nothing is ever overwritten.
+        ServerError: it cannot be written.
+    """
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
+            file.write(content)
+    except FileExistsError:
+        raise _refused(f"{path} exists and is left as it is", "a new file") from None
+    except OSError as e:
+        raise ServerError(f"cannot write {path}: {e.strerror}; name a writable folder") from e
 
 
 def read_secret(path: Path) -> bytes:

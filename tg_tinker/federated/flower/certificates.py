@@ -7,7 +7,6 @@ is what Flower takes.
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from tg_tinker.errors import InvalidRequestError, ServerError
-from tg_tinker.federated.keys import read_secret, write_secret
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.federated.keys import read_secret, require_new, write_public, write_secret
 
 _CLOCK_SKEW = timedelta(hours=1)
 
@@ -37,13 +36,14 @@ def make_authority(certificate: Path, key: Path, *, days: int = 3650) -> None:
         InvalidRequestError: a file exists; nothing is ever overwritten.
         ServerError: a file cannot be written.
     """
+    require_new(certificate, key)
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "TG-Tinker federation")])
     builder = _builder(name, name, private.public_key(), days)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
     write_secret(key, _pem(private))
-    _write_public(certificate, builder.sign(private, SHA256()).public_bytes(Encoding.PEM))
+    write_public(certificate, builder.sign(private, SHA256()).public_bytes(Encoding.PEM))
 
 
 def make_server_certificate(
@@ -60,6 +60,7 @@ def make_server_certificate(
     """
     if not hosts:
         raise InvalidRequestError("a server certificate needs at least one name or IP address", field="hosts")
+    require_new(certificate, key)
     issuer, issuer_key = _read_authority(authority, authority_key)
     private = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
@@ -73,7 +74,7 @@ def make_server_certificate(
         x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False
     )
     write_secret(key, _pem(private))
-    _write_public(certificate, builder.sign(issuer_key, SHA256()).public_bytes(Encoding.PEM))
+    write_public(certificate, builder.sign(issuer_key, SHA256()).public_bytes(Encoding.PEM))
 
 
 def make_node_key(path: Path) -> Path:
@@ -83,10 +84,11 @@ def make_node_key(path: Path) -> Path:
         InvalidRequestError: a file exists; nothing is ever overwritten.
         ServerError: a file cannot be written.
     """
+    public = path.with_name(path.name + ".pub")
+    require_new(path, public)
     private = ec.generate_private_key(ec.SECP384R1())
     write_secret(path, private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    public = path.with_name(path.name + ".pub")
-    _write_public(public, private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
+    write_public(public, private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
     return public
 
 
@@ -136,13 +138,3 @@ def _read_authority(certificate: Path, key: Path) -> tuple[x509.Certificate, ec.
     if not isinstance(private, ec.EllipticCurvePrivateKey) or issuer.public_key() != private.public_key():
         raise InvalidRequestError(f"{key} is not the key of {certificate}", field="authority_key")
     return issuer, private
-
-
-def _write_public(path: Path, content: bytes) -> None:
-    try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
-            file.write(content)
-    except FileExistsError:
-        raise InvalidRequestError(f"{path} exists and is left as it is", field="path") from None
-    except OSError as e:
-        raise ServerError(f"cannot write {path}: {e.strerror}; name a writable folder") from e

@@ -7,7 +7,9 @@ the job says; where it has defaults that the job does not name, they are stated 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,7 +48,8 @@ def combine(
         made.m_t, made.v_t = dict(moments[0]), dict(moments[1])
         # The current model is zero, because what is combined are differences to it.
         made.current_arrays = {name: np.zeros(value.shape) for name, value in updates[0].items()}
-    arrays, _ = made.aggregate_train(round_, [_message(update) for update in updates])
+    with _quiet():
+        arrays, _ = made.aggregate_train(round_, [_message(update) for update in updates])
     assert arrays is not None  # there was at least one reply, and none is an error
     change = {name: array.numpy() for name, array in arrays.items()}
     if isinstance(made, flower.FedAdam | flower.FedYogi):
@@ -77,6 +80,18 @@ def _strategy(settings: Strategy, replies: int) -> flower.FedAvg:
         "multikrum": partial(flower.MultiKrum, num_malicious_nodes=malicious, num_nodes_to_select=chosen),
     }
     return table[settings.name]()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Flower tells how many replies it was given; the coordinator tells that itself, by name."""
+    log = logging.getLogger("flwr")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _message(update: Mapping[str, npt.NDArray[Any]]) -> Message:

@@ -99,6 +99,20 @@ def test_private_halves_are_private_and_nothing_is_overwritten(tmp_path: Path) -
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_no_half_of_a_pair_is_made(tmp_path: Path) -> None:
+    ca = authority(tmp_path, "whole")
+    for name in ("ca.crt", "server.pem", "node.pub"):
+        (tmp_path / name).write_text("mine")
+    for make in (
+        lambda: authority(tmp_path),
+        lambda: server(tmp_path, ca, ["localhost"]),
+        lambda: make_node_key(tmp_path / "node"),
+    ):
+        with pytest.raises(InvalidRequestError, match="is left as it is"):
+            make()
+    assert not [name for name in ("ca.key", "server.key", "node") if (tmp_path / name).exists()]
+
+
 def test_a_node_key_is_p384_in_openssh_form(tmp_path: Path) -> None:
     public = make_node_key(tmp_path / "node")
     assert public == tmp_path / "node.pub"

@@ -1,0 +1,196 @@
+"""`tg-tinker federated`: be a coordinator or a site of a federated job, and make the keys for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from tg_tinker.commands.plugins import COMMANDS, PluginGroup
+from tg_tinker.errors import ServerError, TGTinkerError
+
+if TYPE_CHECKING:
+    from tg_tinker.federated.coordinator import Progress
+    from tg_tinker.federated.result import FederatedResult
+
+_RESTARTS = 5
+"""How often a coordinator starts its SuperLink again before it gives up."""
+
+_config = click.option(
+    "--config",
+    "path",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML file; paths in it are relative to its folder.",
+)
+
+
+@click.group(cls=PluginGroup, plugins=f"{COMMANDS}.federated")
+def federated() -> None:
+    """Train one model with data that stays at its owners."""
+
+
+@federated.command("keygen")
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
+def keygen(path: Path) -> None:
+    """Make an identity in a new file PATH; its public half goes to PATH.pub and to the screen."""
+    from tg_tinker.federated.keys import make_identity, public_text, require_new, write_public
+
+    with _plain_errors():
+        public = path.with_name(path.name + ".pub")
+        require_new(path, public)
+        text = public_text(make_identity(path))
+        write_public(public, f"{text}\n".encode("ascii"))
+    click.echo(text)
+
+
+@federated.command("node-key")
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
+def node_key(path: Path) -> None:
+    """Make a SuperNode's key in a new file PATH. The coordinator needs PATH.pub under flower.node_keys."""
+    with _plain_errors():
+        from tg_tinker.federated.flower.certificates import make_node_key
+
+        click.echo(str(make_node_key(path)))
+
+
+@federated.command("certificates")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--host", "hosts", multiple=True, help="Name or IP address by which sites reach the coordinator; may be repeated."
+)
+def certificates(folder: Path, hosts: tuple[str, ...]) -> None:
+    """Make a certificate authority and the SuperLink's certificate: ca.crt, ca.key, server.pem, server.key in FOLDER.
+
+    Sites need ca.crt as flower.root_certificates. Keep ca.key elsewhere: whoever has it can pose as the coordinator's
+    SuperLink.
+    """
+    with _plain_errors():
+        from tg_tinker.federated.flower.certificates import make_authority, make_server_certificate
+
+        own = [host for host in ("127.0.0.1", "::1", "localhost") if host not in hosts]
+        make_authority(folder / "ca.crt", folder / "ca.key")
+        make_server_certificate(
+            folder / "server.pem",
+            folder / "server.key",
+            authority=folder / "ca.crt",
+            authority_key=folder / "ca.key",
+            hosts=[*hosts, *own],
+        )
+    click.echo(f"made ca.crt, ca.key, server.pem and server.key in {folder}")
+
+
+@federated.command("site")
+@_config
+def site(path: Path) -> None:
+    """Be a site: answer the coordinator's requests within the site's policy, until Ctrl-C or SIGTERM.
+
+    Starts a SuperNode, and again when it ends. Messages are handled by this process, with the tg-tinker that is
+    installed here; code that a coordinator sends is never run.
+    """
+    with _plain_errors(), _terminated_like_interrupted():
+        from tg_tinker.federated.flower.apps import client_app
+        from tg_tinker.federated.flower.supernode import serve
+        from tg_tinker.federated.site_config import ENVIRONMENT, SiteConfig, handler_from_environment
+
+        config = SiteConfig.load(path)
+        if config.flower is None:
+            raise click.ClickException(f"{path} has no [flower] table: it says how to reach the coordinator")
+        handler = handler_from_environment({**os.environ, ENVIRONMENT: str(path)})
+        click.echo(f"site {config.site}: connecting to the SuperLink at {config.flower.superlink}")
+        stop = threading.Event()
+        try:
+            serve(config.flower, client_app(handler), stop=stop, tell=_tell)
+        except KeyboardInterrupt:
+            click.echo("stopped")
+
+
+@federated.command("coordinator")
+@_config
+@click.option(
+    "--result", "result_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here, as JSON."
+)
+def coordinator(path: Path, result_path: Path | None) -> None:
+    """Run a job to its end, or go on with it from its last released round.
+
+    Starts a SuperLink for the sites to connect to; Ctrl-C stops both, and the same command goes on later.
+    """
+    with _plain_errors(), _terminated_like_interrupted():
+        result = _coordinate(path)
+        if result_path is not None:
+            result_path.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for name, statement in sorted(result.unstated.items()):
+            _tell(f"site {name} made no statement: {statement}")
+        if result.status == "failed":
+            raise click.ClickException(f"the job failed: {result.why}; the same command tries again")
+        click.echo(f"finished: {len(result.rounds)} rounds, final adapter {result.artifact_id}")
+
+
+def _coordinate(path: Path) -> FederatedResult:
+    from tg_tinker.federated.coordinator import Coordinator
+    from tg_tinker.federated.coordinator_config import CoordinatorConfig
+    from tg_tinker.federated.flower.superlink import SuperLink
+
+    config = CoordinatorConfig.load(path)
+    if config.flower is None:
+        raise click.ClickException(f"{path} has no [flower] table: it says where sites connect to")
+    key = config.key()
+    work = Coordinator(config, config.service(), key, progress=_progress)
+    job = work.prepare()
+    left = _RESTARTS
+    while True:
+        with SuperLink(config.flower) as link:
+            click.echo(f"job {job.job_id}: sites may connect to {config.flower.address}")
+            try:
+                return link.run(work.run, roster=job.roster, key=key)
+            except ServerError as e:
+                left -= 1
+                if not link.ended() or left < 0:
+                    raise
+                _tell(f"{e.message}; starting it again")
+
+
+def _progress(event: Progress) -> None:
+    words = [f"round {event.round}" if event.round else "", event.what, event.site, event.message]
+    if event.answer is not None:
+        words += [event.answer.kind, event.answer.reason, event.answer.message]
+    words += [f"{name} {value:.4g}" for name, value in (event.metrics or {}).items()]
+    _tell("  ".join(word for word in words if word))
+
+
+def _tell(text: str) -> None:
+    """One line for the operator, without control characters: part of it comes from elsewhere."""
+    click.echo("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that children are stopped."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] != "flwr":
+            raise
+        raise click.ClickException("this needs Flower: pip install 'tg-tinker[federation]'") from e
+    except TGTinkerError as e:
+        raise click.ClickException(e.message) from e
