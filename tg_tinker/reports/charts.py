@@ -20,9 +20,11 @@ class Chart:
     Attributes:
         label: read out by screen readers.
         line: drawn connected.
+        others: further lines, each with a class of its own for the style sheet.
         dots: drawn as faint single points, e.g. the raw values behind a smoothed line.
         limit: a dashed horizontal line with its name, e.g. the budget.
         zero: whether the vertical axis starts at zero.
+        log: whether the vertical axis is logarithmic; all values must be positive then.
         width, height: in units of the picture, which is scaled to the page.
     """
 
@@ -30,9 +32,11 @@ class Chart:
     x_name: str
     y_name: str
     line: Points
+    others: Sequence[tuple[str, Points]] = ()
     dots: Points = ()
     limit: tuple[float, str] | None = None
     zero: bool = False
+    log: bool = False
     width: int = WIDTH
     height: int = HEIGHT
 
@@ -52,6 +56,19 @@ def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round values covering [low, high] for a logarithmic axis.
+
+    >>> log_ticks(76.0, 411.0)
+    [50.0, 100.0, 200.0, 500.0]
+    """
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1
+    steps = [m * 10.0**e for e in range(first, last) for m in (1, 2, 5)]
+    below = max(step for step in steps if step <= low * (1 + 1e-9))
+    above = min((step for step in steps if step >= high * (1 - 1e-9) and step > below), default=10.0**last)
+    return [step for step in steps if below <= step <= above] + ([above] if above not in steps else [])
+
+
 def smoothed(points: Points, *, window: int = 9) -> list[tuple[float, float]]:
     """Centred moving average over at most ``window`` points, fewer at the ends."""
     half = window // 2
@@ -65,20 +82,22 @@ def smoothed(points: Points, *, window: int = 9) -> list[tuple[float, float]]:
 
 def line_chart(chart: Chart) -> str:
     """The chart as one ``<svg>`` element."""
-    everything = [*chart.line, *chart.dots]
+    everything = [*chart.line, *chart.dots, *(point for _, points in chart.others for point in points)]
     if not everything:
         return '<p class="quiet">Nothing to draw: no steps were taken.</p>'
     xs = [x for x, _ in everything]
     ys = [y for _, y in everything] + ([chart.limit[0]] if chart.limit else []) + ([0.0] if chart.zero else [])
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs), about=7), ticks(min(ys), max(ys))
+    x_ticks = ticks(min(0.0, *xs), max(xs), about=7)
+    y_ticks = log_ticks(min(ys), max(ys)) if chart.log else ticks(min(ys), max(ys))
+    scale: Callable[[float], float] = math.log if chart.log else float
     x_low, x_high = x_ticks[0], max(xs)
-    y_low, y_high = y_ticks[0], y_ticks[-1]
+    y_low, y_high = scale(y_ticks[0]), scale(y_ticks[-1])
 
     def px(x: float) -> float:
         return LEFT + (x - x_low) / ((x_high - x_low) or 1) * (chart.width - LEFT - RIGHT)
 
     def py(y: float) -> float:
-        return chart.height - BOTTOM - (y - y_low) / ((y_high - y_low) or 1) * (chart.height - TOP - BOTTOM)
+        return chart.height - BOTTOM - (scale(y) - y_low) / ((y_high - y_low) or 1) * (chart.height - TOP - BOTTOM)
 
     parts = [
         f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{escape(chart.label, quote=True)}">',
@@ -95,8 +114,9 @@ def line_chart(chart: Chart) -> str:
             f'<text class="limit-name" x="{LEFT + 10}" y="{py(value) + 16:.1f}">{escape(name)}</text>'
         )
     parts += [f'<circle class="dot" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.2"/>' for x, y in chart.dots]
-    path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in chart.line)
-    parts.append(f'<polyline class="line" points="{path}"/>')
+    for name, points in [*chart.others, ("", chart.line)]:
+        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
+        parts.append(f'<polyline class="{" ".join(["line", name]).strip()}" points="{path}"/>')
     if chart.line:
         x, y = chart.line[-1]
         parts.append(f'<circle class="end" cx="{px(x):.1f}" cy="{py(y):.1f}" r="4"/>')

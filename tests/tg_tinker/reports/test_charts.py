@@ -7,7 +7,19 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tg_tinker.reports.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, line_chart, smoothed, ticks
+from tg_tinker.reports.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Chart,
+    line_chart,
+    log_ticks,
+    smoothed,
+    ticks,
+)
 
 values = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 
@@ -63,3 +75,28 @@ def test_labels_are_escaped() -> None:
 def test_smoothing_keeps_a_constant_and_averages_the_rest() -> None:
     assert smoothed([(i, 2.0) for i in range(5)]) == [(i, 2.0) for i in range(5)]
     assert smoothed([(0, 0.0), (1, 3.0), (2, 9.0)], window=3)[1] == (1, 4.0)
+
+
+@given(st.floats(1e-3, 1e5), st.floats(1.0, 1e4))
+def test_logarithmic_ticks_cover_the_range(low: float, factor: float) -> None:
+    found = log_ticks(low, low * factor)
+    assert found[0] <= low * (1 + 1e-9)
+    assert found[-1] >= low * factor * (1 - 1e-9)
+    assert len(found) >= 2
+    assert found == sorted(set(found))
+
+
+def test_on_a_logarithmic_axis_equal_factors_are_equal_heights() -> None:
+    (_, high), (_, middle), (_, low) = vertices(
+        line_chart(chart(line=[(0, 400.0), (1, 200.0), (2, 100.0)], log=True))
+    )
+    assert abs((middle - high) - (low - middle)) < 0.11
+
+
+def test_other_lines_have_their_own_class_and_the_same_axes() -> None:
+    svg = line_chart(chart(line=[(0, 4.0), (2, 2.0)], others=[("quiet", [(0, 4.0), (2, 1.0)])]))
+    other = re.search(r'<polyline class="line quiet" points="([^"]*)"', svg)
+    assert other is not None
+    first, last = (pair.split(",") for pair in other[1].split())
+    assert [float(v) for v in first] == list(vertices(svg)[0])
+    assert float(last[1]) > vertices(svg)[-1][1]  # lower on the page
