@@ -24,7 +24,7 @@ def holding(*, units=1000, target=math.inf, delta=1e-5, spent=None, promised=Non
 
 
 def by_dp_accounting(histogram, delta):
-    """Epsilon by Google's accountant at the gate's orders; at broken ones its bound is looser, by up to 2e-4 of it."""
+    """Epsilon by Google's accountant at the gate's orders; at broken ones its bound is looser, by up to 2e-4."""
     from dp_accounting import rdp
 
     accountant = rdp.RdpAccountant([1 + x / 10 for x in range(1, 100)] + list(range(12, 64)))
