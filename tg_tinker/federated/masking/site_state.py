@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from tg_tinker.federated.masking.keys import SECRET_BYTES
+from tg_tinker.federated.masking.shamir import SHARE_BYTES
+from tg_tinker.transparency._encoding import from_base64
 
 REMEMBERED_KEYS = 5_000
 """Keys of earlier attempts that are known again: some 30 rounds of 50 sites, 500 of three."""
+
+
+def _holds(size: int) -> AfterValidator:
+    def check(value: str) -> str:
+        if len(from_base64(value)) != size:
+            raise ValueError(f"not base64 of {size} bytes")
+        return value
+
+    return AfterValidator(check)
 
 
 class MaskingState(BaseModel):
@@ -36,9 +49,9 @@ class MaskingState(BaseModel):
     site: str
     round: int = 0
     attempt: int = 0
-    secret: str | None = Field(default=None, repr=False)
+    secret: Annotated[str, _holds(SECRET_BYTES)] | None = Field(default=None, repr=False)
     keys: dict[str, dict[str, str]] | None = None
-    received: dict[str, str] | None = Field(default=None, repr=False)
+    received: dict[str, Annotated[str, _holds(2 * SHARE_BYTES)]] | None = Field(default=None, repr=False)
     masked: str | None = Field(default=None, repr=False)
     stayed: list[str] | None = None
     opened: dict[str, Any] | None = None

@@ -91,7 +91,7 @@ def test_changing_what_state_returned_changes_no_site() -> None:
 def test_keys_of_earlier_attempts_are_remembered_up_to_a_limit() -> None:
     state = MaskingState(job="j", site="s")
     for attempt in range(REMEMBERED_KEYS // 2 + 1):
-        state.begin(1, attempt, "secret")
+        state.begin(1, attempt, "A" * 43 + "=")
         state.keys = {"s": {"mask_key": f"m{attempt}", "share_key": f"s{attempt}", "signature": "x"}}
     state.forget()
     assert len(state.earlier_keys) == REMEMBERED_KEYS
@@ -173,6 +173,12 @@ class TestWhoASiteIs:
 
     def test_with_a_damaged_state(self) -> None:
         state = MaskingSite(make_job(names(3)), "site-1", identity("site-1")).state
-        for damage in ({"round": "three"}, {"format": "v9"}, {"secret": 5}, {"more": 1}):
+        for damage in (
+            {"round": "three"},
+            {"format": "v9"},
+            {"secret": "AA=="},
+            {"received": {"a": "?"}},
+            {"more": 1},
+        ):
             with pytest.raises(FederationRefusedError, match=f"cannot be read .*{next(iter(damage))}"):
                 MaskingSite(make_job(names(3)), "site-1", identity("site-1"), state={**state, **damage})
