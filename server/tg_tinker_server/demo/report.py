@@ -70,6 +70,7 @@ def render(found: Findings) -> str:
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     seconds = sum(point.seconds for point in found.history)
     return template.substitute(
+        style=style(),
         epsilon=up(ledger.epsilon),
         delta=small(ledger.delta),
         lead=escape(
@@ -85,6 +86,11 @@ def render(found: Findings) -> str:
         hashes=_rows(_hashes(found)),
         footer=escape(f"Written by tg-tinker demo on {found.made}. Nothing on this page is fetched from elsewhere."),
     )
+
+
+def style() -> str:
+    """The style sheet of the demos' pages."""
+    return files(__package__).joinpath("style.css").read_text(encoding="utf-8")
 
 
 def _figures(found: Findings, seconds: float) -> str:
