@@ -229,6 +229,8 @@ def spoiled(value: float) -> bytes:
         (file_of(SMALL), len(file_of(SMALL)) - 1),
         (file_of(SMALL), len(file_of(SMALL)) + 1),
         (file_of(SMALL) + bytes(4), None),
+        (file_of(SMALL) + bytes(4), len(file_of(SMALL))),
+        (file_of(SMALL)[:-4], len(file_of(SMALL))),
         (file_of(SMALL)[:-4], None),
         (b"", 10),
         (b"PK\x03\x04" + bytes(100), None),
