@@ -1,4 +1,4 @@
-"""Real adapters at a site: a frozen factor is neither sent nor moved, each has its own run, crashes change nothing."""
+"""Real adapters at a site: a frozen factor is neither sent nor moved, and a crash changes nothing."""
 
 from __future__ import annotations
 

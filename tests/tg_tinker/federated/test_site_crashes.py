@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ class Place:
             dataset=name,
             policy={} if private else UNPROTECTED,
             # A tenant of its own: few runs at a time are allowed to one.
-            api_key=self.server.mint_key(f"tenant-{id(self)}-{self.made}"),
+            api_key=self.server.mint_key(f"tenant-{secrets.token_hex(8)}"),
             **settings,
         )
         party.register(target_epsilon=8.0 if private else None)
