@@ -324,6 +324,27 @@ def test_when_somebody_else_spent_the_budget_the_round_is_refused_and_says_so(pa
     assert party.charges() == before
 
 
+def test_two_jobs_at_once_share_the_budget_and_both_come_to_their_end(party):
+    jobs = [site_job(job_id=f"job-{e:.0f}", records={"target_epsilon": e}) for e in (7.0, 6.0)]
+    for job in jobs:
+        party.join(job)
+    with party.state() as state:
+        first, second = (state.job(job.digest()).noise_multiplier for job in jobs)
+    party.dataset, party.folder = "another", party.folder / "another"
+    party.register(target_epsilon=8.0)
+    party.join(jobs[1])
+    with party.state() as state:
+        alone = state.job(jobs[1].digest()).noise_multiplier
+    party.dataset, party.folder = "data", party.folder.parent
+    assert second > alone  # the first one's steps are kept for it
+    for round_ in (1, 2):
+        for job in jobs:
+            assert party.ask(job, "train", round_, arrays=ADAPTER).facts == {}
+    with party.service() as service:
+        assert 7.0 < service.get_dataset("data").info.epsilon_spent <= 8.0
+    assert first < second
+
+
 # Nothing else leaves.
 
 

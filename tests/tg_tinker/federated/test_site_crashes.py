@@ -108,6 +108,9 @@ def check_price(place, round_, part):
         again = party.ask(job, "train", round_, attempt=3, arrays=weights)
         np.testing.assert_array_equal(again.arrays["table"], reply.arrays["table"])
         assert party.charges() == party.releases() == round_ * job.local_steps, point
+        with party.service() as service:
+            assert len(service.list_training_clients()) == 1, point
+            assert len(service.list_artifacts()) <= 1, point  # one may be lost that was made and not noted
         with party.state() as state:
             record = state.job(job.digest())
             assert record.counted, point
@@ -151,6 +154,16 @@ def test_two_crashes_in_one_round(place):
             party.ask(job, "train", 1, attempt=2, arrays=weights, wire=Tripwire(at=int(second - first)))
         reply = party.ask(job, "train", 1, attempt=3, arrays=weights)
         np.testing.assert_array_equal(reply.arrays["table"], expected)
+
+
+def test_a_run_that_was_made_and_not_noted_is_found_again(place):
+    job = site_job()
+    points, _ = points_of(place, job, private=True, round_=1)
+    party, weights = begun(place, job, private=True, round_=1)
+    crash(party, job, weights, round_=1, at=points.index("after create_training_client"))
+    assert party.ask(job, "train", 1, attempt=2, arrays=weights).facts == {}
+    with party.service() as service:
+        assert len(service.list_training_clients()) == 1
 
 
 @pytest.mark.parametrize("named", ["after load_state", "before result", "after result", "before pull_weights"])
