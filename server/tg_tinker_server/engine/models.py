@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from tg_tinker_server.engine.tokenizers import Tokenizer
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's output is its log
 
 log = structlog.get_logger()
+_LOADING = threading.Lock()
+"""transformers changes torch's defaults for the whole process while it loads: two loads at once leave parameters
+without values."""
 ModelLoader = Callable[[], tuple[nn.Module, Tokenizer]]
 ModelSource = str | Path | ModelLoader
 """A folder, a hub id, or a function that builds a new causal language model and its tokenizer."""
@@ -130,7 +134,8 @@ class BaseModels:
             )
         source = self._sources[name]
         if isinstance(source, str | Path):
-            module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            with _LOADING:
+                module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
             tokenizer: Tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(source), _eos_token_ids(module))
         else:
             module, tokenizer = source()

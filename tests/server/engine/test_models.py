@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,15 @@ def test_a_model_that_cannot_be_read_is_logged_and_the_others_are_offered(tmp_pa
     with structlog.testing.capture_logs() as lines:
         assert [m.name for m in models.infos()] == ["tiny-llama-2m"]
     assert [(line["event"], line["model"]) for line in lines] == [("model_not_offered", "damaged")]
+
+
+def test_models_that_are_loaded_at_the_same_time_all_have_their_weights() -> None:
+    """transformers loads under defaults of the whole process; without a lock parameters stay on the meta device."""
+    with ThreadPoolExecutor(6) as pool:
+        loads = [pool.submit(BaseModels(BUNDLED_MODELS, CPU).load, "tiny-llama-2m", torch.float32) for _ in range(6)]
+        loaded = [load.result().module for load in loads]
+    first = dict(loaded[0].named_parameters())
+    for module in loaded:
+        for name, value in module.named_parameters():
+            assert value.device == CPU
+            assert torch.equal(value, first[name])
