@@ -39,7 +39,7 @@ class Coordinator:
     """Runs the job of a configuration.
 
     Args:
-        service: a client of the coordinator's own server, with the roles trainer and exporter.
+        service: a client of the coordinator's own server, with the roles trainer, exporter and auditor.
         key: the coordinator's identity; sites know its public half.
         progress: called as things happen, for the operator alone.
         evaluate: called with each released adapter; what it returns stands in the result, so its data must be public.

@@ -1,7 +1,7 @@
 """coordinator.toml: one job, the coordinator's server, its key and its folder.
 
     server = "127.0.0.1:50051"          # its own tg-tinker server
-    api_key_file = "coordinator.api-key"  # or api_key_env = "..."; roles trainer and exporter
+    api_key_file = "coordinator.api-key"  # or api_key_env; roles trainer, exporter, auditor
     identity = "coordinator.key"        # made by `tg-tinker federated keygen`
     state_dir = "coordinator-state"     # of this job alone
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker.data import PoissonSampler
-from tg_tinker.errors import FederationRefusedError, InvalidRequestError
+from tg_tinker.errors import FederationRefusedError, InvalidRequestError, ResourceNotFoundError
 from tg_tinker.federated.job import Job, SitePrivacy
 from tg_tinker.federated.updates import Factor, trained_names
 from tg_tinker.privacy import gate_epsilon, plan
@@ -269,10 +269,12 @@ class SiteMechanism:
 
     def epsilon(self) -> float:
         """Spent by the job's sites so far, lost rounds included; 0 before the first charge."""
-        run = next(iter(self._runs.values()), None)
-        if run is None:
-            run = self._run(1)
-        return float(run.privacy.total_epsilon)
+        for run in self._runs.values():
+            return float(run.privacy.total_epsilon)
+        try:  # a spent budget opens no new run
+            return float(self._service.get_privacy_ledger(self.dataset_id).epsilon_spent)
+        except ResourceNotFoundError:
+            return 0.0
 
     def close(self) -> None:
         """Free the runs' memory at the server."""

@@ -40,6 +40,7 @@ class FakeSite:
     Attributes:
         trained: how often each round was really trained; more than once is a second charge.
         refuses: reason by kind of request.
+        plain: the updates, by round.
         update: replaces ``pull_of``, to send poison.
     """
 
@@ -48,6 +49,7 @@ class FakeSite:
         self.update = update or (lambda weights, round_: pull_of(name, weights, round_))
         self.refuses: dict[str, str] = {}
         self.trained: dict[int, int] = {}
+        self.plain: dict[int, Mapping[str, npt.NDArray[np.float32]]] = {}
         self.job: Job | None = None
         self._stored: dict[int, tuple[str, Mapping[str, npt.NDArray[np.float32]]]] = {}
         self._masking: dict[str, Any] | None = None
@@ -98,6 +100,7 @@ class FakeSite:
             update = self.update({n: request.arrays[n] for n in names}, request.round)
             self._stored[request.round] = digest, update
             self.trained[request.round] = self.trained.get(request.round, 0) + 1
+        self.plain[request.round] = self._stored[request.round][1]
         known, update = self._stored[request.round]
         if known != digest:
             raise FederationRefusedError("other global arrays", reason="wrong_round")
