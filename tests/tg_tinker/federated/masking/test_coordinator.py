@@ -121,3 +121,10 @@ def test_steps_out_of_order_are_refused() -> None:
     for step in (round_.agreed, round_.opened):
         with pytest.raises(FederationRefusedError, match="the masked updates come before"):
             step({})
+
+
+def test_it_does_not_go_on_with_too_few() -> None:
+    round_ = MaskingRound(Federation.of(3).job, 1, 0, size=4)
+    for step, what in ((round_.keys, "showed their keys"), (round_.shares, "shared"), (round_.masked, "stayed")):
+        with pytest.raises(FederationRefusedError, match=f"0 sites {what}, and masking needs 2 of 3"):
+            step({})

@@ -43,7 +43,16 @@ class TestWhoStayed:
 
     @pytest.mark.parametrize(
         ("stayed", "dropped"),
-        [("abcd", "a"), ("abcd", "b"), ("abc", "d"), ("abcd", "abcd"), ("abc", "abcd"), ("bcd", "a"), ("", "abcd")],
+        [
+            ("abcd", "a"),
+            ("abcd", "b"),
+            ("abc", "d"),
+            ("abc", ""),
+            ("abcd", "abcd"),
+            ("abc", "abcd"),
+            ("bcd", "a"),
+            ("", "abcd"),
+        ],
     )
     def test_both_kinds_of_share_of_one_site_cannot_be_asked_for(self, stayed: str, dropped: str) -> None:
         lies = Lies()
