@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from tg_tinker.commands.plugins import COMMANDS, PluginGroup
-from tg_tinker.errors import TGTinkerError
+from tg_tinker.errors import InvalidRequestError, TGTinkerError
 
 if TYPE_CHECKING:
     from tg_tinker.reports.verdicts import Trust
+    from tg_tinker.transparency.note import VerifierKey
 
 
 @click.group(cls=PluginGroup, plugins=f"{COMMANDS}.audit")
@@ -21,21 +23,39 @@ def audit() -> None:
 
 @audit.command("verify")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--key", "key_text", metavar="VKEY", help="The signer's verifier key; else one must be pinned here.")
+@click.option(
+    "--key",
+    "key_text",
+    metavar="VKEY",
+    help="The signer's verifier key, or a coordinator's public key; else one must be pinned here.",
+)
 @click.option(
     "--receipts",
     "folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Data folder whose pins and receipts to compare with. [default: this user's]",
 )
-def verify(file: Path, key_text: str | None, folder: Path | None) -> None:
+@click.option(
+    "--site-report",
+    "site_reports",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A site's full report, to check with a federation report; may be repeated.",
+)
+def verify(file: Path, key_text: str | None, folder: Path | None, site_reports: tuple[Path, ...]) -> None:
     """Check a signed document offline: who signed it, that its log holds it, and every number in it."""
     try:
-        trust = _trust(key_text, folder)
+        trust = replace(_trust(key_text, folder), beside=[_read(path) for path in site_reports])
+        from tg_tinker.federated import report_verify as _federation  # noqa: F401 - registers its type
         from tg_tinker.reports.documents import verify_document
+        from tg_tinker.reports.verdicts import refused
 
+        seen = set()
         for verdict in verify_document(_read(file), trust):
+            seen.add(verdict.check)
             click.echo(_plain(f"ok       {verdict.check}: {verdict.shows}"))
+        if site_reports and "site report" not in seen:
+            raise refused("site report", "a site's report goes with a federation report, and this is none")
     except TGTinkerError as e:
         click.echo(_plain(f"REFUSED  {e.message}"))
         click.echo(f"do not rely on {file}")
@@ -74,10 +94,22 @@ def _plain(text: str) -> str:
 def _trust(key_text: str | None, folder: Path | None) -> Trust:
     from tg_tinker.reports.verdicts import Trust
     from tg_tinker.transparency.folder import Folder, data_folder
+
+    key = None if key_text is None else _key(key_text.strip())
+    return Trust.of_user(Folder(folder or data_folder()), key)
+
+
+def _key(text: str) -> VerifierKey:
+    """A verifier key, or that of the coordinator whose public key this is."""
+    from tg_tinker.federated.keys import public_key
+    from tg_tinker.federated.report import coordinator_key
     from tg_tinker.transparency.note import VerifierKey
 
-    key = None if key_text is None else VerifierKey.parse(key_text.strip())
-    return Trust.of_user(Folder(folder or data_folder()), key)
+    try:
+        public = public_key(text)
+    except InvalidRequestError:
+        return VerifierKey.parse(text)
+    return coordinator_key(public)
 
 
 def _read(file: Path) -> bytes:

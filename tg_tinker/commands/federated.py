@@ -32,7 +32,11 @@ _config = click.option(
 )
 
 
-@click.group(cls=PluginGroup, plugins=f"{COMMANDS}.federated")
+@click.group(
+    cls=PluginGroup,
+    plugins=f"{COMMANDS}.federated",
+    modules={"report": "tg_tinker.commands.federation_report:report"},
+)
 def federated() -> None:
     """Train one model with data that stays at its owners."""
 
