@@ -128,3 +128,8 @@ def test_it_does_not_go_on_with_too_few() -> None:
     for step, what in ((round_.keys, "showed their keys"), (round_.shares, "shared"), (round_.masked, "stayed")):
         with pytest.raises(FederationRefusedError, match=f"0 sites {what}, and masking needs 2 of 3"):
             step({})
+    federation = Federation.of(3)
+    round_, _ = federation.run(federation.updates(4), until="train")
+    for step, what in ((round_.agreed, "signed who stayed"), (round_.opened, "opened their shares")):
+        with pytest.raises(FederationRefusedError, match=f"0 sites {what}, and masking needs 2 of 3"):
+            step({})
