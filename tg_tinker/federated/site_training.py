@@ -76,7 +76,6 @@ class LocalTraining:
             self._load(run, round_, weights, first)
         else:
             run = self._run(factor)
-            self._settle(run)
             self._load(run, round_, weights, first)
             self._go_on(run, round_, first, last)
             charges = self._count()
@@ -175,7 +174,7 @@ class LocalTraining:
         return 1 if done.receipt is None else int(json.loads(done.receipt.entry_json)["attempt"])
 
     def _settle(self, run: TrainingClient) -> None:
-        """Wait for what an earlier process left in the run's queue: nothing of it must come after we look."""
+        """Wait for what an earlier process left in the run's queue: it may be charged after we look."""
         last = run.get_info().next_seq - 1
         try:
             self.service.get_future(Position(run_id=run.id, seq=last).future_id).wait(self.job.round_timeout_s)

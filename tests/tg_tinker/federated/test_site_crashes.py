@@ -156,6 +156,39 @@ def test_two_crashes_in_one_round(place):
         np.testing.assert_array_equal(reply.arrays["table"], expected)
 
 
+@pytest.mark.parametrize("named", ["before load_state", "after load_state", "before forward_backward"])
+def test_a_crash_around_loading_leaves_the_round_on_its_own_weights(place, named):
+    """Between two rounds the run's step is that of the next one already, and its weights are not."""
+    job = exact_job()
+    points, expected = points_of(place, job, private=False, round_=2)
+    party, weights = begun(place, job, private=False, round_=2)
+    crash(party, job, weights, round_=2, at=points.index(named))
+    other = moved(weights, {"table": np.float32(0.125)})
+    assert party.ask(job, "train", 2, attempt=2, arrays=other).facts["refused"] == "wrong_round"
+    reply = party.ask(job, "train", 2, attempt=3, arrays=weights)
+    np.testing.assert_array_equal(reply.arrays["table"], expected)
+
+
+def test_a_step_that_is_still_under_way_is_counted_before_the_next_round(place):
+    job = site_job()
+    points, _ = points_of(place, job, private=True, round_=1)
+    party, weights = begun(place, job, private=True, round_=1)
+    crash(party, job, weights, round_=1, at=points.index("before optim_step"))
+    with party.state() as state:
+        (run_id,) = state.run_ids(job.digest())
+    with party.service() as service:
+        run = service.get_training_client(run_id)
+        run.eval()
+        busy = run.forward_backward({"input_ids": np.full((24, 2000), 7)})
+        run.train()
+        step = run.optim_step()
+        assert party.ask(job, "train", 2, arrays=weights).facts == {}
+        assert busy.is_success()
+        assert step.is_success()
+    with party.state() as state:
+        assert state.job(job.digest()).charges == party.charges() == 3
+
+
 def test_a_run_that_was_made_and_not_noted_is_found_again(place):
     job = site_job()
     points, _ = points_of(place, job, private=True, round_=1)
