@@ -62,7 +62,7 @@ def development_tools() -> list[str]:
 
 
 def install(pip: list[str], *, tools: bool, torch_index: str) -> None:
-    """Install the project (editable) with the extras `demo` and `federation`; with ``tools`` also what tests and checks need."""
+    """Install the project (editable) with its extras; with ``tools`` also what tests and checks need."""
     command = [*pip, "install", "--disable-pip-version-check", "-c", "constraints.txt"]
     if not sys.stdout.isatty():
         command.append("--quiet")

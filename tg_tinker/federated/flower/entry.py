@@ -16,9 +16,6 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from flwr.superlink import extensions
-from flwr.superlink.cli import flower_superlink
-from flwr.supernode.cli import flower_supernode
 from starlette.middleware import Middleware
 
 OPEN_TO_ALL = ("/v1/fleet/", "/health")
@@ -76,9 +73,14 @@ def main() -> None:
     sys.argv = [f"flower-{name}", *sys.argv[3:]]
     _end_with(parent)
     if name == "superlink":
+        from flwr.superlink import extensions
+        from flwr.superlink.cli import flower_superlink
+
         extensions.get_middleware = lambda: (Middleware(LocalOnly),)
         flower_superlink()
     else:
+        from flwr.supernode.cli import flower_supernode
+
         flower_supernode()
 
 

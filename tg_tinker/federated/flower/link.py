@@ -261,10 +261,12 @@ class FlowerLink:
         while True:
             left = deadline - time.monotonic()
             thread.join(max(min(left, _ENDED_S), _FIRST_POLL_S))
-            if not thread.is_alive() or left <= _ENDED_S:
+            if not thread.is_alive():
                 break
             if why := self._ended():
                 raise ServerError(f"{why}; start the coordinator again, it resumes")
+            if left <= _ENDED_S:
+                break
         if done:
             return done[0]
         if not failed:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.supercore.run import RunNotRunningException
@@ -123,6 +123,12 @@ def test_a_duplicated_reply_counts_once() -> None:
     with bench(only("rome", Fault(copies=3))) as b:
         assert b.ask() == dict.fromkeys(NAMES, "")
         assert b.ask(round_=2) == dict.fromkeys(NAMES, "")
+
+
+def test_a_site_that_introduces_itself_twice_is_one_site() -> None:
+    with bench(only("rome", Fault(copies=3), HELLO)) as b:
+        assert b.link.sites() == sorted(NAMES)
+        assert b.ask() == dict.fromkeys(NAMES, "")
 
 
 def test_a_delayed_reply_within_the_deadline_counts() -> None:
@@ -354,6 +360,17 @@ def test_a_superlink_that_hangs_ends_at_the_deadline(broken: tuple[BrokenGrid, F
         link.sites()
 
 
+def test_a_superlink_that_ended_is_not_waited_for(broken: tuple[BrokenGrid, FlowerLink]) -> None:
+    grid, link = broken
+    link.sites()
+    link._ended = lambda: "flower-superlink ended: killed"
+    grid.trouble = lambda: time.sleep(30)
+    started = time.monotonic()
+    with pytest.raises(ServerError, match=r"flower-superlink ended: killed; .* resumes"):
+        link.exchange([train("rome", KEY)], timeout_s=20)
+    assert time.monotonic() - started < 5
+
+
 def test_an_http_error_that_passes_is_survived(broken: tuple[BrokenGrid, FlowerLink]) -> None:
     grid, link = broken
     link.sites()
@@ -389,15 +406,26 @@ def test_flowers_own_way_to_ask_works_on_the_grid() -> None:
 
 def test_apps_share_no_memory_with_each_other_or_the_coordinator() -> None:
     held: list[RecordDict] = []
+    go_on = threading.Event()
     app = ClientApp()
 
     @app.query("tg_tinker")
-    def echo(message: Message, context: object) -> Message:
-        held.append(message.content)
-        return Message(message.content, reply_to=message)
+    def spoil(message: Message, context: object) -> Message:
+        go_on.wait(5)
+        assert set(message.content) == {"sent"}
+        message.content["spoilt"] = ConfigRecord()
+        held.append(RecordDict())
+        return Message(held[-1], reply_to=message)
 
     with InProcessGrid({"a": app}) as grid:
-        sent = RecordDict()
-        reply = next(iter(grid.send_and_receive([Message(sent, grid.number("a"), "query.tg_tinker")], timeout=5)))
-        assert reply.content is not held[0]
-        assert held[0] is not sent
+        message = Message(RecordDict({"sent": ConfigRecord()}), grid.number("a"), "query.tg_tinker")
+        ids = list(grid.push_messages([message]))
+        message.content["later"] = ConfigRecord()
+        go_on.set()
+        replies: list[Message] = []
+        while not (replies := [*grid.pull_messages(ids)]):
+            time.sleep(0.01)
+        held[0]["kept"] = ConfigRecord()
+        assert replies[0].has_content()
+        assert set(replies[0].content) == set()
+        assert set(message.content) == {"sent", "later"}

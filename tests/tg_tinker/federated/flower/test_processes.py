@@ -101,6 +101,9 @@ def test_two_sites_over_tls_and_all_that_is_turned_away(
         def run(to_sites: CoordinatorLink) -> str:
             everybody(to_sites)
             rounds(to_sites, federation, 1)
+            crash, good = train("oslo", federation.key, kind="crash"), train("oslo", federation.key, round_=2)
+            outcomes = to_sites.exchange([crash, good], timeout_s=30)
+            assert [o.failure for o in outcomes] == ["its app failed (ValueError)", ""]
             return "done"
 
         assert link.run(run, roster=federation.roster, key=federation.key) == "done"
@@ -124,13 +127,16 @@ def test_two_sites_over_tls_and_all_that_is_turned_away(
         with pytest.raises(ServerError, match="cannot be listened on"), SuperLink(federation.coordinator()):
             pass
 
-    assert all("connected to the SuperLink" in federation.said(name) for name in NAMES)
-    # However a site ends, its SuperNode ends with it.
-    assert len(federation.programs("berlin")) == len(federation.programs("oslo")) == 1
-    federation.processes["berlin"].send_signal(signal.SIGINT)
-    federation.processes["oslo"].kill()
-    assert wait_until(lambda: not federation.programs(), 10), federation.programs()
-    assert federation.processes["berlin"].wait(10) != 0
+        assert all("connected to the SuperLink" in federation.said(name) for name in NAMES)
+        # However a site ends, its SuperNode ends with it.
+        assert len(federation.programs("berlin")) == len(federation.programs("oslo")) == 1
+        federation.processes["berlin"].send_signal(signal.SIGINT)
+        federation.processes["oslo"].kill()
+        assert wait_until(lambda: not federation.programs("berlin") + federation.programs("oslo"), 10)
+        assert federation.processes["berlin"].wait(10) != 0
+        deceived.program.stop()
+        stranger.program.stop()
+    assert not federation.programs()
 
 
 def test_what_the_children_are_given_holds_none_of_our_secrets(

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tg_tinker.errors import FederationRefusedError
+from tg_tinker.federated.flower import records
 from tg_tinker.federated.flower.records import LARGEST_HEADER, from_content, to_content
 from tg_tinker.federated.messages import DTYPES, Envelope, array_digest
 
@@ -214,6 +215,21 @@ def test_anything_else_is_refused(name: str) -> None:
     with pytest.raises(FederationRefusedError) as refused:
         from_content(content)
     assert refused.value.details["reason"] == "bad_update"
+
+
+def test_what_is_too_large_is_refused_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = envelope({"a": np.ones(4, "<f4"), "b": np.ones(4, "<f4")}, text="x" * 500)
+    content = over_the_wire(to_content(large))
+    for limit, value in (("MOST_ARRAYS", 1), ("LARGEST_ARRAYS", 31), ("LARGEST_HEADER", 400)):
+        with monkeypatch.context() as patch:
+            patch.setattr(records, limit, value)
+            for read in (lambda: to_content(large), lambda: from_content(content)):
+                with pytest.raises(FederationRefusedError) as refused:
+                    read()
+                assert refused.value.details["reason"] == "bad_update"
+    for limit, value in (("MOST_ARRAYS", 2), ("LARGEST_ARRAYS", 32)):
+        monkeypatch.setattr(records, limit, value)
+    from_content(over_the_wire(to_content(large)))
 
 
 @pytest.mark.parametrize("signature", [b"", b"\0" * 63, b"\0" * 65, "text", 7])
