@@ -443,5 +443,6 @@ def test_weights_are_pulled_after_the_steps_and_loads_before_them(tc, server):
 def test_updates_under_way_leave_the_step_known_and_nobody_waiting(tc, server):
     server.gate.clear()
     tc.add_updates(*updates(1))
-    assert (tc.step, tc.pull_weights().step) == (0, 0)
+    assert tc.step == 0
     assert server.seen("GetTrainingClient") == []
+    assert tc.pull_weights().step == 0
