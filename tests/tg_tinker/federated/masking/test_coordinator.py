@@ -77,7 +77,12 @@ def test_replies_of_sites_that_were_not_asked_are_passed_over() -> None:
     shares = {site: federation.call("shares", site, 1, 0, request) for site in request["keys"]}
     asked = round_.shares({**shares, "site-3": late, "stranger": {}})
     masked = {site: federation.call("train", site, 1, 0, asked[site], updates[site]) for site in asked}
-    assert round_.masked({**masked, "site-3": np.zeros(8, np.uint32)})["stayed"] == ["site-1", "site-2", "site-4"]
+    stay = round_.masked({**masked, "site-3": np.zeros(8, np.uint32)})
+    assert stay["stayed"] == ["site-1", "site-2", "site-4"]
+    agreed = {site: federation.call("agree", site, 1, 0, stay) for site in stay["stayed"]}
+    opening = round_.agreed({**agreed, "site-3": agreed["site-1"]})
+    opened = {site: federation.call("open", site, 1, 0, opening) for site in opening["signatures"]}
+    assert round_.opened({**opened, "site-3": opened["site-1"]}).stayed == ("site-1", "site-2", "site-4")
     assert round_.excluded == {}
 
 

@@ -191,7 +191,7 @@ MALFORMED: list[tuple[str, Any]] = [
     ("agree", {}),
     ("agree", {"stayed": "site-1"}),
     ("agree", {"stayed": [1]}),
-    ("agree", {"stayed": ["site-1", "site-1", "site-2"]}),
+    ("agree", {"stayed": ["site-1", "site-1", "site-2", "site-3", "site-4"]}),
     ("open", {"stayed": [], "dropped": []}),
     ("open", {"stayed": ["site-1", "site-2", "site-3", "site-4"], "dropped": []}),
     ("open", {"stayed": ["site-1", "site-2", "site-3", "site-4"], "dropped": [], "signatures": {"site-2": "?"}}),
