@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from tg_tinker.federated.job import SiteName
 
@@ -64,12 +64,28 @@ class FlowerSite(_Settings):
         root_certificates: PEM file that vouches for the SuperLink's certificate; given by the coordinator.
         node_key: the SuperNode's EC key in OpenSSH form; the coordinator registers ``<node_key>.pub``.
         state_dir: logs and Flower's own files.
+        supernode: host:port, on this computer, of the Runtime API of a SuperNode that somebody else runs, under
+            another user or in a container, with ``--isolation process`` and ``--superexec-auth-secret-file``. It has
+            the node key and the certificates then. ``None``: one is started, under this user.
+        tasks_secret: that file, with ``supernode``.
     """
 
     superlink: Address
     root_certificates: Path
     node_key: Path
     state_dir: Path = Path("flower")
+    supernode: Address | None = None
+    tasks_secret: Path | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.supernode is None) != (self.tasks_secret is None):
+            raise ValueError("supernode and tasks_secret belong together: give both or none")
+        if self.supernode is not None and split_address(self.supernode)[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError(
+                f"supernode {self.supernode!r} is not on this computer; its Runtime API is not encrypted"
+            )
+        return self
 
 
 class FlowerCoordinator(_Settings):

@@ -149,6 +149,7 @@ class FakeLink:
 
     ends = 0
     starts = 0
+    runs_on = False
 
     def __init__(self, settings: object) -> None:
         pass
@@ -161,12 +162,12 @@ class FakeLink:
         pass
 
     def ended(self) -> str:
-        return "flower-superlink ended: killed" if FakeLink.ends >= 0 else ""
+        return "" if FakeLink.runs_on else "flower-superlink ended: killed"
 
     def run(self, run: Any, *, roster: object, key: object) -> str:
         FakeLink.ends -= 1
         if FakeLink.ends >= 0:
-            raise ServerError(self.ended())
+            raise ServerError(self.ended() or "the coordinator's own server is away")
         return "result"
 
 
@@ -198,6 +199,20 @@ def test_a_superlink_that_ends_is_started_again_up_to_five_times(
     else:
         assert commands._coordinate(path) == "result"  # type: ignore[comparison-overlap]
     assert FakeLink.starts == min(ends, 5) + 1
+
+
+def test_trouble_that_a_new_superlink_does_not_end_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOBODYS_KEY", "tgk_nobody")
+    monkeypatch.setattr(superlink, "SuperLink", FakeLink)
+    monkeypatch.setattr("tg_tinker.federated.coordinator.Coordinator", FakeCoordinator)
+    monkeypatch.setattr(FakeLink, "runs_on", True)
+    FakeLink.ends, FakeLink.starts = 1, 0
+    code, said = run("coordinator", "--config", coordinator_toml(tmp_path))
+    assert code == 1
+    assert "own server is away" in said
+    assert FakeLink.starts == 1
 
 
 def test_an_operator_sees_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,19 @@ def test_relative_paths_are_taken_from_the_folder_of_the_file() -> None:
     assert coordinator.address == "127.0.0.1:8000"
 
 
+def test_a_supernode_of_somebody_else_is_on_this_computer_and_has_a_secret() -> None:
+    good = FlowerSite.model_validate({**SITE, "supernode": "127.0.0.1:9094", "tasks_secret": "s"}).under(Path("/etc"))
+    assert good.tasks_secret == Path("/etc/s")
+    assert FlowerSite.model_validate(SITE).under(Path("/etc")).tasks_secret is None
+    for wrong in (
+        {"supernode": "127.0.0.1:1"},
+        {"tasks_secret": "s"},
+        {"supernode": "10.0.0.1:1", "tasks_secret": "s"},
+    ):
+        with pytest.raises(ValidationError, match=r"belong together|not on this computer"):
+            FlowerSite.model_validate({**SITE, **wrong})
+
+
 def test_unknown_settings_and_missing_sites_are_refused() -> None:
     for model, good in ((FlowerSite, SITE), (FlowerCoordinator, COORDINATOR)):
         with pytest.raises(ValidationError):

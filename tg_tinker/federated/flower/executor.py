@@ -1,6 +1,12 @@
 """Executors: processes of a party that take Flower's tasks and run the app which that party installed.
 
 A site's lives as long as the site: it imports once, keeps its connections, and handles one message after another.
+Flower's executors import code from the bundle that a run brings; these never open it, and take no other kind of task.
+
+What stays: a SuperNode still parses what the SuperLink sends (HTTP, protobuf, the settings in a bundle's
+pyproject.toml), and this process parses the message (protobuf, then `records`). A fault in that code could be used by
+whoever controls the SuperLink. Run the SuperNode as another user or in a container (`FlowerSite.supernode`), so that
+it reaches neither keys nor data; what it hands on is checked by signature before anything is done.
 """
 
 from __future__ import annotations

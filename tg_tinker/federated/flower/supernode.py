@@ -15,6 +15,7 @@ from tg_tinker.federated.flower.executor import serve_site
 from tg_tinker.federated.flower.internals import Endpoint
 from tg_tinker.federated.flower.program import Program, free_port, task_secret
 from tg_tinker.federated.flower_settings import FlowerSite
+from tg_tinker.federated.keys import read_secret
 
 _log = logging.getLogger("tg_tinker")
 
@@ -115,15 +116,19 @@ def serve(
 ) -> None:
     """Be a site until ``stop`` is set: keep a SuperNode running, hand its messages to ``app``.
 
-    A SuperNode ends when its SuperLink falters or does not know it yet; it is started again after 1 to 30 s.
+    A SuperNode ends when its SuperLink falters or does not know it yet; it is started again after 1 to 30 s. One that
+    somebody else runs (``settings.supernode``) is waited for.
 
     Args:
         tell: gets news for the site's operator, one line each.
 
     Raises:
-        InvalidRequestError: the SuperLink's certificate is not one of ``root_certificates``.
+        InvalidRequestError: the SuperLink's certificate is not one of ``root_certificates``, or a file is missing.
     """
     over = stop or threading.Event()
+    if settings.supernode is not None and settings.tasks_secret is not None:
+        serve_site(Endpoint(address=settings.supernode, secret=read_secret(settings.tasks_secret)), app, over)
+        return
     node = SuperNode(settings)
     trouble: list[TGTinkerError] = []
     watcher = threading.Thread(target=_watch, args=(node, over, tell, trouble), daemon=True, name="supernode-watch")

@@ -169,6 +169,35 @@ def test_files_that_are_missing_are_named_before_anything_starts(federation: Fed
 
 
 @pytest.mark.slow
+def test_a_supernode_may_be_run_by_somebody_else(federation: Federation) -> None:
+    elsewhere = SuperNode(federation.site("oslo"))
+    secret = federation.folder / "oslo" / "flower" / "tasks.secret"
+    theirs = federation.site("oslo").model_copy(
+        update={
+            "supernode": elsewhere.endpoint.address,
+            "tasks_secret": secret,
+            "node_key": federation.folder / "none",
+        }
+    )
+    (federation.folder / "oslo" / "site.json").write_text(theirs.model_dump_json(), encoding="utf-8")
+    for name in NAMES:
+        federation.start(name)
+    try:
+        with SuperLink(federation.coordinator()) as link:
+            elsewhere.program.start()
+            assert elsewhere.wait_connected(40) == elsewhere.number
+
+            def run(to_sites: CoordinatorLink) -> None:
+                everybody(to_sites)
+                rounds(to_sites, federation, 1)
+
+            link.run(run, roster=federation.roster, key=federation.key)
+            assert federation.programs("oslo") == [elsewhere.program.pid]
+    finally:
+        elsewhere.program.stop()
+
+
+@pytest.mark.slow
 def test_killed_supernodes_and_superlinks_come_back(federation: Federation) -> None:
     for name in NAMES:
         federation.start(name)
