@@ -245,17 +245,17 @@ def spoiled(value: float) -> bytes:
     ],
     ids=lambda v: f"{len(v)} bytes" if isinstance(v, bytes) else str(v),
 )
-@pytest.mark.parametrize("cut", [1, 7, 2**20])
 def test_a_file_that_is_no_weights_leaves_nothing_behind(
-    service: ServiceClient, config: ServerConfig, file: bytes, size: int | None, cut: int
+    service: ServiceClient, config: ServerConfig, file: bytes, size: int | None
 ) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        send(service, file, cut=cut, size=size)
-    assert caught.value.field == "tensors"
+    for cut in (1, 7, 2**20):
+        with pytest.raises(InvalidRequestError) as caught:
+            send(service, file, cut=cut, size=size)
+        assert caught.value.field == "tensors"
     assert service.list_artifacts() == []
     assert ciphertexts(config) == []
-    (record,) = service.get_audit_logs(operation="import_weights")
-    assert (record.success, record.error_code, record.artifact_ids) == (False, "INVALID_REQUEST", [])
+    records = service.get_audit_logs(operation="import_weights")
+    assert [(r.success, r.error_code, r.artifact_ids) for r in records] == [(False, "INVALID_REQUEST", [])] * 3
 
 
 @pytest.mark.parametrize(
