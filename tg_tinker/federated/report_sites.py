@@ -163,13 +163,18 @@ def second_opinion(statements: Mapping[str, SiteStatement]) -> str:
 
 def _below_loss(said: float, sigma: float, rate: float, steps: int, delta: float) -> float | None:
     """Epsilon of these steps where it is more than was said: by the upper bound, and where that is more, a lower."""
-    counts = {(sigma, rate): steps}
     for pessimistic in (True, False):
-        found = recompute.loss_distribution(counts, pessimistic=pessimistic)
-        bound = math.inf if found is None else float(found.get_epsilon(delta))
+        bound = _by_loss(sigma, rate, steps, delta, pessimistic)
         if said >= bound or math.isinf(bound):
             return None
     return bound
+
+
+@lru_cache(maxsize=2 * MOST_BY_LOSS)
+def _by_loss(sigma: float, rate: float, steps: int, delta: float, pessimistic: bool) -> float:
+    """Epsilon by privacy loss distributions; inf where they have none."""
+    found = recompute.loss_distribution({(sigma, rate): steps}, pessimistic=pessimistic)
+    return math.inf if found is None else float(found.get_epsilon(delta))
 
 
 def check_site_report(
