@@ -62,7 +62,7 @@ TABLE: dict[type[TGTinkerError], tuple[grpc.StatusCode, tuple[str, ...]]] = {
     FutureTimeoutError: (grpc.StatusCode.DEADLINE_EXCEEDED, ("future_id", "timeout")),
     FutureCancelledError: (grpc.StatusCode.CANCELLED, ("future_id",)),
     LogVerificationError: (grpc.StatusCode.DATA_LOSS, ("kind",)),
-    FederationRefusedError: (grpc.StatusCode.FAILED_PRECONDITION, ("reason",)),
+    FederationRefusedError: (grpc.StatusCode.OUT_OF_RANGE, ("reason",)),
     ServerError: (grpc.StatusCode.INTERNAL, ()),
     TGTinkerError: (grpc.StatusCode.UNKNOWN, ()),
 }
