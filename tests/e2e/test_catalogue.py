@@ -80,6 +80,32 @@ def test_a_run_is_completed_by_its_last_planned_step_and_can_still_be_sampled_an
     assert client.save_state().artifact_id
 
 
+@pytest.mark.parametrize("private", [False, True])
+def test_a_completed_run_is_looked_at_as_before_after_a_restart(tmp_path: Path, private: bool) -> None:
+    config = ServerConfig(port=0, backend="bigram", data_dir=tmp_path / "data")
+    with EmbeddedServer(config) as server:
+        key = server.mint_key("tenant-a")
+        with ServiceClient(api_key=key, base_url=server.address) as service:
+            client = create(service, dp() if private else None, max_steps=2)
+            step(client, 0)
+            step(client, 1)
+            weights, spent = client.pull_weights(), client.get_info().privacy
+            client.eval()
+            loss = client.forward_backward(batch(3)).result().loss
+    with EmbeddedServer(config) as server, ServiceClient(api_key=key, base_url=server.address) as service:
+        again = service.get_training_client(client.id)
+        assert (again.step, again.status) == (2, "completed")
+        assert again.get_info().privacy == spent
+        again.eval()
+        assert again.forward_backward(batch(3)).result().loss == loss
+        found = again.pull_weights()
+        assert all(np.array_equal(found.tensors[name], value) for name, value in weights.tensors.items())
+        with pytest.raises(InvalidRequestError, match="completed"):
+            again.train()
+            again.forward_backward(batch(4)).result()
+        assert again.save_state().artifact_id
+
+
 def test_the_batch_hash_is_the_public_one_and_a_wrong_one_is_refused(service: ServiceClient) -> None:
     client = create(service)
     data = batch(1)

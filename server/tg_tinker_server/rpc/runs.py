@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from tg_tinker.proto.v1 import runs_pb2, training_pb2
-from tg_tinker.types import Capabilities
+from tg_tinker.types import Capabilities, TrainingConfig
 from tg_tinker.types.configs import LR_SCHEDULERS, OPTIMIZERS
 from tg_tinker.types.run import PrivacyState, RunInfo
 from tg_tinker.wire.runs import API_VERSION, capabilities_to_proto, run_info_to_proto
 from tg_tinker_server.config import ServerConfig
+from tg_tinker_server.ledger.reservation import DatasetScope
 from tg_tinker_server.rpc.endpoint import Call
 from tg_tinker_server.rpc.submitting import Submitting
 from tg_tinker_server.service.privacy import PrivacyService
@@ -46,7 +47,7 @@ class RunServicer:
         if not registry.in_memory(call.tenant, request.run_id):
             row = await registry.row(call.tenant, request.run_id)
             if row.status != ACTIVE:  # to look at what has ended takes no memory
-                return run_info_to_proto(await registry.executors.io(self._summary, row))
+                return run_info_to_proto(await self._ended(row))
         run = await registry.get(call.tenant, request.run_id)
         info = await self._info(run)
         if "TRAIN" not in call.caller.scopes:
@@ -108,19 +109,10 @@ class RunServicer:
         )
 
     async def _info(self, run: Run) -> RunInfo:
+        private = run.private
         privacy = None
-        spent = await self.privacy.spent(run)
-        if spent is not None and run.private is not None:
-            privacy = PrivacyState(
-                dataset_id=run.private.scope.dataset_id,
-                epsilon_spent=spent.epsilon,
-                target_epsilon=float("inf") if spent.target_epsilon is None else spent.target_epsilon,
-                delta=spent.delta,
-                noise_multiplier=run.private.noise_multiplier,
-                sample_rate=run.config.sample_rate,
-                expected_batch_size=run.config.expected_batch_size,
-                ledger_head=spent.head,
-            )
+        if private is not None:
+            privacy = await self._privacy_state(private.scope, private.noise_multiplier, run.config)
         return RunInfo(
             run_id=run.run_id,
             config=run.config,
@@ -133,6 +125,32 @@ class RunServicer:
             trainable_parameters=run.session.trainable_parameters,
             base_dtype=run.session.base_dtype,
             unit_key=run.mac("unit-ids", b""),
+        )
+
+    async def _ended(self, row: RunRow) -> RunInfo:
+        """A run that has ended and is not in memory, with all that a handle needs to look at it further."""
+        registry = self.submitting.registry
+        info = await registry.executors.io(self._summary, row)
+        highest = await registry.highest_seq(row)
+        privacy = None
+        if row.dataset_id is not None and row.noise_multiplier is not None:
+            scope = DatasetScope(tenant=row.tenant, dataset_id=row.dataset_id)
+            privacy = await self._privacy_state(scope, row.noise_multiplier, info.config)
+        return replace(info, next_seq=highest + 1, privacy=privacy)
+
+    async def _privacy_state(
+        self, scope: DatasetScope, noise_multiplier: float, config: TrainingConfig
+    ) -> PrivacyState:
+        spent = await self.privacy.spent_in(scope)
+        return PrivacyState(
+            dataset_id=scope.dataset_id,
+            epsilon_spent=spent.epsilon,
+            target_epsilon=float("inf") if spent.target_epsilon is None else spent.target_epsilon,
+            delta=spent.delta,
+            noise_multiplier=noise_multiplier,
+            sample_rate=config.sample_rate,
+            expected_batch_size=config.expected_batch_size,
+            ledger_head=spent.head,
         )
 
     def _summary(self, row: RunRow) -> RunInfo:

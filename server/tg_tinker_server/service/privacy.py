@@ -67,9 +67,11 @@ class PrivacyService:
 
     async def spent(self, run: Run) -> Spent | None:
         """What the run's dataset has spent; ``None`` without differential privacy."""
-        if run.private is None:
-            return None
-        return await self.executors.io(self.ledger.spent, run.private.scope)
+        return None if run.private is None else await self.spent_in(run.private.scope)
+
+    async def spent_in(self, scope: DatasetScope) -> Spent:
+        """What a dataset has spent."""
+        return await self.executors.io(self.ledger.spent, scope)
 
     async def forecast(self, run: Run, steps: int) -> Forecast:
         """Epsilon now and after ``steps`` more steps of this run, and how many the budget allows."""

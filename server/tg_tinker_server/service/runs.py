@@ -126,6 +126,13 @@ class RunRegistry:
             raise run_not_found(run_id)
         return row
 
+    async def highest_seq(self, row: run_rows.RunRow) -> int:
+        """The number of the last operation that a run which is not in memory knows of."""
+        kept = await self.executors.io(
+            self.db.read, lambda tx: run_rows.results_after(tx, row.tenant, row.run_id, row.durable_seq)
+        )
+        return max([row.durable_seq, *(result.seq for result in kept)])
+
     def config_of(self, row: run_rows.RunRow) -> TrainingConfig:
         """The configuration in a row, without opening it where the run is in memory. Call it off the event loop."""
         run = self._runs.get((row.tenant, row.run_id))
