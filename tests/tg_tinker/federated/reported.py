@@ -10,11 +10,13 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
+import pytest
 import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.tg_tinker.federated.jobs import key_of, make_job, names
 from tests.tg_tinker.reports.conftest import Forge
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.federated.job import Job
 from tg_tinker.federated.report import coordinator_key, document, read_statements, sign_report, site_level_epsilon
 from tg_tinker.federated.report_facts import Facts, ledger_of
@@ -27,6 +29,8 @@ from tg_tinker.reports.statement import number, rounded_up
 from tg_tinker.reports.verdicts import REGISTRY, Trust, Verdict
 
 COORDINATOR = key_of("coordinator")
+Edit = Callable[[dict[str, Any]], object]
+ALL = (1, 2, 3)
 RECORDS = {"target_epsilon": 6.0, "target_delta": 1e-5, "people": "shared"}
 SITES = {"population": 1000, "sample_rate": 0.1, "noise_multiplier": 1.0, "target_epsilon": 4.0, "target_delta": 1e-5}
 DRAWN = {"kind": "sampled_gaussian", "noise_multiplier": "1.0", "sample_rate": "0.1", "vouched_by": "client"}
@@ -206,3 +210,33 @@ def site_level_forge(job: Job, *, charges: int = 3, unit: str = "site", **more: 
     for seq in range(1, charges + 1):
         forge.settle(forge.charge(seq, unit=unit, event=event))
     return forge.close()
+
+
+@cache
+def document_of(made: Callable[[], Reported]) -> bytes:
+    return rfc8785.dumps(made().document())
+
+
+def lied(made: Callable[[], Reported], edit: Edit) -> bytes:
+    """An honest report, changed and signed again with the coordinator's own key."""
+    document = json.loads(document_of(made))
+    edit(document)
+    return sign_report(document, COORDINATOR)
+
+
+def refusal(data: bytes, *beside: bytes) -> str:
+    """The check that refuses, and why; fails if nothing does."""
+    with pytest.raises(InvalidRequestError) as caught:
+        verify(data, *beside)
+    assert caught.value.details["check"] == caught.value.message.split(":")[0]
+    return caught.value.message
+
+
+def resigned(site: str, rounds: tuple[int, ...] = ALL, by: str = "", **changes: Any) -> Edit:
+    """A statement with another text, signed by the site or, as here, by whoever the coordinator has the key of."""
+
+    def edit(d: dict[str, Any]) -> None:
+        statement = statement_of(shared_job(), site, rounds, **changes)
+        d["statements"][site] = sign_statement(statement, key_of(by or site))
+
+    return edit

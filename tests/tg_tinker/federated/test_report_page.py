@@ -48,7 +48,7 @@ def test_the_first_screen_is_the_sentence_the_budget_and_what_it_means() -> None
     odds = math.exp(3.03)
     sure = float(re.search(r"at most ([0-9.]+) % sure", text)[1])  # type: ignore[index]
     assert 100 * odds / (1 + odds) <= sure < 100 * odds / (1 + odds) + 0.1
-    assert "50 % of what the job allows ε = 6" in text.replace("51 %", "50 %")
+    assert "50 % of what the job allows ε = 6" in text
     assert "ε = 18" in page_of(honest()).text  # the sum over three sites may be so much
 
 
@@ -132,7 +132,7 @@ def test_what_stands_in_a_report_stays_text() -> None:
     honest_page, made = page_of(uneven()), poisoned(uneven().document())
     made["course"]["left"] = {HOSTILE: made["course"]["left"]["site-2"]}
     for r in made["course"]["rounds"]:
-        r["others"] = dict.fromkeys([HOSTILE], {})
+        r["others"] = {HOSTILE: {}}
     page = Page(render(made))
     assert {t for t, _ in page.elements} <= {t for t, _ in honest_page.elements}
     assert not {"script", "img", "iframe", "object", "form", "a", "link"} & {t for t, _ in page.elements}
