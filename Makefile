@@ -1,6 +1,7 @@
 # One verb per chore. Each target installs what it needs into .venv first, and does nothing twice.
 #
 #   make demo        a private model, end to end, in about a minute and a half    (make demo ARGS=--fresh)
+#   make federated-demo   three sites and a coordinator, each in processes of its own  (ARGS=--in-process)
 #   make test        the tests                                                    (make test ARGS="-k ledger")
 #   make test-slow   the statistical and kill tests, which take minutes
 #   make check       format, lint, types, import map, freshness of generated code
@@ -25,10 +26,10 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench docs proto serve clean
+.PHONY: help demo federated-demo test test-slow check bench docs proto serve clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
 
 .venv/.installed-demo: $(INPUTS)
 	@$(SETUP) demo
@@ -40,6 +41,9 @@ help:
 
 demo: .venv/.installed-demo
 	@$(BIN)/tg-tinker demo $(ARGS)
+
+federated-demo: .venv/.installed-demo
+	@$(BIN)/tg-tinker federated demo $(ARGS)
 
 serve: .venv/.installed-demo
 	@$(BIN)/tg-tinker serve $(ARGS)

@@ -18,6 +18,10 @@ class Words:
         self.console.print()
         self.console.print(Text(text), soft_wrap=not self.console.is_terminal)
 
+    def line(self, text: str) -> None:
+        """One line; unwrapped where a log or a pipe reads it."""
+        self.console.print(Text(text), soft_wrap=not self.console.is_terminal)
+
     def heading(self, text: str) -> None:
         """A line in bold after an empty one."""
         self.console.print()
