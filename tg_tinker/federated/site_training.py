@@ -260,15 +260,17 @@ class LocalTraining:
 
     def _source(self, round_: int) -> WeightsSource:
         """What the job has promised to everybody in its data before this round, as it says itself."""
-        records, place = self.job.records, {"job": self.record.digest, "round": round_ - 1}
-        if records is None:
-            return WeightsSource(**place, epsilon=0.0 if round_ == 1 else math.inf, delta=1e-5)
-        times = len(self.job.roster) if records.people == "shared" else 1
+        records, times = self.job.records, 1
+        epsilon, delta, unit = math.inf, 1e-5, "datum"
+        if records is not None:
+            times = len(self.job.roster) if records.people == "shared" else 1
+            epsilon, delta, unit = records.target_epsilon, records.target_delta, records.unit
         return WeightsSource(
-            **place,
-            epsilon=0.0 if round_ == 1 else times * records.target_epsilon,
-            delta=min(times * records.target_delta, 0.5),
-            unit=records.unit,
+            job=self.record.digest,
+            round=round_ - 1,
+            epsilon=0.0 if round_ == 1 else times * epsilon,
+            delta=min(times * delta, 0.5),
+            unit=unit,
         )
 
     def _delete(self, artifact_id: str) -> None:

@@ -20,7 +20,9 @@ from tg_tinker.federated.job import Strategy
 from tg_tinker.federated.keys import public_text
 from tg_tinker.federated.messages import Envelope
 from tg_tinker.federated.site import FAILED, SORRY, Site
+from tg_tinker.federated.site_budget import Holding, solve_noise
 from tg_tinker.federated.statement import verify_statement
+from tg_tinker.ledger.history import Terms
 from tg_tinker.types import TrainingConfig
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
@@ -92,6 +94,10 @@ def test_joining_and_finishing_again_changes_nothing(party):
     assert party.ask(job, "finish").facts == first.facts
     refused(party.ask(job, "train", 2, arrays=ADAPTER), "expired")
     assert party.charges() == 2
+    with party.service() as service:
+        entries = service.get_privacy_ledger(party.dataset).entries
+        assert sum(entry.kind == "report" for entry in entries) == 1
+        assert service.list_training_clients(status="active") == []
 
 
 def test_a_finished_job_is_trained_no_more(party):
@@ -110,6 +116,7 @@ def test_the_same_request_gets_the_same_bytes_and_trains_once(party):
     assert first.signature == second.signature
     assert first.signed_bytes() == second.signed_bytes()
     assert party.charges() == job.local_steps
+    assert len(party.audit("federation.round_trained")) == 1
 
 
 def test_duplicates_at_the_same_time_are_one_request(party):
@@ -343,6 +350,19 @@ def test_two_jobs_at_once_share_the_budget_and_both_come_to_their_end(party):
     with party.service() as service:
         assert 7.0 < service.get_dataset("data").info.epsilon_spent <= 8.0
     assert first < second
+
+
+def test_steps_that_another_job_took_count_once(party):
+    first, second = (site_job(job_id=f"job-{e}", records={"target_epsilon": e}) for e in (7, 6))
+    party.join(first)
+    party.ask(first, "train", 1, arrays=ADAPTER)
+    party.join(second)
+    with party.state() as state:
+        sigma, found = (state.job(job.digest()).noise_multiplier for job in (first, second))
+    terms = Terms(unit="datum", target_epsilon=8.0, target_delta=1e-5)
+    spent = {(sigma, 4 / len(TEXTS)): 4}  # two steps taken, two to come
+    holding = Holding(units=len(TEXTS), terms=terms, spent=spent, promised={})
+    assert found == solve_noise(second, holding, floor=0.3, max_epsilon=8.0)
 
 
 # Nothing else leaves.

@@ -154,12 +154,12 @@ def test_an_update_without_masks_is_never_sent(parties):
     assert party.charges() == 0  # refused before training
 
 
-def test_fewer_sites_than_the_policy_wants_are_not_opened_for(parties):
+def test_a_sum_over_fewer_sites_than_the_job_names_is_not_agreed_to(parties):
     job = masked_job()
-    parties[0].policy["min_sites"] = 2
     for party in parties:
         party.join(job)
-    parties[0].policy["min_sites"] = 1
     reply = parties[0].ask(job, "mask.agree", 1, facts={"stayed": ["site-0"]})
     assert reply.facts["refused"] == "too_few_sites"
-    assert "2" in reply.facts["message"]
+    assert "at least 2" in reply.facts["message"]
+    parties[0].policy["min_sites"] = 3  # the policy was tightened: the job is refused as a whole
+    assert parties[0].ask(job, "mask.keys", 1).facts["refused"] == "policy"
