@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tg_tinker.federated.report_file import WrittenReport
 from tg_tinker.federated.result import FederatedResult
 from tg_tinker.federated.statement import SiteStatement, verify_statement
 from tg_tinker.privacy.accounting import gate_epsilon
@@ -56,7 +57,7 @@ class Findings:
         history: of the federated model, by round.
         arms: each site alone, by its name.
         reopened: perplexity of the final artifact, decrypted into a fresh client.
-        report: path of the signed federation report, and the command that checks it; "" where there is none.
+        report: the signed federation report, as it was written and checked.
     """
 
     settings: FederatedDemoSettings
@@ -73,8 +74,7 @@ class Findings:
     held_out: int
     seconds: float
     made: str
-    report: str = ""
-    checks: int = 0
+    report: WrittenReport
 
     @property
     def federated(self) -> float:
@@ -131,17 +131,10 @@ class Findings:
             "not charged: it averages what is already protected"
         )
 
-    def report_rows(self) -> list[tuple[str, str]]:
-        """Where the signed report is and how it is checked."""
-        if not self.report:
-            return []
-        return [
-            (
-                "report",
-                f"{self.report}: each site's signed epsilon; it passed {self.checks} checks. To repeat them:",
-            ),
-            ("", f"tg-tinker audit verify {self.report}"),
-        ]
+    @property
+    def verify_command(self) -> str:
+        """What anybody can type to check the report."""
+        return f"tg-tinker audit verify {self.report.report} --key {self.report.verifier_key}"
 
 
 def site_facts(result: FederatedResult, records: Mapping[str, int]) -> tuple[SiteFacts, ...]:

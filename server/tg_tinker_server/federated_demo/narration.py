@@ -99,7 +99,9 @@ class Narrator(Words):
         server = folder / "coordinator" / "server"
         self.facts(
             ("page", str(out)),
-            *found.report_rows(),
+            ("report", f"{found.report.page}, to be handed out with {found.report.report.name}, which is signed;"),
+            ("", f"it passed {len(found.report.verdicts)} checks, and anybody can repeat them offline:"),
+            ("", found.verify_command),
             ("export", "the adapter as PEFT loads it, sealed for a receiver's age key:"),
             ("", f"tg-tinker serve --data-dir {server}"),
             (

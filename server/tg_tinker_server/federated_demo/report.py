@@ -126,19 +126,19 @@ def _trust(found: Findings) -> Iterable[str]:
 def _artifact(found: Findings) -> list[tuple[str, str]]:
     artifact = found.artifact
     verdict = f"✓ perplexity {found.reopened:.1f}, as released" if found.reopened_equal else "✗ ANOTHER PERPLEXITY"
-    rows = [
+    return [
         ("artifact", artifact.artifact_id),
         ("encryption", f"{artifact.algorithm}, key {artifact.key_id}, {artifact.size_bytes:,} bytes"),
         ("opened again", verdict),
         ("weights", found.result.weights_digest),
         ("job", found.result.job_digest),
+        (
+            "signed report",
+            f"{found.report.report}, which passed {len(found.report.verdicts)} checks: each site's own",
+        ),
+        ("", "signed statement, this job, who took part, and every figure computed again"),
+        ("check it", found.verify_command),
     ]
-    if found.report:
-        rows += [
-            ("signed report", f"{found.report}, {found.checks} checks passed"),
-            ("check it", f"tg-tinker audit verify {found.report}"),
-        ]
-    return rows
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> str:

@@ -12,12 +12,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 
 from tg_tinker import ServiceClient, TrainingClient
 from tg_tinker.errors import ServerError
 from tg_tinker.federated.coordinator import Coordinator
 from tg_tinker.federated.coordinator_config import CoordinatorConfig
+from tg_tinker.federated.keys import load_identity
+from tg_tinker.federated.report_file import write_report
 from tg_tinker.federated.result import FederatedResult
 from tg_tinker.types import ArtifactInfo
 from tg_tinker_server.demo.data import SOURCE
@@ -80,7 +83,7 @@ def run(
             in_process=in_process,
         )
         save_record(folder, record)
-    demo = _Demo(folder=folder, settings=settings, texts=texts, narrator=narrator, record=record)
+    demo = _Demo(out=out, folder=folder, settings=settings, texts=texts, narrator=narrator, record=record)
     with console.status("starting the servers …"):
         opened = stage()
         running = opened.__enter__()
@@ -101,6 +104,7 @@ def run(
 class _Demo:
     """One call of the demo, and what it works with."""
 
+    out: Path
     folder: Path
     settings: FederatedDemoSettings
     texts: FederatedTexts
@@ -209,7 +213,8 @@ class _Demo:
             reopened = self._perplexity(reader, result.artifact_id)
             service.delete_training_client(reader.id)
         alone, pooled = arms_of(record)
-        return self._findings(result, artifact, reopened, alone, pooled)
+        key = load_identity(stage.parties[COORDINATOR].identity)
+        return self._findings(result, artifact, reopened, alone, pooled, key)
 
     def _findings(
         self,
@@ -218,6 +223,7 @@ class _Demo:
         reopened: float,
         alone: Mapping[str, Arm],
         pooled: Arm,
+        key: Ed25519PrivateKey,
     ) -> Findings:
         record = self.record
         shown = record.site_epsilons[-len(result.rounds) :]
@@ -244,6 +250,7 @@ class _Demo:
             held_out=len(self.texts.held_out),
             seconds=record.seconds,
             made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            report=write_report(result, key, self.out.parent),
         )
         self.narrator.results(found)
         return found

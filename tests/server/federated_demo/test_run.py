@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tests.server.federated_demo.values import SMALL, TEXTS, Terminal
+from tg_tinker.cli import main
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.federated.statement import verify_statement
 from tg_tinker.privacy import plan
@@ -41,6 +43,13 @@ def test_the_demo_federates_compares_and_reports_and_then_shows_it_again(termina
     page = terminal.out.read_text()
     assert first.artifact.artifact_id in page
     assert first.result.job_digest in page
+
+    report = terminal.out.parent / "federation-report.json"
+    verified = CliRunner().invoke(main, ["audit", "verify", str(report), "--key", first.report.verifier_key])
+    assert verified.exit_code == 0, verified.output
+    assert verified.output.count("statement:") == 3
+    assert first.verify_command in terminal.printed
+    assert f"verify {report}" in first.verify_command
 
     second = terminal.demo()
     assert "nothing is trained again" in " ".join(terminal.printed.split())
