@@ -99,7 +99,7 @@ def site(path: Path) -> None:
     Starts a SuperNode, and again when it ends. Messages are handled by this process, with the tg-tinker that is
     installed here; code that a coordinator sends is never run.
     """
-    with _plain_errors(), _terminated_like_interrupted():
+    with _plain_errors():
         from tg_tinker.federated.flower.apps import client_app
         from tg_tinker.federated.flower.supernode import serve
         from tg_tinker.federated.site_config import ENVIRONMENT, SiteConfig, handler_from_environment
@@ -109,11 +109,9 @@ def site(path: Path) -> None:
             raise click.ClickException(f"{path} has no [flower] table: it says how to reach the coordinator")
         handler = handler_from_environment({**os.environ, ENVIRONMENT: str(path)})
         click.echo(f"site {config.site}: connecting to the SuperLink at {config.flower.superlink}")
-        stop = threading.Event()
-        try:
+        with _stopping() as stop:
             serve(config.flower, client_app(handler), stop=stop, tell=_tell)
-        except KeyboardInterrupt:
-            click.echo("stopped")
+        click.echo("stopped")
 
 
 @federated.command("coordinator")
@@ -172,6 +170,23 @@ def _progress(event: Progress) -> None:
 def _tell(text: str) -> None:
     """One line for the operator, without control characters: part of it comes from elsewhere."""
     click.echo("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts."""
+    stop = threading.Event()
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

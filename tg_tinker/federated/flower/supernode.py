@@ -25,6 +25,7 @@ _LONGEST_PAUSE_S = 30.0
 _STEADY_S = 60.0
 """A SuperNode that held out this long is restarted without delay."""
 _WATCH_S = 0.2
+_LAST_WORDS_S = 5.0
 
 
 class SuperNode:
@@ -114,10 +115,12 @@ def serve(
     stop: threading.Event | None = None,
     tell: Callable[[str], None] = lambda text: _log.warning("%s", text),
 ) -> None:
-    """Be a site until ``stop`` is set: keep a SuperNode running, hand its messages to ``app``.
+    """Be a site until ``stop`` is set: keep a SuperNode running, hand its messages to ``app`` in another thread.
 
-    A SuperNode ends when its SuperLink falters or does not know it yet; it is started again after 1 to 30 s. One that
-    somebody else runs (``settings.supernode``) is waited for.
+    A message that is at work when ``stop`` is set has 5 s to be done with; then the caller is expected to end the
+    process, which a site's handler must bear at any moment anyway. A SuperNode ends when its SuperLink falters or
+    does not know it yet; it is started again after 1 to 30 s. One that somebody else runs (``settings.supernode``) is
+    waited for.
 
     Args:
         tell: gets news for the site's operator, one line each.
@@ -127,7 +130,7 @@ def serve(
     """
     over = stop or threading.Event()
     if settings.supernode is not None and settings.tasks_secret is not None:
-        serve_site(Endpoint(address=settings.supernode, secret=read_secret(settings.tasks_secret)), app, over)
+        _serve_aside(Endpoint(address=settings.supernode, secret=read_secret(settings.tasks_secret)), app, over)
         return
     node = SuperNode(settings)
     trouble: list[TGTinkerError] = []
@@ -135,7 +138,7 @@ def serve(
     try:
         node.program.start()
         watcher.start()
-        serve_site(node.endpoint, app, over)
+        _serve_aside(node.endpoint, app, over)
     finally:
         over.set()
         if watcher.ident is not None:
@@ -143,6 +146,25 @@ def serve(
         node.program.stop()
     if trouble:
         raise trouble[0]
+
+
+def _serve_aside(endpoint: Endpoint, app: ClientApp, over: threading.Event) -> None:
+    """Serve in a thread, so that nothing which a message takes long at keeps this one from stopping."""
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            serve_site(endpoint, app, over)
+        except Exception as e:  # noqa: BLE001 - raised again below
+            failed.append(e)
+            over.set()
+
+    worker = threading.Thread(target=work, daemon=True, name="site-executor")
+    worker.start()
+    over.wait()
+    worker.join(_LAST_WORDS_S)
+    if failed:
+        raise failed[0]
 
 
 def _watch(node: SuperNode, over: threading.Event, tell: Callable[[str], None], trouble: list[TGTinkerError]) -> None:
