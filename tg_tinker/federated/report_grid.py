@@ -34,7 +34,8 @@ def participation(course: Mapping[str, Any], sites: Sequence[str]) -> str:
     for j, column in enumerate(columns):
         x = _LEFT + (j + 0.5) * step
         if j == len(columns) - 1 or (j % max(1, round(26 / step)) == 0 and len(columns) - 1 - j > 30 / step):
-            found.append(f'<text class="tick" x="{x:.1f}" y="14" text-anchor="middle">{column["round"]}</text>')
+            at, anchor = (_WIDTH, "end") if x > _WIDTH - 12 else (x, "middle")
+            found.append(f'<text class="tick" x="{at:.1f}" y="14" text-anchor="{anchor}">{column["round"]}</text>')
         for i, site in enumerate(rows):
             kind = _kind(column, site)
             seen.add(kind)

@@ -202,8 +202,8 @@ def _method(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "base model", f"<bdi>{text(job['base_model'])}</bdi>"
     yield (
         "rounds",
-        f"{len(report['course']['rounds']):,} of {job['rounds']:,} released, of {job['local_steps']:,} local steps "
-        f"each; {job['batch_size']:,} units a step expected",
+        f"{len(report['course']['rounds']):,} of {job['rounds']:,} released, each of {job['local_steps']:,} local "
+        f"step{'' if job['local_steps'] == 1 else 's'} on about {job['batch_size']:,} records of a site",
     )
     yield "updates become a model by", text(report["method"]["strategy"])
     yield "adapter", text(report["method"]["federated_lora"])
