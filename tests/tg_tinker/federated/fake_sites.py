@@ -76,7 +76,7 @@ class FakeSite:
         if request.kind == "join":
             return {"accepted": True}, {}
         if request.kind == "finish":
-            return {"statement": sign_statement(self._statement(job), self.key)}, {}
+            return {"statement": sign_statement(self.statement(job), self.key)}, {}
         masking = MaskingSite(job, self.name, self.key, state=self._masking) if job.masking else None
         if masking is not None and request.kind in KINDS:
             facts = masking.answer(request.kind, request.round, request.attempt, request.facts)
@@ -106,7 +106,7 @@ class FakeSite:
             raise FederationRefusedError("other global arrays", reason="wrong_round")
         return update
 
-    def _statement(self, job: Job) -> SiteStatement:
+    def statement(self, job: Job) -> SiteStatement:
         return SiteStatement(
             job=job.digest(),
             site=self.name,

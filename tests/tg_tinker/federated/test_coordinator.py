@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -17,9 +18,9 @@ from tests.tg_tinker.federated.coordinating import (
 from tests.tg_tinker.federated.fake_sites import pull_of
 from tests.tg_tinker.federated.jobs import key_of
 from tg_tinker.errors import FederationRefusedError, InvalidRequestError
-from tg_tinker.federated.adapter_store import AdapterStore
+from tg_tinker.federated.adapter_store import NOTHING_SPENT, AdapterStore
 from tg_tinker.federated.result import FederatedResult
-from tg_tinker.federated.statement import verify_statement
+from tg_tinker.federated.statement import sign_statement, verify_statement
 from tg_tinker.federated.updates import weights_digest
 
 
@@ -101,7 +102,40 @@ def test_what_an_adaptive_strategy_remembers_survives_a_kill(tmp_path, coordinat
     link.before = lambda _: None
     result = coordinator(tmp_path / "broken", coordinator_service, job=job).run(link)
     assert result.weights_digest == whole.weights_digest
-    assert result.weights_digest != result.rounds[0].weights_digest
+    np.testing.assert_allclose(weights_of(coordinator_service, result), adaptive_by_hand(name, 3), atol=1e-5)
+
+
+def adaptive_by_hand(name, rounds):
+    """Reddi et al. 2021 with the job's defaults; FedAdam with Flower's bias correction."""
+    table, m, v = np.zeros((260, 260)), 0.0, 0.0
+    for number in range(1, rounds + 1):
+        delta = np.mean([pull_of(f"site-{i}", {"table": table}, number)["table"] for i in range(3)], axis=0)
+        m = 0.9 * m + 0.1 * delta
+        if name == "fedadam":
+            v = 0.99 * v + 0.01 * delta**2
+            rate = 0.1 * np.sqrt(1 - 0.99 ** (number + 1)) / (1 - 0.9 ** (number + 1))
+        else:
+            v, rate = v - 0.01 * delta**2 * np.sign(v - delta**2), 0.1
+        table = table + rate * m / (np.sqrt(v) + 1e-3)
+    return table
+
+
+def test_no_attempt_has_the_number_of_one_before_a_kill(tmp_path, coordinator_service):
+    link = link_to(fake_sites())
+
+    def kill(request):
+        if request.kind == "train":
+            raise Killed
+
+    link.before = kill
+    for _ in range(2):
+        with pytest.raises(Killed):
+            coordinator(tmp_path, coordinator_service).run(link)
+    link.before = lambda _: None
+    result = coordinator(tmp_path, coordinator_service).run(link)
+    places = [(r.round, r.attempt) for r in link.seen if r.kind == "train" and r.site == "site-0"]
+    assert places == [(1, 1), (1, 2), (1, 3), (2, 1)]
+    assert result.rounds[0].attempts == 3
 
 
 def test_sites_that_refuse_the_job_are_left_out_with_their_reasons(tmp_path, coordinator_service):
@@ -285,7 +319,8 @@ def test_a_job_given_up_collects_what_sites_spent(tmp_path, coordinator_service)
     assert "round 2" in result.why
 
 
-def test_a_forged_or_missing_statement_is_not_taken(tmp_path, coordinator_service):
+@pytest.mark.parametrize("what", ["of another site", "of another job", "no statement", "no object"])
+def test_a_forged_or_missing_statement_is_not_taken(tmp_path, coordinator_service, what):
     sites = fake_sites()
     link = link_to(sites)
     link.faults["site-0", "finish"] = ["die"]
@@ -295,8 +330,14 @@ def test_a_forged_or_missing_statement_is_not_taken(tmp_path, coordinator_servic
         reply = honest(request)
         if request.kind != "finish":
             return reply
-        other = sites[2].handle(request)
-        return request.reply(facts=other.facts).signed(key_of("site-1"))
+        said = sites[1].statement(sites[1].job)
+        said = {
+            "of another site": lambda: sites[2].handle(request).facts["statement"],
+            "of another job": lambda: sign_statement(said.model_copy(update={"job": "1" * 64}), sites[1].key),
+            "no statement": lambda: {"epsilon": 0},
+            "no object": lambda: "epsilon 0",
+        }[what]()
+        return request.reply(facts={"statement": said}).signed(sites[1].key)
 
     link.handlers["site-1"] = forged
     one = coordinator(tmp_path, coordinator_service)
@@ -306,6 +347,17 @@ def test_a_forged_or_missing_statement_is_not_taken(tmp_path, coordinator_servic
     assert "no statement" in result.unstated["site-1"]
     link.handlers["site-1"] = honest
     assert set(one.run(link).statements) == {"site-0", "site-1", "site-2"}
+
+
+def test_an_adapter_that_is_not_the_one_in_the_state_is_refused(tmp_path, coordinator_service):
+    one = coordinator(tmp_path, coordinator_service)
+    state = tmp_path / "state" / "state.json"
+    job = one.prepare()
+    other = AdapterStore(coordinator_service, job).keep({"table": np.ones((260, 260), np.float32)}, 0, NOTHING_SPENT)
+    text = json.loads(state.read_text())
+    state.write_text(json.dumps({**text, "adapter": other}))
+    with pytest.raises(InvalidRequestError, match="not the adapter"):
+        one.run(link_to(fake_sites()))
 
 
 def test_replies_with_another_key_or_of_another_site_are_not_taken(tmp_path, coordinator_service):

@@ -151,6 +151,38 @@ def test_a_job_charges_each_round_once_and_tells_nobody_who_took_part(tmp_path, 
     assert source.step == 3
 
 
+def test_an_adaptive_bound_is_kept_from_round_to_round_and_over_a_kill(
+    tmp_path, coordinator_service, everybody, monkeypatch
+):
+    job = {**feasible_job(adaptive={"count_noise_multiplier": 10.0, "quantile": 0.5, "rate": 0.5}), "rounds": 3}
+    bounds, link = [], link_of_three()
+    release = SiteMechanism.release
+
+    def watched(self, updates, *, size, bound):
+        bounds.append(bound)
+        mean, after = release(self, updates, size=size, bound=bound)
+        bounds.append(after)
+        return mean, after
+
+    monkeypatch.setattr(SiteMechanism, "release", watched)
+    link.before = _kill_in(3)
+    with pytest.raises(Killed):
+        run(tmp_path, coordinator_service, job, link)
+    link.before = lambda _: None
+    result, _ = run(tmp_path, coordinator_service, job, link)
+    assert bounds[0] == 1.0
+    assert (bounds[2], bounds[4], result.sites.bound) == (bounds[1], bounds[3], bounds[5])
+    assert len({*bounds}) == 4
+
+
+def _kill_in(round_):
+    def kill(request):
+        if request.round == round_:
+            raise Killed
+
+    return kill
+
+
 def test_a_round_that_nobody_is_drawn_for_is_released_as_noise(tmp_path, coordinator_service, monkeypatch):
     monkeypatch.setattr(SiteMechanism, "draw", lambda self, roster: [])
     result, link = run(tmp_path, coordinator_service, feasible_job())
