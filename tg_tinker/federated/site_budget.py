@@ -60,8 +60,6 @@ def solve_noise(job: Job, holding: Holding, *, floor: float, max_epsilon: float)
         )
     if holding.spent is None:
         raise _refused("this site's data was released without noise before, so its epsilon is infinite")
-    if job.batch_size > holding.units:
-        raise _unfit()
     try:
         alone = plan(
             epsilon=min(records.target_epsilon, max_epsilon),
