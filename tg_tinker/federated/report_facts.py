@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self
 
 import rfc8785
@@ -86,11 +87,6 @@ class Round(_Part):
             weights_digest=record.weights_digest,
         )
 
-    @property
-    def used(self) -> frozenset[str]:
-        """Sites whose update went into the model; empty where it is not told."""
-        return frozenset() if self.skipped else frozenset(self.updates or ())
-
 
 class Course(_Part):
     """What the coordinator says happened.
@@ -110,11 +106,19 @@ class Course(_Part):
 
     def used_rounds(self, site: str) -> tuple[int, ...]:
         """Rounds in which a site's update went into the model."""
-        return tuple(r.round for r in self.rounds if site in r.used)
+        return tuple(r.round for r in self._sent.get(site, ()) if not r.skipped)
 
     def sent_rounds(self, site: str) -> tuple[int, ...]:
         """Rounds in which a site sent a good update, used or lost."""
-        return tuple(r.round for r in self.rounds if site in (r.updates or ()))
+        return tuple(r.round for r in self._sent.get(site, ()))
+
+    @cached_property
+    def _sent(self) -> dict[str, list[Round]]:
+        found: dict[str, list[Round]] = {}
+        for r in self.rounds:
+            for site in r.updates or ():
+                found.setdefault(site, []).append(r)
+        return found
 
 
 class Facts(_Part):

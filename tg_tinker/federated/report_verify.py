@@ -147,12 +147,13 @@ def _check_sites(job: Job, course: Course) -> None:
     if sorted(named) != sorted(job.roster):
         raise _odd("its members, those who left and those who were silent are not the roster, each once")
     least = job.min_sites if job.masking is None else max(job.min_sites, MaskingSetting.of(job).threshold)
+    joined = {*(course.members or ()), *(course.left or {})}
     for r in course.rounds:
         asked = [*(r.updates or ()), *(r.others or {})]
-        if len(set(asked)) != len(asked) or not set(asked) <= {*(course.members or ()), *(course.left or {})}:
+        if len(set(asked)) != len(asked) or not set(asked) <= joined:
             raise _odd(f"round {r.round} has a site twice, or one that never joined")
-        if not r.skipped and len(r.used) < least:
-            raise _odd(f"round {r.round} was released with {len(r.used)} updates, and the job needs {least}")
+        if not r.skipped and len(r.updates or ()) < least:
+            raise _odd(f"round {r.round} was released with {len(r.updates or ())} updates, and the job needs {least}")
 
 
 def _happened(job: Job, course: Course) -> str:

@@ -1,6 +1,7 @@
 """Every kind of signed document that this package can check.
 
 To add one, register its check with :data:`~tg_tinker.reports.verdicts.REGISTRY` and import its module here.
+Federation reports are of a package above this one: importing ``tg_tinker.federated.report_verify`` adds them.
 """
 
 from __future__ import annotations

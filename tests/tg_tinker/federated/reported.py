@@ -94,7 +94,7 @@ def took_part(round_: int, answers: dict[str, Answer] | None, **more: Any) -> Ro
             "answers": answers,
             "updates": updates,
             "artifact_id": f"artifact-{round_}",
-            "weights_digest": hashlib.sha256(bytes([round_])).hexdigest(),
+            "weights_digest": hashlib.sha256(round_.to_bytes(1 + round_ // 256)).hexdigest(),
             **more,
         }
     )
