@@ -143,3 +143,34 @@ def test_a_site_whose_policy_is_broken_stays_out_and_its_audit_log_says_so(tmp_p
     assert "max_rounds" in result.left["site-1"].message or "rounds" in result.left["site-1"].message
     assert [f["reason"] for f in sites[1].audit("federation.join_refused")] == ["policy"]
     assert sites[1].charges() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", ["freeze_a", "alternate"])
+def test_a_frozen_factor_of_a_language_model_stays_bit_for_bit_from_round_to_round(tmp_path, sharing):
+    pytest.importorskip("torch")
+    with (
+        EmbeddedServer(ServerConfig(port=0, data_dir=tmp_path / "server")) as server,
+        ServiceClient(server.mint_key("coordinator"), server.address) as service,
+    ):
+        policy = {**OPEN, "base_models": ("tiny-llama-2m",)}
+        groups = [TEXTS[0:4], TEXTS[4:8]]
+        sites = parties(server, tmp_path / "sites", groups, policy=policy, target_epsilon=None)
+        settings = {"base_model": "tiny-llama-2m", "adapter": {"rank": 4}, "federated_lora": sharing}
+        seen = {}
+
+        def evaluate(released):
+            seen[released.round] = released.weights
+            return {}
+
+        job = plain(2, 4, rounds=3, max_sequence_length=64, **settings)
+        link = link_to(sites)
+        result = coordinator(tmp_path, service, job=job, evaluate=evaluate).run(link)
+        assert result.status == "finished", result.why
+        for round_ in (1, 2, 3):
+            frozen = f"lora_{'A' if result.job.frozen_factor(round_) == 'a' else 'B'}"
+            for name, value in seen[round_].items():
+                stays = value.tobytes() == seen[round_ - 1][name].tobytes()
+                assert stays == (frozen in name), (round_, name)
+            sent = {n for r in link.received if r.kind == "train" and r.round == round_ for n in r.arrays}
+            assert sent == {n for n in seen[round_] if frozen not in n}
