@@ -179,12 +179,11 @@ def test_a_step_that_is_still_under_way_is_counted_before_the_next_round(place):
     with party.service() as service:
         run = service.get_training_client(run_id)
         run.eval()
-        busy = run.forward_backward({"input_ids": np.full((24, 2000), 7)})
+        run.forward_backward({"input_ids": np.full((24, 2000), 7)})  # keeps the queue busy
         run.train()
-        step = run.optim_step()
-        assert party.ask(job, "train", 2, arrays=weights).facts == {}
-        assert busy.is_success()
-        assert step.is_success()
+        run.optim_step()
+        run.close()  # both are handed over, and nobody waits for them
+    assert party.ask(job, "train", 2, arrays=weights).facts == {}
     with party.state() as state:
         assert state.job(job.digest()).charges == party.charges() == 3
 
