@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
@@ -81,14 +82,14 @@ def _run(console: Console, in_process: bool, folder: Path, out: Path) -> None:
     with console.status("reading the texts …"):
         texts = load_texts(held_out=settings.held_out, train_limit=settings.train_limit)
 
-    def stage() -> AbstractContextManager[Stage]:
-        if in_process:
+    def stage(sites: Sequence[str]) -> AbstractContextManager[Stage]:
+        if in_process or not sites:
             from tg_tinker_server.federated_demo.in_process import InProcessStage
 
-            return InProcessStage(folder, texts.sites, settings)
+            return InProcessStage(folder, sites, settings)
         from tg_tinker_server.federated_demo.processes import ProcessStage
 
-        return ProcessStage(folder, texts.sites, settings)
+        return ProcessStage(folder, sites, settings)
 
     run(console, stage, out, folder=folder, settings=settings, texts=texts, in_process=in_process)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tg_tinker.federated.report_file import WrittenReport
@@ -11,6 +11,7 @@ from tg_tinker.federated.result import FederatedResult
 from tg_tinker.federated.statement import SiteStatement, verify_statement
 from tg_tinker.privacy.accounting import gate_epsilon
 from tg_tinker.types import ArtifactInfo
+from tg_tinker_server.demo.report import small
 from tg_tinker_server.federated_demo.settings import FederatedDemoSettings
 from tg_tinker_server.federated_demo.state import Arm, DemoRecord, Point
 
@@ -126,8 +127,9 @@ class Findings:
         """What holds for everybody in any site's records, and what the coordinator itself spent."""
         records = self.result.records
         people = "each record is at one site, so it is the largest" if records.people == "disjoint" else "the sum"
+        epsilon, delta = ("inf" if value is None else small(value) for value in (records.epsilon, records.delta))
         return (
-            f"{_text(records.epsilon)} at delta {_text(records.delta)} over all sites ({people}); its own ledger is "
+            f"{epsilon} at delta {delta} over all sites ({people}); its own ledger is "
             "not charged: it averages what is already protected"
         )
 
@@ -152,9 +154,9 @@ def site_facts(result: FederatedResult, records: Mapping[str, int]) -> tuple[Sit
     )
 
 
-def arms_of(record: DemoRecord) -> tuple[dict[str, Arm], Arm]:
+def arms_of(record: DemoRecord, sites: Iterable[str]) -> tuple[dict[str, Arm], Arm]:
     """The lone sites by name, and pooled data."""
-    return {arm.name: arm for arm in record.arms if arm.name != POOLED}, record.arm(POOLED)
+    return {name: record.arm(name) for name in sites}, record.arm(POOLED)
 
 
 def _facts(statement: SiteStatement, records: int) -> SiteFacts:
@@ -175,7 +177,3 @@ def _facts(statement: SiteStatement, records: int) -> SiteFacts:
         # Signed rounded up to two digits, so that it tells no more than the noise does.
         checked=recomputed <= float(statement.epsilon) <= recomputed + 0.01 + 1e-9,
     )
-
-
-def _text(value: float | None) -> str:
-    return "inf" if value is None else f"{value:g}"

@@ -6,7 +6,7 @@ Four `tg-tinker serve`; a SuperLink over TLS that lets registered node keys in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ class ProcessStage:
     """
 
     def __init__(
-        self, folder: Path, sites: Mapping[str, object], settings: FederatedDemoSettings, *, backend: str = "torch"
+        self, folder: Path, sites: Sequence[str], settings: FederatedDemoSettings, *, backend: str = "torch"
     ) -> None:
         self._folder, self._sites, self._settings, self._backend = folder, tuple(sites), settings, backend
         self._parties: dict[str, Party] = {}

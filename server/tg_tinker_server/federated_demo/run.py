@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -44,7 +44,7 @@ R = TypeVar("R")
 
 def run(
     console: Console,
-    stage: Callable[[], AbstractContextManager[Stage]],
+    stage: Callable[[Sequence[str]], AbstractContextManager[Stage]],
     out: Path,
     *,
     folder: Path,
@@ -57,7 +57,7 @@ def run(
     A second call with the same folder trains nothing, as the budgets are spent; an interrupted one goes on.
 
     Args:
-        stage: makes the servers and whatever carries the messages.
+        stage: starts servers of the named sites and of the coordinator, and whatever carries their messages.
 
     Raises:
         TGTinkerError: what any party may meet; what was spent stays spent.
@@ -84,17 +84,11 @@ def run(
         )
         save_record(folder, record)
     demo = _Demo(out=out, folder=folder, settings=settings, texts=texts, narrator=narrator, record=record)
-    with console.status("starting the servers …"):
-        opened = stage()
-        running = opened.__enter__()
-    try:
+    with ExitStack() as stack:
+        with console.status("starting the servers …"):
+            running = stack.enter_context(stage([] if again else list(texts.sites)))
         console.print(f"servers started in {time.monotonic() - started:.1f} s", style="dim", highlight=False)
         found = demo.play(running, started)
-    except BaseException as e:
-        if not opened.__exit__(type(e), e, e.__traceback__):
-            raise
-        raise AssertionError("a stage swallows nothing") from e
-    opened.__exit__(None, None, None)
     out.write_text(render(found), encoding="utf-8")
     narrator.finished(found, out, folder, again=again)
     return found
@@ -212,7 +206,7 @@ class _Demo:
             reader = service.create_training_client(self.settings.reader())
             reopened = self._perplexity(reader, result.artifact_id)
             service.delete_training_client(reader.id)
-        alone, pooled = arms_of(record)
+        alone, pooled = arms_of(record, self.texts.sites)
         key = load_identity(stage.parties[COORDINATOR].identity)
         return self._findings(result, artifact, reopened, alone, pooled, key)
 

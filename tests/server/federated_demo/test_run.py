@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from pathlib import Path
@@ -10,9 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.server.federated_demo.values import SMALL, TEXTS, Terminal
+from tests.server.federated_demo.values import TEXTS, Terminal
 from tg_tinker.cli import main
-from tg_tinker.errors import InvalidRequestError
 from tg_tinker.federated.statement import verify_statement
 from tg_tinker.privacy import plan
 from tg_tinker_server.federated_demo.progress import RoundLines
@@ -72,6 +70,11 @@ def test_each_site_signs_what_its_plan_promised_and_its_ledger_shows(terminal: T
         assert planned.epsilon <= float(site.epsilon) <= 8
         assert site.records == records
         assert statement.rounds == (1, 2)
+    site = (terminal.folder / "north" / "site.toml").read_text()
+    key = (terminal.folder / "north" / "api-key").read_text()
+    assert re.fullmatch(r"tgk_\S+", key)
+    for text in (site, (terminal.folder / "coordinator" / "coordinator.toml").read_text(), terminal.printed):
+        assert key not in text
     with terminal.stage() as stage:
         for name in TEXTS.sites:
             with stage.parties[name].client() as service:
@@ -85,61 +88,36 @@ def test_each_site_signs_what_its_plan_promised_and_its_ledger_shows(terminal: T
 def test_an_interrupted_demo_goes_on_and_never_spends_more_than_its_target(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    released = RoundLines._released
+    from tg_tinker_server.federated_demo import arms
 
-    def interrupt(self: RoundLines, progress: object) -> None:
+    released, measure, calls = RoundLines._released, arms.perplexity, []
+
+    def after_a_round(self: RoundLines, progress: object) -> None:
         released(self, progress)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(RoundLines, "_released", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        terminal.demo()
-    assert "round 1 of 2" in terminal.printed
-    monkeypatch.setattr(RoundLines, "_released", released)
-    found = terminal.demo()
-    assert "Going on with the interrupted call" in terminal.printed
-    assert "round 1 of 2" not in terminal.printed
-    assert "round 2 of 2" in terminal.printed
-    assert len(found.history) == 2
-    assert [p.epsilon for p in found.history] == sorted(p.epsilon for p in found.history)
-    assert all(site.steps == 4 and float(site.epsilon) <= 8 for site in found.sites)
-
-
-def test_a_comparison_that_is_interrupted_goes_on_with_what_it_has(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tg_tinker_server.federated_demo import arms
-
-    measure, calls = arms.perplexity, []
-
-    def interrupt(*args: object, **kwargs: int) -> float:
+    def in_the_comparison(*args: object, **kwargs: int) -> float:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(arms, "perplexity", interrupt)
+    monkeypatch.setattr(RoundLines, "_released", after_a_round)
     with pytest.raises(KeyboardInterrupt):
         terminal.demo()
+    assert "round 1 of 2" in terminal.printed
+    monkeypatch.setattr(RoundLines, "_released", released)
+    monkeypatch.setattr(arms, "perplexity", in_the_comparison)
+    with pytest.raises(KeyboardInterrupt):
+        terminal.demo()
+    assert "Going on with the interrupted call" in terminal.printed
+    assert "round 1 of 2" not in terminal.printed
+    assert "round 2 of 2" in terminal.printed
+
     found = terminal.demo()
     assert "round 2 of 2" not in terminal.printed  # the federation was finished
+    assert len(found.history) == 2
+    assert [p.epsilon for p in found.history] == sorted(p.epsilon for p in found.history)
+    assert all(site.steps == 4 and float(site.epsilon) <= 8 for site in found.sites)
     assert all(arm.points[-1].step == 4 and arm.finished for arm in (*found.arms.values(), found.pooled))
     assert all(arm.points[-1].epsilon <= 8 for arm in found.arms.values())
-
-
-def test_a_folder_of_other_settings_is_refused_before_anything_is_spent(terminal: Terminal) -> None:
-    terminal.demo()
-    with pytest.raises(InvalidRequestError, match="made with other settings"):
-        terminal.demo(dataclasses.replace(SMALL, target_epsilon=3.0))
-
-
-def test_the_files_are_those_of_a_real_deployment(terminal: Terminal) -> None:
-    terminal.demo()
-    site = (terminal.folder / "north" / "site.toml").read_text()
-    assert 'site = "north"' in site
-    assert "max_epsilon = 8.0" in site
-    key = (terminal.folder / "north" / "api-key").read_text()
-    assert re.fullmatch(r"tgk_\S+", key)
-    assert (terminal.folder / "north" / "api-key").stat().st_mode & 0o777 == 0o600
-    everything = [site, (terminal.folder / "coordinator" / "coordinator.toml").read_text(), terminal.printed]
-    assert not any(key in text for text in everything)

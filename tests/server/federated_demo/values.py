@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -44,8 +45,8 @@ class Terminal:
         self.out = home / "page.html"
         self.printed = ""
 
-    def stage(self) -> AbstractContextManager[Stage]:
-        return InProcessStage(self.folder, TEXTS.sites, SMALL, backend="bigram")
+    def stage(self, sites: Sequence[str] = tuple(TEXTS.sites)) -> AbstractContextManager[Stage]:
+        return InProcessStage(self.folder, sites, SMALL, backend="bigram")
 
     def demo(self, settings: FederatedDemoSettings = SMALL) -> Findings:
         text = io.StringIO()
