@@ -1,9 +1,9 @@
-"""A real server for the coordinator, on a real socket, with the NumPy model."""
+"""A real server for the coordinator, on a real socket, with the NumPy model; each test has a tenant of its own."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -12,13 +12,15 @@ from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 
 
-@pytest.fixture
-def coordinator_server(tmp_path: Path) -> Iterator[EmbeddedServer]:
-    with EmbeddedServer(ServerConfig(port=0, backend="bigram", data_dir=tmp_path / "coordinator-server")) as server:
+@pytest.fixture(scope="module")
+def coordinator_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    folder = tmp_path_factory.mktemp("coordinator-server")
+    with EmbeddedServer(ServerConfig(port=0, backend="bigram", data_dir=folder)) as server:
         yield server
 
 
 @pytest.fixture
 def coordinator_service(coordinator_server: EmbeddedServer) -> Iterator[ServiceClient]:
-    with ServiceClient(coordinator_server.mint_key(), coordinator_server.address) as service:
+    key = coordinator_server.mint_key(f"tenant-{uuid.uuid4().hex}")
+    with ServiceClient(key, coordinator_server.address) as service:
         yield service

@@ -378,14 +378,17 @@ def kill_points(tmp_path, service, monkeypatch, job, make_sites):
     return len(done), result
 
 
-@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("after", "every"),
+    [(False, 3), pytest.param(False, 1, marks=pytest.mark.slow), pytest.param(True, 1, marks=pytest.mark.slow)],
+)
 def test_killed_at_any_effect_it_comes_to_the_same_model_and_no_site_trains_twice(
-    tmp_path, coordinator_service, monkeypatch, after
+    tmp_path, coordinator_service, monkeypatch, after, every
 ):
     job = {"sites": 2, "strategy": {"name": "fedadam"}}
     effects, clean = kill_points(tmp_path, coordinator_service, monkeypatch, job, lambda: fake_sites(2))
     assert effects > 25
-    for at in range(1, effects + 1):
+    for at in range(1, effects + 1, every):
         sites = fake_sites(2)
         link, folder = link_to(sites), tmp_path / f"at-{at}"
         with killing(monkeypatch, at=at, after=after), pytest.raises(Killed):

@@ -208,7 +208,7 @@ def _do(at, event):
             return getattr(at, name)(*arguments)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(EVENTS, st.integers(0, 3))
 def test_whatever_happens_a_course_stays_possible_and_moves_by_releases_alone(events, min_updates):
     at = course(min_updates=min_updates)
