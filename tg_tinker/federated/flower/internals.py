@@ -23,7 +23,7 @@ from flwr.cli.build import build_fab_from_files
 from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
 from flwr.common.constant import SubStatus
 from flwr.common.serde import context_from_proto, context_to_proto, fab_to_proto, run_from_proto
-from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest, StopRunRequest
+from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullTaskInputRequest,
@@ -199,7 +199,7 @@ def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
 
 
 class Control:
-    """A SuperLink's Control API: registers nodes, starts and stops runs."""
+    """A SuperLink's Control API: registers nodes, starts runs."""
 
     def __init__(self, address: str, root_certificates: bytes) -> None:
         self._client = ControlHttpClient.from_server_address(
@@ -246,10 +246,6 @@ class Control:
             return self._client.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
         except httpx.HTTPError as e:
             raise ServerError(f"the SuperLink does not start a run: {words(e)}") from e
-
-    def stop_run(self, run: int) -> None:
-        """Stop a run, as `flwr stop` does."""
-        self._client.StopRun(StopRunRequest(run_id=run))
 
     def close(self) -> None:
         """Close the connection."""
