@@ -18,6 +18,7 @@ from tg_tinker.federated.link import CoordinatorLink
 from tg_tinker.federated.masking import ARRAY, MaskedMean, MaskingRound
 from tg_tinker.federated.messages import Arrays
 from tg_tinker.federated.rounds import Answer
+from tg_tinker.federated.updates import weights_digest
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,7 +58,7 @@ def masked_attempt(
             then on they take part in this round for the same sum only.
     """
     found = MaskedAttempt()
-    steps = MaskingRound(job, *place, size=size)
+    steps = MaskingRound(job, *place, size=size, base=weights_digest(weights))
 
     def ask(
         kind: str, to: Iterable[str], facts: Mapping[str, Any], *, each: bool = False, arrays: Arrays | None = None
@@ -72,7 +73,7 @@ def masked_attempt(
         return {site: reply.facts for site, reply in replies.items()}
 
     try:
-        listed = steps.keys(facts_of(ask("mask.keys", sites, {})))
+        listed = steps.keys(facts_of(ask("mask.keys", sites, steps.begin())))
         shares = steps.shares(facts_of(ask("mask.shares", listed["keys"], listed)))
         replies = ask("train", shares, shares, each=True, arrays=weights)
         stay = steps.masked({site: _masked(reply.arrays) for site, reply in replies.items() if ARRAY in reply.arrays})

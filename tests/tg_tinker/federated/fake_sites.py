@@ -84,7 +84,7 @@ class FakeSite:
             return facts, {}
         assert request.kind == "train"
         if masking is not None:
-            masking.receive(request.round, request.attempt, request.facts)
+            masking.receive(request.round, request.attempt, request.facts, base=weights_digest(request.arrays))
         update = self._train(job, request)
         if masking is None:
             return {}, update

@@ -13,6 +13,7 @@ from tests.tg_tinker.federated.jobs import key_of
 from tests.tg_tinker.federated.site_lab import ADAPTER, TEXTS, Crash, Party, Tripwire, site_job
 from tg_tinker.federated.keys import public_text
 from tg_tinker.federated.masking import ARRAY, MaskingRound, error_bound
+from tg_tinker.federated.updates import weights_digest
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 
@@ -62,9 +63,9 @@ def run(job, parties, *, attempt=1, wire=None):
                 return party.ask(job, kind, 1, wire=wire, **parts)
         return party.ask(job, kind, 1, **parts)
 
-    round_ = MaskingRound(job, 1, attempt, size=SIZE)
+    round_ = MaskingRound(job, 1, attempt, size=SIZE, base=weights_digest(ADAPTER))
     by_name = {party.name: party for party in parties}
-    keys = round_.keys({p.name: ask(p, "mask.keys").facts for p in parties})
+    keys = round_.keys({p.name: ask(p, "mask.keys", facts=round_.begin()).facts for p in parties})
     shares = round_.shares({p.name: ask(p, "mask.shares", facts=keys).facts for p in parties})
     trained = {name: ask(by_name[name], "train", facts=facts, arrays=ADAPTER) for name, facts in shares.items()}
     stayed = round_.masked({name: reply.arrays[ARRAY] for name, reply in trained.items()})
@@ -101,7 +102,7 @@ def test_secrets_are_readable_by_the_owner_alone_and_gone_after_opening(parties)
     for party in parties:
         party.join(job)
     path = parties[0].folder / "state" / "masking" / f"{job.digest()}.json"
-    parties[0].ask(job, "mask.keys", 1)
+    parties[0].ask(job, "mask.keys", 1, facts={"base": weights_digest(ADAPTER)})
     secret = json.loads(path.read_text())["secret"]
     assert secret
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -136,8 +137,8 @@ def test_a_repeated_masked_update_is_the_same_bytes(parties):
     job = masked_job()
     for party in parties:
         party.join(job)
-    round_ = MaskingRound(job, 1, 1, size=SIZE)
-    keys = round_.keys({p.name: p.ask(job, "mask.keys", 1).facts for p in parties})
+    round_ = MaskingRound(job, 1, 1, size=SIZE, base=weights_digest(ADAPTER))
+    keys = round_.keys({p.name: p.ask(job, "mask.keys", 1, facts=round_.begin()).facts for p in parties})
     shares = round_.shares({p.name: p.ask(job, "mask.shares", 1, facts=keys).facts for p in parties})
     request = parties[0].request(job, "train", 1, facts=shares["site-0"], arrays=ADAPTER)
     assert parties[0].handle(request).signature == parties[0].handle(request).signature
@@ -152,6 +153,33 @@ def test_an_update_without_masks_is_never_sent(parties):
         assert dict(reply.arrays) == {}
         assert reply.facts["refused"] in ("wrong_round", "masking")
     assert party.charges() == 0  # refused before training
+
+
+def test_sites_that_are_given_different_models_train_none(parties):
+    """From weights of 1e30 an update is zero in float32: the sum would be that of the site with the true model."""
+    job = masked_job()
+    for party in parties:
+        party.join(job)
+    lie = {name: np.full_like(value, 1e30) for name, value in ADAPTER.items()}
+    bases = [weights_digest(ADAPTER), weights_digest(lie), weights_digest(lie)]
+    keys = {
+        p.name: dict(p.ask(job, "mask.keys", 1, facts={"base": base}).facts)
+        for p, base in zip(parties, bases, strict=True)
+    }
+    for party in parties:
+        reply = party.ask(job, "mask.shares", 1, facts={"keys": keys})
+        assert reply.facts["refused"] == "masking"
+        assert "other weights to begin with" in reply.facts["message"]
+    round_ = MaskingRound(job, 1, 2, size=SIZE, base=bases[0])
+    request = round_.keys(
+        {p.name: p.ask(job, "mask.keys", 1, attempt=2, facts=round_.begin()).facts for p in parties}
+    )
+    shares = round_.shares({p.name: p.ask(job, "mask.shares", 1, attempt=2, facts=request).facts for p in parties})
+    reply = parties[1].ask(job, "train", 1, attempt=2, facts=shares["site-1"], arrays=lie)
+    assert reply.facts["refused"] == "masking"
+    assert dict(reply.arrays) == {}
+    with parties[1].state() as state:
+        assert state.round(job.digest(), 1) is None  # nothing began
 
 
 def test_a_sum_over_fewer_sites_than_the_job_names_is_not_agreed_to(parties):

@@ -26,7 +26,7 @@ class Agreement:
     """One party's view of an attempt.
 
     Attributes:
-        keys: digest of the list of keys, hex.
+        keys: digest of the list of keys, hex. The list has the weights that each site begins with.
         shared: sites whose shares were passed on, sorted.
         stayed: sites whose masked update is in the sum, sorted.
     """
@@ -74,21 +74,30 @@ def repeated(keys: Keys) -> set[str]:
     return {site for sites in owners.values() if len(sites) > 1 for site in sites}
 
 
-def check_keys(setting: MaskingSetting, place: Place, keys: Keys, *, earlier: Iterable[bytes] = ()) -> None:
+def check_keys(
+    setting: MaskingSetting, place: Place, keys: Keys, *, base: str, earlier: Iterable[bytes] = ()
+) -> None:
     """Require a list of keys that a site may trust.
 
     Args:
+        base: our own, which all must have signed.
         earlier: keys seen in other attempts.
 
     Raises:
         FederationRefusedError: reason "unknown_site", "too_few_sites", "bad_signature" or "masking": a peer off the
-            roster, fewer than the threshold, a signature that does not hold, a key twice or seen before.
+            roster, fewer than the threshold, a signature that does not hold, another base, a key twice or seen
+            before.
     """
     for site in keys:
         setting.identity(site)
     setting.require(len(keys), "showed their keys")
     for site, ad in keys.items():
         ad.verify(site, setting.identity(site), place)
+    if others := {site for site, ad in keys.items() if ad.base != base}:
+        raise refused(
+            f"sites {_names(others)} were shown other weights to begin with than we: an update from weights that the "
+            "coordinator makes up may be zero, and the sum then ours alone"
+        )
     if twice := repeated(keys):
         raise refused(f"sites {_names(twice)} have a key in common: one of them copied it")
     seen = set(earlier)

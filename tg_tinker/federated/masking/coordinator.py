@@ -55,20 +55,28 @@ class MaskingRound:
     only, and the way on is the next round.
     """
 
-    def __init__(self, job: Job, round_: int, attempt: int, *, size: int) -> None:
-        """Begin. ``size`` is the number P of coordinates of an update.
+    def __init__(self, job: Job, round_: int, attempt: int, *, size: int, base: str) -> None:
+        """Begin.
+
+        Args:
+            size: number P of coordinates of an update.
+            base: digest of the weights that the round begins with, hex (`updates.weights_digest`).
 
         Raises:
             FederationRefusedError: see `MaskingSetting.of`.
         """
         self._setting = MaskingSetting.of(job)
         self._place = Place(self._setting.job, round_, attempt)
-        self._size = size
+        self._size, self._base = size, base
         self._keys: dict[str, k.Advertisement] = {}
         self._shared: list[str] = []
         self._agreement: Agreement | None = None
         self._sum_P: Words = np.zeros(size, np.uint32)
         self.excluded: dict[str, str] = {}
+
+    def begin(self) -> Facts:
+        """The facts of "mask.keys", for all who are asked to take part."""
+        return {"base": self._base}
 
     def keys(self, replies: FactsBySite) -> Facts:
         """From the replies to "mask.keys": the facts of "mask.shares", for all who are listed in it."""
@@ -76,6 +84,8 @@ class MaskingRound:
         def read(site: str) -> k.Advertisement:
             ad = k.Advertisement.read(replies[site], site=site)
             ad.verify(site, self._setting.identity(site), self._place)
+            if ad.base != self._base:
+                raise refused("showed keys for other weights than it was asked to begin with")
             return ad
 
         shown = self._each(replies, read)

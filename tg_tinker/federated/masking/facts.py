@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ from tg_tinker.transparency._encoding import from_base64, to_base64
 Facts = dict[str, Any]
 """JSON-compatible facts of an envelope."""
 
-__all__ = ["Facts", "raw", "refused", "site_list", "site_table", "text"]
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+__all__ = ["Facts", "digest", "raw", "refused", "site_list", "site_table", "text"]
 
 
 def text(data: bytes) -> str:
@@ -33,6 +36,18 @@ def raw(facts: Mapping[str, Any], name: str, length: int, *, of: str) -> bytes:
     if len(data) != length:
         raise refused(f"{of}: {name[:80]!r} is not base64 of {length} bytes")
     return data
+
+
+def digest(facts: Mapping[str, Any], name: str, *, of: str) -> str:
+    """The SHA-256 under ``name``, in lower-case hex.
+
+    Raises:
+        FederationRefusedError: reason "masking".
+    """
+    value = facts.get(name)
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise refused(f"{of}: {name!r} is not a digest of 64 hex digits")
+    return value
 
 
 def site_table(facts: Mapping[str, Any], name: str, *, of: str) -> dict[str, Any]:

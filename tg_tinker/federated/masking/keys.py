@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -21,12 +21,13 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from tg_tinker.errors import FederationRefusedError
 from tg_tinker.federated.masking import shamir
-from tg_tinker.federated.masking.facts import Facts, raw, refused, text
+from tg_tinker.federated.masking.facts import Facts, digest, raw, refused, text
 from tg_tinker.federated.masking.setting import MaskingSetting, Place
 
 SECRET_BYTES = 32
 _KEY_BYTES = 32
 SIGNATURE_BYTES = 64
+_SHOWN = {"base", "mask_key", "share_key", "commitment"}
 _ANY_KEY = bytes(32)  # for a point of small order any gives zero
 _NONCE = bytes(12)  # each sealing key is for one message
 SEALED_BYTES = 2 * shamir.SHARE_BYTES + 16
@@ -37,11 +38,14 @@ class Advertisement:
     """What a site shows of its keys, signed by its identity key.
 
     Attributes:
+        base: digest of the weights that the site will train from, hex. In the sum are sites with one base alone: an
+            update from weights of the coordinator's choice may be zero, and the others' sum then one site's update.
         mask_key: X25519; for the masks that two sites share.
         share_key: X25519; for sealing shares.
         commitment: to the seed of the personal mask.
     """
 
+    base: str
     mask_key: bytes
     share_key: bytes
     commitment: bytes
@@ -55,9 +59,10 @@ class Advertisement:
             FederationRefusedError: reason "masking": malformed.
         """
         of = f"the keys of site {site[:80]!r}"
-        if not isinstance(facts, Mapping) or set(facts) != {"mask_key", "share_key", "commitment", "signature"}:
+        if not isinstance(facts, Mapping) or set(facts) != _SHOWN | {"signature"}:
             raise refused(f"{of} lack a field or have one too many")
         return cls(
+            base=digest(facts, "base", of=of),
             mask_key=raw(facts, "mask_key", _KEY_BYTES, of=of),
             share_key=raw(facts, "share_key", _KEY_BYTES, of=of),
             commitment=raw(facts, "commitment", _KEY_BYTES, of=of),
@@ -71,6 +76,7 @@ class Advertisement:
     def shown(self) -> Facts:
         """All but the signature."""
         return {
+            "base": self.base,
             "mask_key": text(self.mask_key),
             "share_key": text(self.share_key),
             "commitment": text(self.commitment),
@@ -106,21 +112,17 @@ class AttemptSecrets:
         self.share_key = self._derive("share key")
         self.personal_seed = self._derive("personal seed")
 
-    def advertise(self, identity: Ed25519PrivateKey) -> Advertisement:
-        """The public halves, signed."""
+    def advertise(self, identity: Ed25519PrivateKey, base: str) -> Advertisement:
+        """The public halves and the base, signed."""
         unsigned = Advertisement(
+            base=base,
             mask_key=public_of(self.mask_key),
             share_key=public_of(self.share_key),
             commitment=commitment(self._place, self._site, self.personal_seed),
             signature=b"",
         )
         signature = identity.sign(_advertised(self._place, self._site, unsigned.shown()))
-        return Advertisement(
-            mask_key=unsigned.mask_key,
-            share_key=unsigned.share_key,
-            commitment=unsigned.commitment,
-            signature=signature,
-        )
+        return replace(unsigned, signature=signature)
 
     def shares(self, setting: MaskingSetting) -> dict[str, bytes]:
         """By site of the roster: its share of the mask key, then its share of the personal seed."""

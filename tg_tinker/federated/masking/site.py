@@ -25,7 +25,7 @@ from tg_tinker.federated.masking.agreement import (
     keys_digest,
     require_stayed,
 )
-from tg_tinker.federated.masking.facts import Facts, raw, refused, site_list, site_table, text
+from tg_tinker.federated.masking.facts import Facts, digest, raw, refused, site_list, site_table, text
 from tg_tinker.federated.masking.masks import pairwise_mask, personal_mask
 from tg_tinker.federated.masking.ring import Words, quantise
 from tg_tinker.federated.masking.setting import MaskingSetting, Place
@@ -92,7 +92,7 @@ class MaskingSite:
         """
         match kind:
             case "mask.keys":
-                return self.advertise(round_, attempt)
+                return self.advertise(round_, attempt, facts)
             case "mask.shares":
                 return self.share(round_, attempt, facts)
             case "mask.agree":
@@ -102,20 +102,27 @@ class MaskingSite:
             case _:
                 raise refused(f"{kind[:80]!r} is no step of masking")
 
-    def advertise(self, round_: int, attempt: int) -> Facts:
-        """Step "mask.keys": draw fresh keys and show them.
+    def advertise(self, round_: int, attempt: int, facts: Mapping[str, Any]) -> Facts:
+        """Step "mask.keys": draw fresh keys and show them, signed together with the weights to begin with.
+
+        Args:
+            facts: "base", as `MaskingRound.begin` gives it.
 
         Raises:
-            FederationRefusedError: reason "wrong_round": an attempt that is over, or that the job does not have.
+            FederationRefusedError: reason "wrong_round": an attempt that is over, or that the job does not have;
+                "masking": another base was shown for this attempt before.
         """
+        base = digest(facts, "base", of=_REQUEST)
         state = self._state
         over = (round_, attempt) == (state.round, state.attempt) and state.secret is None
         possible = 1 <= round_ <= self._setting.rounds and 0 <= attempt < MAX_ATTEMPTS
         if over or not possible or (round_, attempt) < (state.round, state.attempt):
             raise self._wrong_round(round_, attempt)
         if (round_, attempt) != (state.round, state.attempt):
-            state.begin(round_, attempt, text(self._entropy(k.SECRET_BYTES)))
-        return self._secrets().advertise(self._key).facts()
+            state.begin(round_, attempt, base=base, secret=text(self._entropy(k.SECRET_BYTES)))
+        if state.base != base:
+            raise refused(f"other weights to begin with were shown for {self._place} before")
+        return self._advertised().facts()
 
     def share(self, round_: int, attempt: int, facts: Mapping[str, Any]) -> Facts:
         """Step "mask.shares": check everybody's keys, seal a share of both secrets for each peer.
@@ -131,8 +138,9 @@ class MaskingSite:
         table = site_table(facts, "keys", of=_REQUEST)
         shown = {site: k.Advertisement.read(entry, site=site) for site, entry in table.items()}
         earlier = {from_base64(key) for key in self._state.earlier_keys}
-        check_keys(self._setting, self._place, shown, earlier=earlier)
-        if shown.get(self._site) != secret.advertise(self._key):
+        own = self._advertised()
+        check_keys(self._setting, self._place, shown, base=own.base, earlier=earlier)
+        if shown.get(self._site) != own:
             raise refused("the list of keys lacks ours, or has other keys under our name")
         listed = {site: ad.facts() for site, ad in shown.items()}
         if self._state.keys not in (None, listed):
@@ -153,18 +161,24 @@ class MaskingSite:
         self._state.keys = listed
         return {"shares": {site: text(data) for site, data in sealed.items()}}
 
-    def receive(self, round_: int, attempt: int, facts: Mapping[str, Any]) -> None:
+    def receive(self, round_: int, attempt: int, facts: Mapping[str, Any], *, base: str) -> None:
         """First half of "train": open the shares from peers. Do this before training, which a refusal would waste.
 
         Args:
             facts: "shares" by sender, as `MaskingRound.shares` gives them.
+            base: digest of the weights in the request, hex. What is passed to `mask` must be trained from these.
 
         Raises:
-            FederationRefusedError: reason "too_few_sites"; "masking": from somebody without keys, not openable, or
-                others than were received before.
+            FederationRefusedError: reason "too_few_sites"; "masking": other weights than all sites signed; shares
+                from somebody without keys, not openable, or others than were received before.
         """
         secret = self._at(round_, attempt)
         keys = self._keys()
+        if base != self._state.base:
+            raise refused(
+                "the weights to train from are not those that the sites signed with their keys for "
+                f"{self._place}: the others may have got others still"
+            )
         table = site_table(facts, "shares", of=_REQUEST)
         if strangers := set(table) - set(keys) | {self._site} & set(table):
             raise refused(f"shares from {sorted(strangers)!r:.200}, who showed no keys or are ourselves")
@@ -195,13 +209,13 @@ class MaskingSite:
         secret = self._at(round_, attempt)
         received, keys = self._received(), self._keys()
         masked_P = quantise(vector_P, clip=self._setting.clip, bits=self._setting.bits)
-        digest = hashlib.sha256(masked_P.astype("<u4", copy=False).tobytes()).hexdigest()
-        if self._state.masked not in (None, digest):
+        rounded = hashlib.sha256(masked_P.astype("<u4", copy=False).tobytes()).hexdigest()
+        if self._state.masked not in (None, rounded):
             raise refused(f"another update was masked in {self._place} before; send the stored one again")
         masked_P = masked_P + personal_mask(self._place, self._site, secret.personal_seed, masked_P.size)
         peer_keys = {peer: keys[peer].mask_key for peer in received}
         masked_P += pairwise_mask(self._place, self._site, secret.mask_key, peer_keys, masked_P.size)
-        self._state.masked = digest
+        self._state.masked = rounded
         return masked_P
 
     def agree(self, round_: int, attempt: int, facts: Mapping[str, Any]) -> Facts:
@@ -282,6 +296,10 @@ class MaskingSite:
     def _secrets(self) -> k.AttemptSecrets:
         assert self._state.secret is not None
         return k.AttemptSecrets(from_base64(self._state.secret), self._site, self._place)
+
+    def _advertised(self) -> k.Advertisement:
+        assert self._state.base is not None
+        return self._secrets().advertise(self._key, self._state.base)
 
     def _at(self, round_: int, attempt: int) -> k.AttemptSecrets:
         if (round_, attempt) != (self._state.round, self._state.attempt) or self._state.secret is None:

@@ -31,6 +31,7 @@ class MaskingState(BaseModel):
 
     Attributes:
         round: the attempt that all below belongs to; 0 before the first.
+        base: digest of the weights that its update is trained from, hex.
         secret: 32 bytes that its keys and shares follow from, base64.
         keys: by site, as in the request for shares.
         received: by site, its shares for this one, base64; its own are derived.
@@ -50,6 +51,7 @@ class MaskingState(BaseModel):
     round: int = 0
     attempt: int = 0
     secret: Annotated[str, _holds(SECRET_BYTES)] | None = Field(default=None, repr=False)
+    base: str | None = None
     keys: dict[str, dict[str, str]] | None = None
     received: dict[str, Annotated[str, _holds(2 * SHARE_BYTES)]] | None = Field(default=None, repr=False)
     masked: str | None = Field(default=None, repr=False)
@@ -59,17 +61,17 @@ class MaskingState(BaseModel):
     opened_stayed: list[str] | None = None
     earlier_keys: list[str] = Field(default_factory=list)
 
-    def begin(self, round_: int, attempt: int, secret: str) -> None:
+    def begin(self, round_: int, attempt: int, *, base: str, secret: str) -> None:
         """Forget the attempt before, remember its keys, start another."""
         self.forget()
-        self.round, self.attempt, self.secret = round_, attempt, secret
+        self.round, self.attempt, self.base, self.secret = round_, attempt, base, secret
 
     def forget(self) -> None:
         """Drop every secret and everything else of the attempt, but what later ones must know."""
-        used = [value for ad in (self.keys or {}).values() for name, value in ad.items() if name != "signature"]
+        used = [ad[name] for ad in (self.keys or {}).values() for name in ("mask_key", "share_key", "commitment")]
         self.earlier_keys = [*self.earlier_keys, *used][-REMEMBERED_KEYS:]
         self.keys = self.received = self.stayed = self.opened = None
-        self.secret = self.masked = None
+        self.secret = self.masked = self.base = None
 
     def close(self, reply: dict[str, Any], stayed: list[str]) -> None:
         """Shares were opened: what is secret is of no more use."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.tg_tinker.federated.masking.parties import Federation
+from tests.tg_tinker.federated.masking.parties import Federation, base_of
 from tg_tinker.errors import FederationRefusedError
 from tg_tinker.federated.masking import MaskingRound
 
@@ -24,7 +24,8 @@ class Lies:
         return self.federation.call(step, site, round_, attempt, request, self.updates[site])
 
     def keys(self, *, attempt: int = 0, round_: int = 1) -> dict[str, Any]:
-        return {site: self.ask("keys", site, attempt=attempt, round_=round_) for site in self.names}
+        request = {"base": base_of(round_)}
+        return {site: self.ask("keys", site, request, attempt=attempt, round_=round_) for site in self.names}
 
     def inboxes(self, replies: dict[str, Any], senders: list[str]) -> dict[str, Any]:
         """Requests to train, with shares of the senders alone."""
@@ -35,7 +36,7 @@ class Lies:
 
     def until_masked(self) -> tuple[MaskingRound, dict[str, Any]]:
         """An honest attempt up to the masked updates of all."""
-        round_ = MaskingRound(self.federation.job, 1, 0, size=6)
+        round_ = MaskingRound(self.federation.job, 1, 0, size=6, base=base_of(1))
         request = round_.keys(self.keys())
         requests = round_.shares({site: self.ask("shares", site, request) for site in self.names})
         return round_, {site: self.ask("train", site, requests[site]) for site in self.names}

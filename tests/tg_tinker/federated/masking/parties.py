@@ -63,15 +63,23 @@ def make_job(sites: list[str], *, rounds: int = 10, **masking: Any) -> Job:
     )
 
 
+def base_of(round_: int) -> str:
+    """Digest of the weights that a round begins with; each with its own."""
+    return sha256(b"weights of round %d" % round_).hexdigest()
+
+
 def plain_mean(updates: Mapping[str, Vector], *, clip: float) -> npt.NDArray[np.float64]:
     """The mean of the clipped updates, without ring or masks."""
     return np.mean([np.clip(u.astype(np.float64), -clip, clip) for u in updates.values()], axis=0)
 
 
-def forge(federation: Federation, site: str, *, round_: int = 1, attempt: int = 0, **keys: bytes) -> Any:
+def forge(
+    federation: Federation, site: str, *, round_: int = 1, attempt: int = 0, base: str = "", **keys: bytes
+) -> Any:
     """Keys of the forger's choice under the true signature of ``site``: what a site in league can show."""
     place = Place(federation.job.digest(), round_, attempt)
-    shown = {name: base64.b64encode(value).decode() for name, value in keys.items()}
+    shown = {"base": base or base_of(round_)}
+    shown |= {name: base64.b64encode(value).decode() for name, value in keys.items()}
     signature = identity(site).sign(place.bind("tg-tinker/masking/keys/v1", site=site, **shown))
     return {**shown, "signature": base64.b64encode(signature).decode()}
 
@@ -118,7 +126,7 @@ class Federation:
             )
         if step == "train":
             assert update_P is not None
-            self.sites[site].receive(round_, attempt, request)
+            self.sites[site].receive(round_, attempt, request, base=base_of(round_))
             reply: Any = self.sites[site].mask(round_, attempt, update_P)
         else:
             reply = json.loads(json.dumps(self.sites[site].answer(f"mask.{step}", round_, attempt, request)))
@@ -147,9 +155,9 @@ class Federation:
             The coordinator's round and its mean, or what it would ask next.
         """
         size = len(next(iter(updates.values())))
-        round_state = MaskingRound(self.job, round_, attempt, size=size)
+        round_state = MaskingRound(self.job, round_, attempt, size=size, base=base_of(round_))
         gone: set[str] = set()
-        ask: dict[str, Any] = dict.fromkeys(updates, None)
+        ask: dict[str, Any] = dict.fromkeys(updates, round_state.begin())
         after: Any = None
         for step in STEPS:
             gone |= (silent or {}).get(step, set())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tg_tinker.federated.masking.parties import Federation, forge, plain_mean
+from tests.tg_tinker.federated.masking.parties import Federation, base_of, forge, plain_mean
 from tg_tinker.errors import FederationRefusedError
 from tg_tinker.federated.masking import MaskingRound
 from tg_tinker.federated.masking.keys import public_of
@@ -58,10 +58,10 @@ def test_a_bad_reply_counts_as_none_and_is_explained(step: str, lie: Any, why: s
 def test_sites_with_one_key_are_both_left_out() -> None:
     """Which of them copied cannot be told."""
     federation = Federation.of(8)
-    keys = {site: federation.call("keys", site, 1, 0, None) for site in federation.sites}
+    keys = {site: federation.call("keys", site, 1, 0, {"base": base_of(1)}) for site in federation.sites}
     stolen = base64.b64decode(keys["site-1"]["mask_key"])
     own = {"share_key": public_of(b"\2" * 32), "commitment": b"\3" * 32}
-    round_ = MaskingRound(federation.job, 1, 0, size=4)
+    round_ = MaskingRound(federation.job, 1, 0, size=4, base=base_of(1))
     asked = round_.keys({**keys, "site-2": forge(federation, "site-2", mask_key=stolen, **own)})
     assert set(round_.excluded) == {"site-1", "site-2"}
     assert set(asked["keys"]) == set(federation.sites) - {"site-1", "site-2"}
@@ -70,8 +70,8 @@ def test_sites_with_one_key_are_both_left_out() -> None:
 def test_replies_of_sites_that_were_not_asked_are_passed_over() -> None:
     federation = Federation.of(4)
     updates = federation.updates(8)
-    round_ = MaskingRound(federation.job, 1, 0, size=8)
-    keys = {site: federation.call("keys", site, 1, 0, None) for site in federation.sites}
+    round_ = MaskingRound(federation.job, 1, 0, size=8, base=base_of(1))
+    keys = {site: federation.call("keys", site, 1, 0, {"base": base_of(1)}) for site in federation.sites}
     late = keys.pop("site-3")
     request = round_.keys(keys)
     shares = {site: federation.call("shares", site, 1, 0, request) for site in request["keys"]}
@@ -122,14 +122,14 @@ def test_a_sum_with_nonsense_in_it_is_noticed() -> None:
 
 
 def test_steps_out_of_order_are_refused() -> None:
-    round_ = MaskingRound(Federation.of(3).job, 1, 0, size=4)
+    round_ = MaskingRound(Federation.of(3).job, 1, 0, size=4, base=base_of(1))
     for step in (round_.agreed, round_.opened):
         with pytest.raises(FederationRefusedError, match="the masked updates come before"):
             step({})
 
 
 def test_it_does_not_go_on_with_too_few() -> None:
-    round_ = MaskingRound(Federation.of(3).job, 1, 0, size=4)
+    round_ = MaskingRound(Federation.of(3).job, 1, 0, size=4, base=base_of(1))
     for step, what in ((round_.keys, "showed their keys"), (round_.shares, "shared"), (round_.masked, "stayed")):
         with pytest.raises(FederationRefusedError, match=f"0 sites {what}, and masking needs 2 of 3"):
             step({})

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.tg_tinker.federated.masking.lies import Lies, bytes_of, refused, text_of, to_open
-from tests.tg_tinker.federated.masking.parties import Federation, forge
+from tests.tg_tinker.federated.masking.parties import Federation, base_of, forge
 from tg_tinker.federated.masking import MaskingRound
 from tg_tinker.federated.masking.keys import public_of
 
@@ -92,7 +92,7 @@ class TestKeys:
             "share_key": public_of(b"\2" * 32),
             "commitment": b"\3" * 32,
         }
-        copied = lies.federation.sites[c]._secrets().advertise(lies.federation.sites[c]._key)
+        copied = lies.federation.sites[c]._advertised()
         thief = forge(lies.federation, b, **{**own, field: getattr(copied, field)})
         with refused("masking", f"'{b}', '{c}' have a key in common"):
             lies.ask("shares", lies.names[0], {"keys": {**keys, b: thief}})
@@ -132,7 +132,7 @@ class TestKeys:
         bad = forge(lies.federation, lies.names[1], **{**good, field: order})
         with refused("masking", "is not a key"):
             lies.ask("shares", lies.names[0], {"keys": {**keys, lies.names[1]: bad}})
-        round_ = MaskingRound(lies.federation.job, 1, 0, size=6)
+        round_ = MaskingRound(lies.federation.job, 1, 0, size=6, base=base_of(1))
         assert set(round_.keys({**keys, lies.names[1]: bad})["keys"]) == set(lies.names) - {lies.names[1]}
 
     def test_another_list_after_the_first(self) -> None:

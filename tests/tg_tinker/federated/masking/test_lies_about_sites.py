@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.tg_tinker.federated.masking.lies import Lies, refused, to_open
-from tests.tg_tinker.federated.masking.parties import Federation, plain_mean
+from tests.tg_tinker.federated.masking.parties import Federation, base_of, plain_mean
 from tg_tinker.errors import FederationRefusedError
 from tg_tinker.federated.masking import MaskingRound
 
@@ -145,7 +145,7 @@ class TestTwoAttempts:
         with refused("wrong_round", "at round 1, attempt 1"):
             lies.ask("agree", lies.names[0], {"stayed": lies.names})
         with refused("wrong_round", "at round 1, attempt 1"):
-            lies.ask("keys", lies.names[0])
+            lies.ask("keys", lies.names[0], {"base": base_of(1)})
 
     def test_two_sums_that_differ_by_one_site_need_more_sites_than_there_are(self) -> None:
         """Half of the sites opened attempt 0, the other half are asked for another set in attempt 1."""
@@ -154,7 +154,7 @@ class TestTwoAttempts:
         signed = {site: reply for step, site, _, reply in lies.federation.seen if step == "agree"}
         for site in lies.names[:3]:
             lies.ask("open", site, to_open(lies.names, [], signed))
-        round_ = MaskingRound(lies.federation.job, 1, 1, size=6)
+        round_ = MaskingRound(lies.federation.job, 1, 1, size=6, base=base_of(1))
         request = round_.keys(lies.keys(attempt=1))
         requests = round_.shares({s: lies.ask("shares", s, request, attempt=1) for s in lies.names})
         for site in lies.names:

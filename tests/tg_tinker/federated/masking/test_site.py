@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.tg_tinker.federated.masking.parties import STEPS, Federation, identity, make_job, names
+from tests.tg_tinker.federated.masking.parties import STEPS, Federation, base_of, identity, make_job, names
 from tg_tinker.errors import FederationRefusedError
 from tg_tinker.federated.masking import KINDS, MaskingSite
 from tg_tinker.federated.masking.site_state import REMEMBERED_KEYS, MaskingState
@@ -59,15 +59,15 @@ def test_a_site_that_dropped_loses_its_secrets_with_the_next_attempt_or_on_deman
     site = federation.sites["site-2"]
     secret = site.state["secret"]
     assert secret is not None
-    site.advertise(2, 0)
+    site.advertise(2, 0, {"base": base_of(2)})
     assert secret not in json.dumps(site.state)
     again = site.state["secret"]
     site.forget()
     assert again not in json.dumps(site.state)
     with pytest.raises(FederationRefusedError, match="which is over") as error:
-        site.advertise(2, 0)
+        site.advertise(2, 0, {"base": base_of(2)})
     assert error.value.reason == "wrong_round"
-    site.advertise(2, 1)
+    site.advertise(2, 1, {"base": base_of(2)})
 
 
 def test_the_state_does_not_show_secrets_when_it_is_printed() -> None:
@@ -90,13 +90,21 @@ def test_changing_what_state_returned_changes_no_site() -> None:
 
 def test_keys_of_earlier_attempts_are_remembered_up_to_a_limit() -> None:
     state = MaskingState(job="j", site="s")
-    for attempt in range(REMEMBERED_KEYS // 2 + 1):
-        state.begin(1, attempt, "A" * 43 + "=")
-        state.keys = {"s": {"mask_key": f"m{attempt}", "share_key": f"s{attempt}", "signature": "x"}}
+    for attempt in range(REMEMBERED_KEYS // 3 + 1):
+        state.begin(1, attempt, base="ab" * 32, secret="A" * 43 + "=")
+        state.keys = {
+            "s": {
+                "mask_key": f"m{attempt}",
+                "share_key": f"s{attempt}",
+                "commitment": f"c{attempt}",
+                "base": "b",
+                "signature": "x",
+            }
+        }
     state.forget()
     assert len(state.earlier_keys) == REMEMBERED_KEYS
-    assert state.earlier_keys[0] == "m1"
-    assert state.earlier_keys[-1] == f"s{REMEMBERED_KEYS // 2}"
+    assert state.earlier_keys[:2] == ["s0", "c0"]
+    assert state.earlier_keys[-1] == f"c{REMEMBERED_KEYS // 3}"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +137,7 @@ def test_nothing_is_masked_before_shares_were_received() -> None:
 def test_rounds_that_the_job_does_not_have(round_: int, attempt: int) -> None:
     site = Federation.of(3).sites["site-1"]
     with pytest.raises(FederationRefusedError) as error:
-        site.advertise(round_, attempt)
+        site.advertise(round_, attempt, {"base": base_of(1)})
     assert error.value.reason == "wrong_round"
 
 
