@@ -76,7 +76,8 @@ def result_of(saved: Saved, weights: Weights, sites: SiteMechanism | None, *, en
         ignored=course.ignored,
         artifact_id=saved.adapter,
         weights_digest=saved.adapter_digest,
-        records=promise_of(job),
+        # What a drawn site spent would tell how often it was drawn: its own server holds it to the job's target.
+        records=promise_of(job, {} if drawn else saved.statements),
         sites=level,
         statements={} if drawn else saved.statements,
         unstated={**saved.unstated, **(dict.fromkeys(saved.statements, WITHHELD) if drawn else {})},

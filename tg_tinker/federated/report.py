@@ -173,7 +173,8 @@ def _records(job: Job, statements: Statements) -> dict[str, Any] | None:
     if records is None:
         return None
     each = [_counted(job, statements.get(site)) for site in sorted(job.roster)]
-    delta = Decimal(number(records.target_delta))
+    target = Decimal(number(records.target_delta))
+    deltas = [max(target, Decimal(statements[s].delta)) if s in statements else target for s in job.roster]
     with localcontext(prec=1000, rounding=ROUND_CEILING):
         summed = records.people == "shared"
         epsilon, delta = (sum(each, Decimal(0)), delta * len(each)) if summed else (max(each), delta)

@@ -16,6 +16,7 @@ import numpy as np
 
 from tg_tinker.errors import InvalidRequestError, LogVerificationError
 from tg_tinker.federated.job import Job
+from tg_tinker.federated.result import DIGITS, excess
 from tg_tinker.federated.statement import SiteStatement, verify_statement
 from tg_tinker.ledger.history import History, read_history
 from tg_tinker.ledger.releases import Release
@@ -29,7 +30,6 @@ from tg_tinker.transparency.note import Checkpoint, VerifierKey, read_note
 if TYPE_CHECKING:
     from tg_tinker.federated.report_facts import Course
 
-DIGITS: Final = 2  # to which sites round up
 MOST_BY_LOSS: Final = 64  # different accountings of one report whose loss distributions are computed
 _NOTE_SIGNATURE = 64
 
@@ -67,13 +67,13 @@ def _check_terms(job: Job, statement: SiteStatement) -> None:
             raise _contradicts(f"{site} states a target, and the job has none")
     else:
         terms = (number(records.target_epsilon), number(records.target_delta), records.unit)
-        if terms != (statement.target_epsilon, statement.delta, statement.unit):
+        same = terms == (statement.target_epsilon, statement.delta, statement.unit)
+        # More than the job allowed is no contradiction: it counts, and the promise is the weaker for it.
+        if not same and (statement.unit != records.unit or not excess(job, statement)):
             raise _contradicts(
                 f"{site} states target, delta and unit {statement.target_epsilon}, {statement.delta} and "
                 f"{statement.unit[:40]!r}; the job has {terms[0]}, {terms[1]} and {terms[2]!r}"
             )
-        if statement.epsilon_spent > _ceiling(records.target_epsilon):
-            raise _over(f"{site} spent epsilon {statement.epsilon}, over the job's target {terms[0]}")
     spent, limit = _real(statement.dataset_epsilon), _real(statement.dataset_target_epsilon)
     if spent > _ceiling(limit):
         raise _over(

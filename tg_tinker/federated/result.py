@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tg_tinker.errors import TGTinkerError
 from tg_tinker.federated.aggregation import poison_borne
 from tg_tinker.federated.job import Job
 from tg_tinker.federated.rounds import Answer, RoundRecord
+from tg_tinker.federated.statement import SiteStatement, verify_statement
+from tg_tinker.reports.statement import number, rounded_up
+
+DIGITS = 2  # to which sites round up
 
 
 class _Part(BaseModel):
@@ -34,14 +41,18 @@ class SiteLevel(_Part):
 
 
 class Promise(_Part):
-    """The worst case over everybody in any site's records, as the job declares it; a site's own figure is in its
-    statement. ``epsilon`` is ``None`` where records are not protected.
+    """The worst case over everybody in any site's records: the job's target, or what a site states where that is more.
+
+    Attributes:
+        epsilon: ``None`` where records are not protected, or a site states that its own are not.
+        broken: what a site states beyond the job's terms, by site.
     """
 
     epsilon: float | None
     delta: float | None
     unit: str | None
     people: Literal["disjoint", "shared"] | None
+    broken: dict[str, str] = Field(default_factory=dict)
 
 
 class FederatedResult(_Part):
@@ -89,18 +100,63 @@ class FederatedResult(_Part):
     ended: datetime
 
 
-def promise_of(job: Job) -> Promise:
-    """The largest promise over all sites: one site's for disjoint people, the sum where anybody may be everywhere."""
+def promise_of(job: Job, statements: Mapping[str, Mapping[str, Any]] | None = None) -> Promise:
+    """The largest promise over all sites: one site's for disjoint people, the sum where anybody may be everywhere.
+
+    Args:
+        statements: of sites, in their envelopes. Each that its site signed on this job counts, also one that
+            contradicts itself or the job elsewhere: it can only make the promise weaker. Without one a site counts at
+            the job's target.
+    """
     records = job.records
     if records is None:
         return Promise(epsilon=None, delta=None, unit=None, people=None)
-    times = 1 if records.people == "disjoint" else len(job.roster)
+    epsilons = dict.fromkeys(job.roster, records.target_epsilon)
+    deltas = dict.fromkeys(job.roster, records.target_delta)
+    broken = {}
+    for site, said in _signed(job, statements or {}).items():
+        if over := excess(job, said):
+            broken[site] = over
+        if said.unit == records.unit:  # a figure for another unit says nothing of this one
+            epsilons[site] = max(epsilons[site], said.epsilon_spent)
+            deltas[site] = max(deltas[site], float(said.delta))
+    total = max if records.people == "disjoint" else sum
+    epsilon = total(epsilons.values())
     return Promise(
-        epsilon=records.target_epsilon * times,
-        delta=min(records.target_delta * times, 1 - 2**-53),
+        epsilon=epsilon if math.isfinite(epsilon) else None,
+        delta=min(total(deltas.values()), 1 - 2**-53),
         unit=records.unit,
         people=records.people,
+        broken=broken,
     )
+
+
+def excess(job: Job, said: SiteStatement) -> str:
+    """What a site states beyond the terms of the job, for people; empty where it kept to them."""
+    records = job.records
+    if records is None:
+        return ""
+    over = []
+    # Sites round epsilon up, and may so pass a target that they kept.
+    if said.epsilon_spent > records.target_epsilon and said.epsilon != rounded_up(records.target_epsilon, DIGITS):
+        over.append(f"epsilon {said.epsilon}, and the job's target is {number(records.target_epsilon)}")
+    if float(said.delta) > records.target_delta:
+        over.append(f"delta {said.delta}, and the job's is {number(records.target_delta)}")
+    if said.unit != records.unit:
+        over.append(f"unit {said.unit!r}, and the job's is {records.unit!r}")
+    return "; ".join(over)
+
+
+def _signed(job: Job, statements: Mapping[str, Mapping[str, Any]]) -> dict[str, SiteStatement]:
+    found, digest = {}, job.digest()
+    for site, envelope in sorted(statements.items()):
+        try:
+            said = verify_statement(envelope, job.roster[site])
+        except (TGTinkerError, KeyError):
+            continue
+        if (said.site, said.job) == (site, digest):
+            found[site] = said
+    return found
 
 
 def trust_of(job: Job) -> dict[str, Any]:

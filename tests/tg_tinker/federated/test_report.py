@@ -172,7 +172,6 @@ def test_a_job_that_failed_early_is_reported_as_such() -> None:
     ("changes", "why"),
     [
         ({"epsilon": "1.00"}, "the steps that it discloses cost 3.027"),
-        ({"epsilon": "7.00", "dataset_epsilon": "7.00", "accounting": None}, "over the job's target 6.0"),
         ({"rounds": (1, 2)}, "the report has an update of site-1 in round 3"),
         ({"job": "0" * 64}, "is on another job"),
         ({"log_origin": "tg-tinker/" + "0" * 32}, "names another log"),
