@@ -177,7 +177,7 @@ def _records(job: Job, statements: Statements) -> dict[str, Any] | None:
     deltas = [max(target, Decimal(statements[s].delta)) if s in statements else target for s in job.roster]
     with localcontext(prec=1000, rounding=ROUND_CEILING):
         summed = records.people == "shared"
-        epsilon, delta = (sum(each, Decimal(0)), delta * len(each)) if summed else (max(each), delta)
+        epsilon, delta = (sum(each, Decimal(0)), sum(deltas, Decimal(0))) if summed else (max(each), max(deltas))
     return {
         "unit": records.unit,
         "neighbours": NEIGHBOURS,

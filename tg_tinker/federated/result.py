@@ -41,7 +41,7 @@ class SiteLevel(_Part):
 
 
 class Promise(_Part):
-    """The worst case over everybody in any site's records: the job's target, or what a site states where that is more.
+    """The worst case over everybody in any site's records: the job's target, or more where a site states more.
 
     Attributes:
         epsilon: ``None`` where records are not protected, or a site states that its own are not.

@@ -1,4 +1,4 @@
-"""The promise to people, where sites sign that they spent more than the job allowed: the result and the report agree."""
+"""The promise to people, where sites sign that they spent more than the job allowed: result and report agree."""
 
 from __future__ import annotations
 
