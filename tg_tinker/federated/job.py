@@ -101,13 +101,13 @@ class Masking(_Part):
     Attributes:
         clip: each coordinate of an update is cut to [-clip, clip] before it is rounded.
         bits: of one rounded coordinate.
-        threshold: sites that must stay for a round to close; ``None``: two thirds, rounded up. Any fewer learn
-            nothing together.
+        threshold: sites that must stay for a round to close; ``None``: two thirds, rounded up, and at least 3. Of a
+            sum over two, each would learn the other's update.
     """
 
     clip: float = Field(0.25, gt=0, allow_inf_nan=False)
     bits: int = Field(20, ge=8, le=24)
-    threshold: int | None = Field(None, ge=2)
+    threshold: int | None = Field(None, ge=3)
 
 
 class Job(_Part):

@@ -241,7 +241,7 @@ def _masking(job: Job) -> dict[str, Any] | None:
     setting = MaskingSetting.of(job)
     return {
         "threshold": setting.threshold,
-        "sites_in_league": 2 * setting.threshold - len(job.roster) - 1,
+        "sites_in_league": setting.sites_in_league,
         "clip": number(setting.clip),
         "bits": setting.bits,
         "quantisation_error": number(error_bound(setting.clip, setting.bits)),

@@ -109,7 +109,7 @@ def trust_model(job: Job) -> list[dict[str, str]]:
     sites = "each update by itself"
     if not trust["coordinator_sees_updates"]:
         setting = MaskingSetting.of(job)
-        colluding = 2 * setting.threshold - len(job.roster) - 1
+        colluding = setting.sites_in_league
         sites = (
             "the sum of the updates of a round, and none of them by itself, as long as "
             + (f"no more than {colluding} of the {_sites(len(job.roster))} are" if colluding else "no site is")

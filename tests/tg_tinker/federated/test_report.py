@@ -135,8 +135,8 @@ def test_the_coordinators_words_about_sites_are_left_out_where_sites_are_protect
 def test_masking_is_stated_with_its_threshold_and_its_error() -> None:
     made = honest(masking=MASKING).document()
     assert made["masking"] == {
-        "threshold": 2,
-        "sites_in_league": 0,
+        "threshold": 3,
+        "sites_in_league": 1,
         "clip": "0.25",
         "bits": 20,
         "quantisation_error": made["masking"]["quantisation_error"],

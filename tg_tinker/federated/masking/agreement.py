@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from tg_tinker.errors import FederationRefusedError
 from tg_tinker.federated.masking.facts import raw, refused
 from tg_tinker.federated.masking.keys import SIGNATURE_BYTES, Advertisement
-from tg_tinker.federated.masking.setting import MaskingSetting, Place
+from tg_tinker.federated.masking.setting import LEAST_SITES, MaskingSetting, Place
 
 Keys = Mapping[str, Advertisement]
 
@@ -107,7 +107,7 @@ def check_keys(
 
 
 def require_stayed(setting: MaskingSetting, stayed: Iterable[str], shared: Iterable[str]) -> None:
-    """Require that enough stayed, and that each of them shared.
+    """Require that enough stayed, never fewer than three, and that each of them shared.
 
     Raises:
         FederationRefusedError: reason "too_few_sites" or "masking".
@@ -119,6 +119,10 @@ def require_stayed(setting: MaskingSetting, stayed: Iterable[str], shared: Itera
             "masked against ours"
         )
     setting.require(len(stayed), "stayed")
+    if len(stayed) < LEAST_SITES:
+        raise FederationRefusedError(
+            f"a sum over {len(stayed)} sites gives each of them the other's update", reason="too_few_sites"
+        )
 
 
 def check_signatures(

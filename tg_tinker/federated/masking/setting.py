@@ -15,7 +15,7 @@ from tg_tinker.federated.job import Job
 from tg_tinker.federated.masking.ring import check_headroom
 
 LEAST_SITES = 3
-"""Of two sites each would learn the other's update from the sum and its own."""
+"""In a sum: of two each would learn the other's update from the sum and its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +26,7 @@ class MaskingSetting:
         job: digest of the job, hex.
         roster: each site's identity key, by name in sorted order; a site's place in it, from 1, is its Shamir point.
         rounds: of the job.
-        threshold: sites that must stay, t. With n sites on the roster the coordinator and up to ``2 t - n - 1`` sites
-            in league with it, however they lie, learn the sum over the honest sites that stayed and no more.
+        threshold: sites that must stay, t: three or more, and more than half.
         clip: bound on a coordinate of an update.
         bits: of a rounded coordinate.
     """
@@ -67,10 +66,18 @@ class MaskingSetting:
             job=job.digest(),
             roster={name: _identity(name, job.roster[name]) for name in sorted(job.roster)},
             rounds=job.rounds,
-            threshold=job.masking.threshold or -(-2 * count // 3),
+            threshold=job.masking.threshold or max(LEAST_SITES, -(-2 * count // 3)),
             clip=job.masking.clip,
             bits=job.masking.bits,
         )
+
+    @property
+    def sites_in_league(self) -> int:
+        """How many sites may be in league with the coordinator, and lie, while two honest updates or more are summed.
+
+        Of n sites ``2 t - n - 1``, so that no two views of an attempt find t signers, and ``t - 2`` at most.
+        """
+        return min(2 * self.threshold - len(self.roster) - 1, self.threshold - 2)
 
     def point(self, site: str) -> int:
         """Where the site's Shamir shares are taken: its place on the sorted roster, from 1."""

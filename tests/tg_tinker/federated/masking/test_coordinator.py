@@ -131,10 +131,10 @@ def test_steps_out_of_order_are_refused() -> None:
 def test_it_does_not_go_on_with_too_few() -> None:
     round_ = MaskingRound(Federation.of(3).job, 1, 0, size=4, base=base_of(1))
     for step, what in ((round_.keys, "showed their keys"), (round_.shares, "shared"), (round_.masked, "stayed")):
-        with pytest.raises(FederationRefusedError, match=f"0 sites {what}, and masking needs 2 of 3"):
+        with pytest.raises(FederationRefusedError, match=f"0 sites {what}, and masking needs 3 of 3"):
             step({})
     federation = Federation.of(3)
     round_, _ = federation.run(federation.updates(4), until="train")
     for step, what in ((round_.agreed, "signed who stayed"), (round_.opened, "opened their shares")):
-        with pytest.raises(FederationRefusedError, match=f"0 sites {what}, and masking needs 2 of 3"):
+        with pytest.raises(FederationRefusedError, match=f"0 sites {what}, and masking needs 3 of 3"):
             step({})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from tests.tg_tinker.federated.masking.lies import Lies, refused, to_open
 from tests.tg_tinker.federated.masking.parties import Federation, base_of, plain_mean
 from tg_tinker.errors import FederationRefusedError
-from tg_tinker.federated.masking import MaskingRound
+from tg_tinker.federated.masking import MaskingRound, MaskingSetting
+from tg_tinker.federated.masking.agreement import require_stayed
 
 
 class TestWhoStayed:
@@ -107,6 +109,15 @@ class TestWhoStayed:
         lies.until_masked()
         with refused("too_few_sites", "2 sites stayed"):
             lies.ask("agree", lies.names[0], {"stayed": lies.names[:2]})
+
+    def test_a_sum_over_two_would_give_each_the_others_update(self) -> None:
+        lies = Lies(3)
+        lies.until_masked()
+        with refused("too_few_sites", "2 sites stayed, and masking needs 3 of 3"):
+            lies.ask("agree", lies.names[0], {"stayed": lies.names[:2]})
+        setting = replace(MaskingSetting.of(lies.federation.job), threshold=2)  # whatever the setting says
+        with refused("too_few_sites", "a sum over 2 sites"):
+            require_stayed(setting, lies.names[:2], lies.names)
 
 
 class TestTwoAttempts:

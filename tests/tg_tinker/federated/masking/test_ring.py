@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pydantic import ValidationError
 
 from tests.tg_tinker.federated.masking.parties import make_job, names
 from tg_tinker.errors import FederationRefusedError
@@ -84,10 +85,19 @@ def test_a_sum_that_no_updates_have_is_refused() -> None:
 
 
 class TestTheSettingOfAJob:
-    def test_the_threshold_is_two_thirds_rounded_up(self) -> None:
+    def test_the_threshold_is_two_thirds_rounded_up_and_never_two(self) -> None:
         found = {n: MaskingSetting.of(make_job(names(n))).threshold for n in (3, 4, 5, 6, 9, 10, 50)}
-        assert found == {3: 2, 4: 3, 5: 4, 6: 4, 9: 6, 10: 7, 50: 34}
+        assert found == {3: 3, 4: 3, 5: 4, 6: 4, 9: 6, 10: 7, 50: 34}
         assert MaskingSetting.of(make_job(names(6), threshold=6)).threshold == 6
+        with pytest.raises(ValidationError, match="greater than or equal to 3"):
+            make_job(names(3), threshold=2)
+
+    @pytest.mark.parametrize("count", [3, 4, 5, 6, 9, 10, 50])
+    def test_with_so_many_in_league_one_view_can_be_opened_and_two_honest_updates_are_in_it(self, count: int) -> None:
+        for threshold in range(max(3, count // 2 + 1), count + 1):
+            setting = MaskingSetting.of(make_job(names(count), threshold=threshold))
+            fits = [m for m in range(count) if 2 * (threshold - m) > count - m and threshold - m >= 2]
+            assert setting.sites_in_league == max(fits, default=0)
 
     def test_two_sites_are_too_few(self) -> None:
         with pytest.raises(FederationRefusedError, match="at least 3 sites") as error:

@@ -102,5 +102,5 @@ def test_the_specimen_is_as_the_page_says() -> None:
 def test_the_table_of_thresholds(row: str) -> None:
     (sizes,), (shown,) = (re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", PAGE, re.M) for name in ("*n*", row))
     for n, value in zip(map(int, sizes.split("|")), map(int, shown.split("|")), strict=True):
-        t = next(t for t in range(n + 1) if 3 * t >= 2 * n)
-        assert value == {"*n*": n, "*t*": t, "in league, at most": 2 * t - n - 1, "may drop": n - t}[row]
+        t = next(t for t in range(3, n + 1) if 3 * t >= 2 * n)
+        assert value == {"*n*": n, "*t*": t, "in league, at most": min(2 * t - n - 1, t - 2), "may drop": n - t}[row]
