@@ -22,6 +22,7 @@ from tg_tinker.ledger.history import History, read_history
 from tg_tinker.ledger.releases import Release
 from tg_tinker.privacy import gate_epsilon, renyi
 from tg_tinker.reports import recompute
+from tg_tinker.reports import verify as _report  # noqa: F401 - registers the type of the reports inside
 from tg_tinker.reports.statement import PAYLOAD_TYPE, number, rounded_up
 from tg_tinker.reports.verdicts import REGISTRY, Trust, Verdict, refused
 from tg_tinker.transparency._encoding import from_base64

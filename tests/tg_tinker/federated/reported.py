@@ -232,7 +232,7 @@ def refusal(data: bytes, *beside: bytes) -> str:
     return caught.value.message
 
 
-def resigned(site: str, rounds: tuple[int, ...] = ALL, by: str = "", **changes: Any) -> Edit:
+def resigned(site: str, rounds: tuple[int, ...] = ALL, /, by: str = "", **changes: Any) -> Edit:
     """A statement with another text, signed by the site or, as here, by whoever the coordinator has the key of."""
 
     def edit(d: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,12 @@ from tests.tg_tinker.federated.reported import (
     verify,
 )
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.federated.report import coordinator_key
+from tg_tinker.federated.report import PAYLOAD_TYPE, coordinator_key
 from tg_tinker.federated.report_facts import Facts, ledger_of
 from tg_tinker.federated.report_file import write_report
 from tg_tinker.federated.report_words import delta_text, epsilon_text
 from tg_tinker.federated.site_privacy import SiteMechanism
+from tg_tinker.reports.statement import PAYLOAD_TYPE as PRIVACY_REPORT
 
 
 def checks(reported: Reported) -> list[str]:
@@ -95,8 +98,23 @@ def test_a_job_without_privacy_of_records_promises_nothing() -> None:
         "sentence": "Nothing is promised about any record: the job trained without privacy of records.",
     }
     assert made["coverage"]["covered"] == ["Nothing: neither records nor sites were protected."]
+    assert {(row["epsilon"], row["basis"]) for row in made["sites"]} == {("inf", "statement")}
+    unsaid = Reported(result_of(job, rounds)).document()["sites"]
+    assert {(row["epsilon"], row["basis"]) for row in unsaid} == {("inf", "nothing")}
+    targeted = {**statements, "site-1": signed(job, "site-1", ALL, **{**unprotected, "target_epsilon": "8.0"})}
+    assert (
+        "site-1 states a target"
+        in Reported(result_of(job, rounds, statements=targeted)).document()["unstated"]["site-1"]
+    )
     assert "Nothing protects the records behind it." in made["trust_model"][1]["what"]
     assert checks(reported)
+
+
+def test_deltas_that_add_up_to_everything_promise_nothing() -> None:
+    job = shared_job(records={**RECORDS, "target_delta": 0.4})
+    made = Reported(result_of(job, [took_part(r, dict.fromkeys(names(3), UPDATE)) for r in ALL])).document()
+    assert (made["guarantee"]["records"]["epsilon"], made["guarantee"]["records"]["delta"]) == ("inf", "1")
+    assert made["guarantee"]["sentence"] == "At so large a delta, nothing is promised about any record."
 
 
 def test_where_sites_are_protected_nothing_tells_who_took_part() -> None:
@@ -233,3 +251,13 @@ def test_nothing_is_written_that_would_not_verify(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match=r"^course: its members"):
         write_report(contradiction, COORDINATOR, folder)
     assert not folder.exists()
+
+
+def test_whoever_can_check_a_federation_report_can_check_the_reports_inside() -> None:
+    code = (
+        "from tg_tinker.federated import report_verify\n"
+        "from tg_tinker.reports.verdicts import REGISTRY\n"
+        "print(*sorted(REGISTRY.checks))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert {PAYLOAD_TYPE, PRIVACY_REPORT} <= set(done.stdout.split())

@@ -27,12 +27,15 @@ from tests.tg_tinker.federated.reported import (
     result_of,
     shared_job,
     signed,
+    site_forge,
+    statement_of,
     took_part,
     uneven,
     verify,
 )
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.federated.report import SECTIONS, coordinator_key, sign_report
+from tg_tinker.federated.report_sites import second_opinion
 from tg_tinker.federated.rounds import Answer
 from tg_tinker.federated.statement import Accounting
 from tg_tinker.reports.verdicts import REGISTRY, Trust
@@ -80,10 +83,10 @@ def test_only_the_jobs_own_coordinator_can_sign() -> None:
     other = Ed25519PrivateKey.generate()
     data = sign_report(honest().document(), other)
     assert refusal(data).startswith("signer: its signer, key")
-    with pytest.raises(
-        InvalidRequestError, match=r"^integrity|^signer: this is not the key of the job's coordinator"
-    ):
-        list(REGISTRY.verify(data, Trust(keys=[coordinator_key(other.public_key())])))
+    key = coordinator_key(other.public_key())
+    named = sign_report(honest().document(lambda d: d["integrity"].update(verifier_key=key.text)), other)
+    with pytest.raises(InvalidRequestError, match=r"^signer: this is not the key of the job's coordinator"):
+        list(REGISTRY.verify(named, Trust(keys=[key])))
 
 
 # Lies of a coordinator that has the key: the report says what its statements, its job or its ledger do not.
@@ -112,10 +115,20 @@ def dropped(d: dict[str, Any]) -> None:
     d["guarantee"]["records"].update(epsilon="6.06", delta="2e-5", stated=2)
 
 
+def silenced(d: dict[str, Any]) -> None:
+    """A site that trained, and of which there is no update, as if nobody had ever heard of it."""
+    d["course"]["members"].remove("site-1")
+    d["course"]["silent"].append("site-1")
+    for r in d["course"]["rounds"]:
+        r["updates"].remove("site-1")
+
+
 def missing(d: dict[str, Any]) -> None:
     d["statements"].pop("site-2")
 
 
+LOG = site_forge("site-1", 6)
+UNSIGNED = LOG.integrity()["checkpoint"].replace(f"— {LOG.key.name}", "— somebody")
 LIES: list[tuple[str, Edit, str]] = [
     ("understated epsilon of a site", lambda d: d["sites"][1].update(epsilon="1"), r"^site epsilon: sites\[1\].epsi"),
     ("understated sum", of_guarantee(epsilon="8"), r"^guarantee: guarantee.records.epsilon is '8'"),
@@ -140,19 +153,19 @@ LIES: list[tuple[str, Edit, str]] = [
         r"^statement: site-1: the document has no signature",
     ),
     ("statement of another job", resigned("site-1", job="1" * 64), r"^statement: that of site-1 is on another job"),
-    ("a site in league, understated", resigned("site-1", epsilon="2.00"), r"^site epsilon: site-1 states epsilon 2."),
+    ("a site in league, understated", resigned("site-1", epsilon="2.00"), r"^site epsilon: .* 2.00, and the steps"),
     (
         "in league, undisclosed, nothing spent",
         resigned("site-1", epsilon="0.00", accounting=None),
         r"^site epsilon: site-1 trained, and states that it spent nothing",
     ),
     ("in league, another target", resigned("site-1", target_epsilon="9.0"), r"^statement: site-1 states target"),
-    ("in league, another delta", resigned("site-1", delta="0.1"), r"^site epsilon: sites\[1\].delta is '1e-05'"),
+    ("in league, another delta", resigned("site-1", delta="0.1"), r"^statement: site-1 states target, delta"),
     ("in league, another unit", resigned("site-1", unit="user"), r"^statement: site-1 states .*'user'"),
     (
         "in league, over the target",
         resigned("site-1", epsilon="6.01", dataset_epsilon="6.01"),
-        r"^site epsilon: sites\[1\].epsilon is '3.03' in the report, and '6.01' follows",
+        r"^site epsilon: site-1 spent epsilon 6.01, over the job's target",
     ),
     (
         "in league, over its budget",
@@ -177,6 +190,15 @@ LIES: list[tuple[str, Edit, str]] = [
     ("in league, fewer rounds", resigned("site-1", (1, 2)), r"^statement: the report has an update of site-1 in rou"),
     ("in league, later rounds", resigned("site-1", (1, 2, 3, 4)), r"^statement: site-1 trained in round 4, and 3 is"),
     ("in league, no checkpoint", resigned("site-1", log_checkpoint="x\n"), r"^statement: site-1: this is not a sign"),
+    ("in league, another log", resigned("site-1", log_origin="tg-tinker/0"), r"^statement: site-1 names another log"),
+    ("in league, unsigned", resigned("site-1", log_checkpoint=UNSIGNED), r"^statement: site-1 names another log"),
+    ("in another's name", resigned("site-1", site="site-2"), r"^statement: that of site-1 is by site-2"),
+    (
+        "a stranger's statement",
+        lambda d: d["statements"].update({"site-9": signed(shared_job(), "site-9", ALL)}),
+        r"^statement: site-9 is not on the job's roster",
+    ),
+    ("said never to have said a word", silenced, r"^statement: site-1 trained in round 1, and the report says it n"),
     ("other rounds", lambda d: d["course"]["rounds"].pop(), r"^course: 2 of 3 rounds were released"),
     ("another round", lambda d: d["course"]["rounds"][1].update(round=3), r"^course: its rounds are not 1 to 3"),
     (
@@ -298,3 +320,11 @@ def test_masking_with_too_few_in_the_sum_is_refused() -> None:
     less = lambda d: d["masking"].update(quantisation_error="1e-9")  # noqa: E731
     assert refusal(honest(masking=MASKING).sign(less)).startswith("masking: masking.quantisation_error is '1e-9'")
     assert refusal(honest(masking=MASKING).sign(lambda d: d.update(masking=None))).startswith("masking: ")
+
+
+def test_the_second_accountant_refuses_what_the_gate_would_have_let_pass() -> None:
+    """It shares nothing with the gate; no statement that passes the gate fails it unless the gate is broken."""
+    true, false = statement_of(shared_job(), "site-0", ALL), statement_of(shared_job(), "site-1", ALL, epsilon="2.40")
+    assert "1 sites disclose" in second_opinion({"site-0": true})
+    with pytest.raises(InvalidRequestError, match=r"^site epsilon: site-1 states epsilon 2.40, .* at least 2\.4"):
+        second_opinion({"site-0": true, "site-1": false})
