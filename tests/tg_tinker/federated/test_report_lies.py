@@ -160,12 +160,12 @@ LIES: list[tuple[str, Edit, str]] = [
         r"^site epsilon: site-1 trained, and states that it spent nothing",
     ),
     ("in league, another target", resigned("site-1", target_epsilon="9.0"), r"^statement: site-1 states target"),
-    ("in league, another delta", resigned("site-1", delta="0.1"), r"^statement: site-1 states target, delta"),
+    ("in league, another delta", resigned("site-1", delta="0.1"), r"^site epsilon: sites\[1\].delta is '1e-05'"),
     ("in league, another unit", resigned("site-1", unit="user"), r"^statement: site-1 states .*'user'"),
     (
         "in league, over the target",
         resigned("site-1", epsilon="6.01", dataset_epsilon="6.01"),
-        r"^site epsilon: site-1 spent epsilon 6.01, over the job's target",
+        r"^site epsilon: sites\[1\].epsilon is '3.03' in the report, and '6.01' follows",
     ),
     (
         "in league, over its budget",
