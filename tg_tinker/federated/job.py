@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from tg_tinker.types import LoRAConfig, OptimizerConfig
 
 SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
-PublicKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{43}=$")]
-"""A raw Ed25519 public key, base64."""
+PublicKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$")]
+"""A raw Ed25519 public key, base64 in the one way that RFC 4648 calls canonical: equal keys are equal texts."""
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum")
 """Strategies that bear poisoned updates; they need to see each one."""
 
@@ -124,11 +124,12 @@ class Job(_Part):
         optimizer: of the sites; its schedule runs over ``rounds * local_steps``.
         records: protection of records inside each site; ``None`` trains without, which most policies refuse.
         sites: protection of whole sites at the coordinator.
-        roster: each site's public key.
+        roster: each site's public key; no two alike, or one party would count as two, and none the coordinator's.
         coordinator: the coordinator's public key.
         min_sites: fewer replies than this fail the round.
         round_timeout_s: a site that needs longer is left out of the round.
         expires: after this moment sites refuse everything but "finish".
+        seed: below 2**53, as every integer of a job, because JCS writes numbers as doubles.
         adapter_digest: SHA-256 of the first adapter's weights.
     """
 
@@ -151,7 +152,7 @@ class Job(_Part):
     min_sites: int = Field(1, ge=1)
     round_timeout_s: float = Field(600.0, gt=0, le=7 * 86_400)
     expires: datetime
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**53)
     adapter_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
 
     @property
@@ -160,7 +161,7 @@ class Job(_Part):
         return self.rounds * self.local_steps
 
     def digest(self) -> str:
-        """SHA-256 of the job in JCS, hex: its name in every message."""
+        """SHA-256 of the job in JCS, hex: its name in every message. Every job that can be made has one."""
         return hashlib.sha256(rfc8785.dumps(self.model_dump(mode="json"))).hexdigest()
 
     def frozen_factor(self, round_: int) -> Literal["a", "b"] | None:
@@ -197,4 +198,21 @@ class Job(_Part):
             raise ValueError("expires needs a time zone, e.g. 2030-01-31T00:00:00Z")
         if self.min_sites > len(self.roster):
             raise ValueError(f"min_sites {self.min_sites} is more than the {len(self.roster)} sites of the roster")
+        self._check_keys()
+        try:
+            rfc8785.dumps(self.model_dump(mode="json"))
+        except rfc8785.CanonicalizationError as e:
+            raise ValueError(
+                f"the job cannot be written in canonical JSON (RFC 8785), which its name needs: {e}"
+            ) from e
         return self
+
+    def _check_keys(self) -> None:
+        owner: dict[str, str] = {self.coordinator: "the coordinator"}
+        for site, key in self.roster.items():
+            if key in owner:
+                raise ValueError(
+                    f"roster: {owner[key]} and site {site} have the same public key; each party needs one of its own "
+                    "(`tg-tinker federated keygen`)"
+                )
+            owner[key] = f"site {site}"
