@@ -43,6 +43,9 @@ def checked_update(
 ) -> Mapping[str, npt.NDArray[np.float32]]:
     """An update that can be combined: names, shapes, float32, finite, and not longer than allowed. Zero is fine.
 
+    The weights that it alone would make are finite too, so that those of any mean of checked updates are: the mean
+    lies between them.
+
     Args:
         max_norm: L2 norm over all arrays; ``None`` allows any.
 
@@ -50,6 +53,11 @@ def checked_update(
         FederationRefusedError: reason "bad_update".
     """
     check_update(update, weights, factor)
+    with np.errstate(over="ignore"):
+        if not all(np.isfinite(weights[name] + value).all() for name, value in update.items()):
+            raise FederationRefusedError(
+                "the update would make numbers of the model infinite: it is far too large", reason="bad_update"
+            )
     if max_norm is not None and update_norm(update) > max_norm:
         raise FederationRefusedError(
             f"the update is longer than max_update_norm = {max_norm:g}, the most that this coordinator takes",
@@ -99,8 +107,8 @@ def combined(
             after[name] = (weights[name].astype(np.float64) + change[name]).astype(np.float32)
     if not all(np.isfinite(value).all() for value in after.values()):
         raise FederationRefusedError(
-            f"round {round_} would make numbers of the model infinite: what a site sent is far too large; give "
-            "max_update_norm in the coordinator's configuration, or take a robust strategy",
+            f"round {round_} would make numbers of the model infinite: what sites sent is far too large; give "
+            "a smaller max_update_norm in the coordinator's configuration, or take a robust strategy",
             reason="bad_update",
         )
     adaptive = strategy.name in ("fedadam", "fedyogi")

@@ -37,6 +37,10 @@ from tg_tinker.service_client import ServiceClient
 
 ADDED = ("adapter_digest", "coordinator")
 """Fields of a job that the coordinator fills in."""
+MAX_UPDATE_NORM = 1e4
+"""Default ceiling of an update's L2 norm. An adapter of a hundred million parameters has that norm if every one moved
+by 1, its own scale, which no round of training does; and a mean of such updates added in each of the 100,000 rounds
+that a job may have stays below 1e9, far from float32's 3e38."""
 _NO_DIGEST = "0" * 64
 
 
@@ -51,7 +55,9 @@ class CoordinatorConfig(BaseModel):
         identity: file of the coordinator's private key.
         state_dir: of this job alone.
         max_attempts: how often a round is tried.
-        max_update_norm: longest update that is taken; our own rule, sites do not learn it. ``None`` takes any.
+        max_update_norm: longest update that is taken, L2 norm over all arrays; a longer one is refused, its site
+            named, and the round goes on without it. Our own rule, sites do not learn it. ``None``: any that leaves
+            the model finite.
         join_timeout_s: how long to wait for sites to appear before the first round.
         pause_s: between two looks for sites, and before a round is tried again.
         flower: for the app that carries the messages.
@@ -66,7 +72,7 @@ class CoordinatorConfig(BaseModel):
     api_key_file: Path | None = None
     api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     max_attempts: int = Field(3, ge=1, le=1000)
-    max_update_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_update_norm: float | None = Field(MAX_UPDATE_NORM, gt=0, allow_inf_nan=False)
     join_timeout_s: float = Field(60.0, ge=0, allow_inf_nan=False)
     pause_s: float = Field(1.0, gt=0, allow_inf_nan=False)
     flower: FlowerCoordinator | None = None

@@ -243,3 +243,15 @@ def test_averages_need_one_site():
 
 def test_flatten_and_the_test_s_own_order_agree():
     np.testing.assert_array_equal(flatten(UPDATES[0]), stacked(UPDATES[:1])[0].astype(np.float32))
+
+
+def test_an_update_that_alone_would_overflow_the_model_is_refused_and_means_of_others_are_finite():
+    largest = float(np.finfo(np.float32).max)
+    before = {n: np.full(s, largest / 2, np.float32) for n, s in NAMES.items()}
+    with pytest.raises(FederationRefusedError, match="infinite") as e:
+        checked_update({n: np.full(s, largest, np.float32) for n, s in NAMES.items()}, before, None)
+    assert e.value.reason == "bad_update"
+    half = {n: np.full(s, np.nextafter(np.float32(largest / 2), np.float32(0)), np.float32) for n, s in NAMES.items()}
+    assert checked_update(half, before, None) is half
+    after, _ = combined(Strategy(), before, [half] * 5, factor=None, round_=1, moments=Moments())
+    assert all(np.isfinite(v).all() for v in after.values())

@@ -235,6 +235,19 @@ def test_a_bad_update_is_refused_by_name_and_the_round_goes_on(tmp_path, coordin
     assert notes(coordinator_service).count("federation.round_refused") == 2
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_update_norm": None}])
+@pytest.mark.parametrize("name", ["fedavg", "fedadam"])
+def test_the_largest_update_ends_no_job(tmp_path, coordinator_service, name, settings):
+    """In the first round it fits the model, so that only the default ceiling, or the next round, can refuse it."""
+    huge = lambda w, r: {n: np.full_like(v, 3.0e38) for n, v in w.items()}  # noqa: E731
+    job = {"rounds": 3, "min_sites": 2, "strategy": {"name": name}}
+    result = coordinator(tmp_path, coordinator_service, job=job, **settings).run(link_to(fake_sites(site_1=huge)))
+    assert result.status == "finished"
+    if not settings:
+        assert [r.answers["site-1"].kind for r in result.rounds] == ["bad_update"] * 3
+        assert "max_update_norm" in result.rounds[0].answers["site-1"].message
+
+
 def test_a_zero_update_is_an_update(tmp_path, coordinator_service):
     zero = lambda w, r: {n: np.zeros_like(v) for n, v in w.items()}  # noqa: E731
     updates = {"site_0": zero, "site_1": zero, "site_2": zero}
@@ -247,7 +260,8 @@ def test_one_poisoned_site_of_five_moves_the_average_and_no_robust_model(tmp_pat
     poison = lambda w, r: {n: np.full_like(v, -50.0) for n, v in w.items()}  # noqa: E731
     strategy = {"name": name, "num_malicious": 1}
     job = {"sites": 5, "min_sites": 5, "rounds": 1, "strategy": strategy}
-    result = coordinator(tmp_path, coordinator_service, job=job).run(link_to(fake_sites(5, site_4=poison)))
+    link = link_to(fake_sites(5, site_4=poison))
+    result = coordinator(tmp_path, coordinator_service, job=job, max_update_norm=None).run(link)
     clean = expected(rounds=1, sites=tuple(f"site-{i}" for i in range(4)))
     off = np.abs(weights_of(coordinator_service, result) - clean).mean()
     assert off > 5 if name == "fedavg" else off < 0.2
@@ -319,7 +333,10 @@ def test_a_job_given_up_collects_what_sites_spent(tmp_path, coordinator_service)
     assert "round 2" in result.why
 
 
-@pytest.mark.parametrize("what", ["of another site", "of another job", "no statement", "no object"])
+PAYLOADS = {"a list as payload": [], "an object as payload": {}, "a number as payload": 5, "no payload": None}
+
+
+@pytest.mark.parametrize("what", ["of another site", "of another job", "no statement", "no object", *PAYLOADS])
 def test_a_forged_or_missing_statement_is_not_taken(tmp_path, coordinator_service, what):
     sites = fake_sites()
     link = link_to(sites)
@@ -336,6 +353,9 @@ def test_a_forged_or_missing_statement_is_not_taken(tmp_path, coordinator_servic
             "of another job": lambda: sign_statement(said.model_copy(update={"job": "1" * 64}), sites[1].key),
             "no statement": lambda: {"epsilon": 0},
             "no object": lambda: "epsilon 0",
+            **{
+                name: lambda p=p: {"payload": p, "payloadType": "x", "signatures": []} for name, p in PAYLOADS.items()
+            },
         }[what]()
         return request.reply(facts={"statement": said}).signed(sites[1].key)
 
