@@ -152,7 +152,7 @@ def _signed(job: Job, statements: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     for site, envelope in sorted(statements.items()):
         try:
             said = verify_statement(envelope, job.roster[site])
-        except (TGTinkerError, KeyError):
+        except (TGTinkerError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
         if (said.site, said.job) == (site, digest):
             found[site] = said

@@ -301,7 +301,12 @@ def _read(reply: Message | str) -> Envelope:
         words = FAILURES.get(reply.error.code, f"Flower answered with error {reply.error.code}")
         reason = _plain(reply.error.reason or "")
         raise _NoReply(f"{words} ({reason})" if reason else words)
-    return from_content(reply.content)
+    try:
+        return from_content(reply.content)
+    except FederationRefusedError:
+        raise
+    except Exception as e:  # whatever a node sends, the other nodes' replies are read
+        raise FederationRefusedError(f"the message cannot be read ({type(e).__name__})", reason="bad_update") from e
 
 
 def _plain(text: str) -> str:

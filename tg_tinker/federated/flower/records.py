@@ -94,7 +94,7 @@ def _read_header(raw: object) -> dict[str, Any]:
         header = json.loads(raw, parse_int=_whole_number)
         # One spelling only: no repeated names, no NaN, no number that another reader would round.
         canonical = isinstance(header, dict) and rfc8785.dumps(header) == raw
-    except (ValueError, RecursionError) as e:
+    except (ValueError, OverflowError, RecursionError) as e:
         raise _refused("its header is not JSON in its canonical form (RFC 8785)") from e
     if not canonical:
         raise _refused("its header is not JSON in its canonical form (RFC 8785)")
@@ -140,6 +140,9 @@ def _from_array(name: str, array: Array) -> npt.NDArray[Any]:
     if len(shape) > _MOST_AXES or not all(type(size) is int and size >= 0 for size in shape):
         raise _refused(f"its array {name[:200]!r} has no possible shape")
     dtype = np.dtype(array.dtype)
+    # NumPy multiplies the sizes other than 0 as well, and knows none beyond its own integers.
+    if math.prod(filter(None, shape)) * dtype.itemsize >= 2**63:
+        raise _refused(f"its array {name[:200]!r} has no possible shape")
     if math.prod(shape) * dtype.itemsize != len(array.data):
         raise _refused(f"its array {name[:200]!r} has {len(array.data)} bytes, which is not its shape {shape}")
     return np.frombuffer(array.data, dtype=dtype).reshape(shape)

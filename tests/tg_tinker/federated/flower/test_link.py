@@ -200,6 +200,27 @@ def test_a_reply_that_flower_cannot_decode_costs_its_sender_only() -> None:
             assert time.monotonic() - started < 2
 
 
+@pytest.mark.parametrize("kind", ["train", HELLO])
+@pytest.mark.parametrize("unforeseen", [False, True])
+def test_a_reply_that_nobody_expected_costs_its_sender_only(
+    monkeypatch: pytest.MonkeyPatch, kind: str, unforeseen: bool
+) -> None:
+    def broken(content: RecordDict) -> Envelope:
+        read = from_content(content)
+        if (read.kind, read.site, read.direction) != (kind, "oslo", "reply"):
+            return read
+        if unforeseen:
+            raise OverflowError("int too large to convert to float")
+        content["envelope"]["header"] = b'{"attempt":1' + b"0" * 400 + b"}"  # type: ignore[index]
+        return from_content(content)
+
+    with bench(hello_timeout_s=1.0) as b:
+        monkeypatch.setattr(link_module, "from_content", broken)
+        failures = b.ask(timeout_s=1.0)
+    assert (failures["berlin"], failures["rome"]) == ("", "")
+    assert ("cannot be read" if kind == "train" else "no node that is connected") in failures["oslo"]
+
+
 def test_a_stranger_is_ignored_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     with bench() as b:
         b.link = FlowerLink(

@@ -181,6 +181,7 @@ BROKEN = {
     "a name twice": with_raw_header(GOOD.replace(b"{", b'{"attempt":0,', 1)),
     "NaN": with_raw_header(GOOD.replace(b'"attempt":0', b'"attempt":NaN')),
     "a lone surrogate": with_raw_header(GOOD.replace(b'"job":""', b'"job":"\\ud800"')),
+    "a number of 400 digits": with_raw_header(GOOD.replace(b'"attempt":0', b'"attempt":1' + b"0" * 400)),
     "depth": with_raw_header(b"[" * 100_000),
     "a header too large": with_raw_header(b" " * (LARGEST_HEADER + 1)),
     "an unknown header field": with_header(more=1),
@@ -203,6 +204,8 @@ BROKEN = {
     "a shape of floats": with_array(shape=(2.0,)),
     "a shape of truth values": with_array(shape=(True, 2)),
     "too many axes": with_array(shape=(2, *[1] * 8)),
+    "sizes beyond NumPy's beside a size of 0": with_array(shape=(0, *[2**31 - 1] * 3), data=b""),
+    "a size beyond NumPy's after a size of 0": with_array(shape=(0, 2**63), data=b""),
     "bytes missing": with_array(data=b"\0" * 7),
 }
 
