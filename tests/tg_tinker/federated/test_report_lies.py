@@ -314,8 +314,8 @@ def test_a_field_of_another_shape_is_refused(where: str, value: Any) -> None:
 
 
 def test_masking_with_too_few_in_the_sum_is_refused() -> None:
-    edit = lambda d: d["course"]["rounds"][0].update(updates=["site-0"])  # noqa: E731
-    assert re.search(r"^course: round 1 was released with 1 updates, and the job needs 2",
+    edit = lambda d: d["course"]["rounds"][0].update(updates=["site-0", "site-1"])  # noqa: E731
+    assert re.search(r"^course: round 1 was released with 2 updates, and the job needs 3",
                      refusal(honest(masking=MASKING).sign(edit)))  # fmt: skip
     less = lambda d: d["masking"].update(quantisation_error="1e-9")  # noqa: E731
     assert refusal(honest(masking=MASKING).sign(less)).startswith("masking: masking.quantisation_error is '1e-9'")
