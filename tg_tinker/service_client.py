@@ -151,6 +151,7 @@ class ServiceClient:
                 status=i.status,
                 step=i.step,
                 created=i.created,
+                metadata=dict(i.config.metadata),
             )
             for i in infos
         ]
@@ -354,7 +355,12 @@ class ServiceClient:
     # Privacy and audit.
 
     def get_privacy_ledger(self, dataset_id: str) -> PrivacyLedger:
-        """The whole ledger of a dataset; ``verify()`` checks it without trusting the server."""
+        """The whole ledger of a dataset; ``verify()`` checks it without trusting the server.
+
+        Raises:
+            LogVerificationError: the server's log does not continue what was seen of it: the ledger may be an old one.
+        """
+        self._handshake()
         return ledger_from_proto(self._transport.call(requests.ledger(dataset_id)))
 
     def get_privacy_report(self, dataset_or_run: str) -> dict[str, Any]:
@@ -365,7 +371,13 @@ class ServiceClient:
         return report_of(self.get_signed_report(dataset_or_run))
 
     def get_signed_report(self, dataset_or_run: str) -> bytes:
-        """The report in its signed envelope, to hand out: ``tg-tinker audit verify`` checks it offline."""
+        """The report in its signed envelope, to hand out: ``tg-tinker audit verify`` checks it offline.
+
+        Raises:
+            LogVerificationError: the server's log does not continue what was seen of it: the report may leave out
+                what was spent.
+        """
+        self._handshake()
         return str(self._transport.call(requests.report(dataset_or_run)).report_json).encode()
 
     def attach_audit(self, dataset_id: str, result: Mapping[str, Any]) -> None:
@@ -391,8 +403,8 @@ class ServiceClient:
     def check_log(self) -> int:
         """Verify that the server's transparency log continues what was seen of it; the number of its entries.
 
-        Done by itself whenever a run is created or taken up, after every restart of the server, and with every
-        paid step.
+        Done by itself whenever a run is created or taken up, before a ledger or a report is fetched, after every
+        restart of the server, and with every paid step.
 
         Raises:
             LogVerificationError: it was rolled back or forked, or another log answers.

@@ -23,14 +23,16 @@ from tg_tinker.federated.job import Job
 from tg_tinker.federated.keys import public_key, public_text
 from tg_tinker.federated.masking import ARRAY, KINDS, MaskingSite
 from tg_tinker.federated.messages import Arrays, Envelope
-from tg_tinker.federated.site_budget import charges_of, epsilon_of
+from tg_tinker.federated.site_budget import epsilon_of
 from tg_tinker.federated.site_config import SiteConfig
 from tg_tinker.federated.site_join import agreed_noise, read_job
+from tg_tinker.federated.site_memory import charges_of_job, noted, rounds_noted
 from tg_tinker.federated.site_state import JobRecord, SiteState, StateFolder
-from tg_tinker.federated.site_training import LocalTraining
+from tg_tinker.federated.site_training import LocalTraining, require_all
 from tg_tinker.federated.statement import Accounting, SiteStatement, sign_statement
 from tg_tinker.federated.updates import flatten, weights_digest
 from tg_tinker.ledger.history import History, read_history
+from tg_tinker.ledger.releases import Release
 from tg_tinker.reports.statement import number, rounded_up
 from tg_tinker.service_client import ServiceClient
 from tg_tinker.wire.privacy import report_of
@@ -138,7 +140,8 @@ class Site:
             state.accept(job, noise)
         else:
             self._config.policy.check(job, self._now())
-        self._service.note_federation("join_accepted", job=request.job)
+        if record is None or not noted(self._service, request.job):  # once, however often it is asked
+            self._service.note_federation("join_accepted", job=request.job)
         return {"accepted": True}
 
     def _train(self, request: Envelope, record: JobRecord, state: SiteState) -> Arrays:
@@ -182,28 +185,34 @@ class Site:
         digest = record.digest
         known = state.statement(digest)
         if known is None:
+            state.close_job(digest)  # first: no later message takes a step that the report does not have
+            LocalTraining(self._service, state, record, self._config.dataset).close()
             report = self._service.get_signed_report(self._config.dataset)
             statement = self._statement(record, state, report)
             state.finish(digest, sign_statement(statement, self._key), report)
             known = state.statement(digest)
         self._service.note_federation("statement_signed", job=digest)
         state.forget_masking(digest)
-        try:
-            LocalTraining(self._service, state, record, self._config.dataset).close()
-        except TGTinkerError:
-            self._log.exception("the job is finished, and its run is still on the server")
         return {"statement": known}
 
     def _statement(self, record: JobRecord, state: SiteState, report: bytes) -> SiteStatement:
-        """From the report alone, so that the two cannot differ."""
+        """From the report and the audit log of the server, so that they cannot differ.
+
+        Raises:
+            ServerError: they hold less than this site knows of.
+        """
         integrity = report_of(report)["integrity"]
         history = read_history(self._config.dataset, (entry["body"] for entry in integrity["entries"]))
+        charged = charges_of_job(self._service, state, record, history)
+        if record.job.records is not None:
+            require_all(len(charged), record.charges)
+        rounds = rounds_noted(self._service, record.digest)
         return statement_of(
             record,
             history,
             site=self._config.site,
-            runs=state.run_ids(record.digest),
-            rounds=state.rounds_trained(record.digest),
+            charged=charged,
+            rounds=sorted(rounds.union(state.rounds_trained(record.digest))),
             log=(integrity["origin"], integrity["checkpoint"]),
             report=report,
             disclose=self._config.policy.disclose_accounting,
@@ -234,7 +243,7 @@ def statement_of(
     history: History,
     *,
     site: str,
-    runs: list[str],
+    charged: list[Release],
     rounds: list[int],
     log: tuple[str, str],
     report: bytes,
@@ -244,13 +253,13 @@ def statement_of(
     """The closing statement on a job. Epsilons are rounded up to two digits: more would tell sizes.
 
     Args:
+        charged: what the job was charged for.
         log: origin and checkpoint.
         report: the signed report that ``history`` is of.
         disclose: whether to say what epsilon was computed from.
     """
     job, terms = record.job, history.in_force
     delta = terms.target_delta if job.records is None else job.records.target_delta
-    charged = charges_of(history, runs)
     accounting = None
     if disclose and record.noise_multiplier is not None and history.slots is not None:
         accounting = Accounting(

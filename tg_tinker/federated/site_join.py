@@ -21,8 +21,8 @@ from tg_tinker.federated.site_budget import (
     solve_noise,
 )
 from tg_tinker.federated.site_config import SiteConfig
+from tg_tinker.federated.site_memory import history_of, knows
 from tg_tinker.federated.site_state import SiteState
-from tg_tinker.federated.site_training import history_of
 from tg_tinker.ledger.releases import histogram
 from tg_tinker.service_client import ServiceClient
 
@@ -62,6 +62,17 @@ def agreed_noise(
         raise FederationRefusedError(
             f"the job's roster does not have site {config.site!r} with the public key of this site",
             reason="unknown_site",
+        )
+    earlier = state.digest_of(job.job_id)
+    if earlier not in (None, job.digest()):
+        raise _refused(
+            f"this site agreed to another job under job_id {job.job_id!r}, and one name is for one job: give the new "
+            "one a job_id of its own, which the site's policy takes"
+        )
+    if knows(service, state, job.digest()):
+        raise _refused(
+            "this site's state folder is not the one that agreed to the job, which may have trained already; start a "
+            "new job under a new job_id"
         )
     if job.masking is not None:
         MaskingSetting.of(job)

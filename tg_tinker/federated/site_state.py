@@ -24,13 +24,13 @@ from tg_tinker.federated.job import Job
 from tg_tinker.federated.updates import Layout
 from tg_tinker.tensor_file import read_tensors, write_tensors
 
-VERSION = 1
+VERSION = 2
 _POLL_S = 0.05
 _SCHEMA = """
 CREATE TABLE jobs (
   digest TEXT PRIMARY KEY, job TEXT NOT NULL, noise_multiplier REAL, layout TEXT,
   round INTEGER NOT NULL DEFAULT 0, charges INTEGER NOT NULL DEFAULT 0, counted INTEGER NOT NULL DEFAULT 1,
-  statement TEXT, report BLOB
+  closed INTEGER NOT NULL DEFAULT 0, statement TEXT, report BLOB
 ) STRICT;
 CREATE TABLE runs (
   digest TEXT NOT NULL REFERENCES jobs, factor TEXT NOT NULL, run_id TEXT NOT NULL, PRIMARY KEY (digest, factor)
@@ -56,7 +56,7 @@ class JobRecord:
         last_round: that was begun.
         charges: steps paid for by the job.
         counted: whether ``charges`` is exact; otherwise the ledger must be asked.
-        finished: whether its statement is signed.
+        finished: whether it was asked to finish: no step is taken any more, and its statement is signed or will be.
     """
 
     digest: str
@@ -149,8 +149,7 @@ class SiteState:
     def job(self, digest: str) -> JobRecord | None:
         """A job that was agreed to."""
         row = self._db.execute(
-            "SELECT job, noise_multiplier, layout, round, charges, counted, statement IS NOT NULL FROM jobs "
-            "WHERE digest = ?",
+            "SELECT job, noise_multiplier, layout, round, charges, counted, closed FROM jobs WHERE digest = ?",
             (digest,),
         ).fetchone()
         if row is None:
@@ -183,14 +182,23 @@ class SiteState:
         assert found is not None
         return found
 
+    def digest_of(self, job_id: str) -> str | None:
+        """The job that was agreed to under this name."""
+        row = self._db.execute("SELECT digest FROM jobs WHERE job ->> '$.job_id' = ?", (job_id,)).fetchone()
+        return None if row is None else row[0]
+
     def set_layout(self, digest: str, shapes: Layout) -> None:
         """Note the adapter's names and shapes."""
         self._write("UPDATE jobs SET layout = ? WHERE digest = ?", (json.dumps(shapes), digest))
 
+    def close_job(self, digest: str) -> None:
+        """Note that no step is taken for a job any more."""
+        self._write("UPDATE jobs SET closed = 1 WHERE digest = ?", (digest,))
+
     def finish(self, digest: str, statement: Mapping[str, Any], report: bytes) -> None:
         """Keep the signed statement, and the report that it names. The first one stays."""
         self._write(
-            "UPDATE jobs SET statement = ?, report = ? WHERE digest = ? AND statement IS NULL",
+            "UPDATE jobs SET closed = 1, statement = ?, report = ? WHERE digest = ? AND statement IS NULL",
             (json.dumps(statement), report, digest),
         )
 
@@ -219,6 +227,11 @@ class SiteState:
         """Every training client of a job."""
         rows = self._db.execute("SELECT run_id FROM runs WHERE digest = ? AND run_id != ''", (digest,)).fetchall()
         return sorted(run_id for (run_id,) in rows)
+
+    def other_run_ids(self, digest: str) -> set[str]:
+        """Every training client of every other job."""
+        rows = self._db.execute("SELECT run_id FROM runs WHERE digest != ? AND run_id != ''", (digest,)).fetchall()
+        return {run_id for (run_id,) in rows}
 
     # Rounds.
 

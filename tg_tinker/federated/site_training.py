@@ -6,7 +6,7 @@ the server stands, and only where the run is known to hold this round's weights.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -18,19 +18,17 @@ from tg_tinker.errors import (
     ServerError,
 )
 from tg_tinker.federated.job import Job
-from tg_tinker.federated.site_budget import charges_of
+from tg_tinker.federated.site_memory import MARK, charges_of_job, history_of, mark_of, runs_of
 from tg_tinker.federated.site_state import Arrays, JobRecord, SiteState
 from tg_tinker.federated.updates import Factor, Weights, check_update, layout, subtract, weights_digest
-from tg_tinker.ledger.history import History, read_history
 from tg_tinker.service_client import ServiceClient
 from tg_tinker.training_client import TrainingClient
-from tg_tinker.types import DPConfig, LoRAConfig, OptimizerConfig, OptimStepOutput, TrainingConfig
+from tg_tinker.types import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
 from tg_tinker.types.federation import WeightsSource
 from tg_tinker.wire.calls import Position
 
 UNPROTECTED_BOUND = 1e9
 """Stands for no bound on a unit's contribution, where a job trains without privacy of records."""
-_MARK = "federated_run"  # in a run's metadata: whose it is
 _LISTED = 1000  # newest runs that are looked through for one that a crash left without a note
 
 
@@ -81,7 +79,11 @@ class LocalTraining:
             charges = self._count()
         for _ in range(run.get_info().step, last):
             self._require_allowance(charges + 1)
-            charges += self._step(run)
+            charges += 1
+            self._step(run)
+        # A step that a restarted server had to make again was charged each time: what left must fit the allowance.
+        charges = self._count()
+        self._require_allowance(charges)
         after = run.pull_weights()
         if after.step != last:
             raise ServerError(f"run {run.id} stands at step {after.step}, not {last}: somebody else drives it")
@@ -89,11 +91,15 @@ class LocalTraining:
         return self.state.update(digest, round_)
 
     def close(self) -> None:
-        """Free what the job holds on the server. The ledger stays."""
+        """Let what is under way come to its end, then free what the job holds on the server. The ledger stays.
+
+        Nothing is charged to the job from here on.
+        """
         for artifact_id in self.state.artifacts(self.record.digest):
             self._delete(artifact_id)
-        for run_id in self.state.run_ids(self.record.digest):
-            self.service.get_training_client(run_id).unload_model()
+        for run in self._runs():
+            self._settle(run)
+            run.unload_model()
 
     def _begin(self, round_: int, weights: Weights, base: str) -> int:
         """Note a new round; how many charges the job has made before it."""
@@ -111,7 +117,13 @@ class LocalTraining:
             shapes = layout(self._run(self.job.frozen_factor(round_)).pull_weights().tensors)
             self.state.set_layout(self.record.digest, shapes)
         check_update(weights, shapes, None, what="the global model")
-        charges = self.record.charges if self.record.counted else self._count()
+        charges = self._count()
+        if self.record.counted and charges > self.record.charges:
+            raise FederationRefusedError(
+                "steps were taken for this job that this site does not remember: an old copy of its state folder was "
+                "put back. Nothing is trained twice; start a new job",
+                reason="policy",
+            )
         self._require_allowance(charges + self.job.local_steps)
         self.state.begin_round(self.record.digest, round_, base)
         return charges
@@ -157,38 +169,44 @@ class LocalTraining:
                     raise
                 # Nothing was drawn, or not the whole batch: the server dropped it, and the refusal cost nothing.
 
-    def _step(self, run: TrainingClient) -> int:
-        """One local step; how many charges it made."""
+    def _step(self, run: TrainingClient) -> None:
+        """One local step."""
         try:
             run.forward_backward(dataset=self.dataset_id).result()
         except DPBudgetExceededError as e:
             raise _exhausted() from e
-        return self._optim_step(run)
+        self._optim_step(run)
 
-    def _optim_step(self, run: TrainingClient) -> int:
+    def _optim_step(self, run: TrainingClient) -> None:
         try:
-            done: OptimStepOutput = run.optim_step(apply_dp_noise=self.job.records is not None).result()
+            run.optim_step(apply_dp_noise=self.job.records is not None).result()
         except DPBudgetExceededError as e:
             raise _exhausted() from e
-        # A step that a restarted server had to make again was charged each time; its receipt counts the attempts.
-        return 1 if done.receipt is None else int(json.loads(done.receipt.entry_json)["attempt"])
 
     def _settle(self, run: TrainingClient) -> None:
         """Wait for what an earlier process left in the run's queue: it may be charged after we look."""
         last = run.get_info().next_seq - 1
         try:
-            self.service.get_future(Position(run_id=run.id, seq=last).future_id).wait(self.job.round_timeout_s)
+            future = self.service.get_future(Position(run_id=run.id, seq=last).future_id)
         except ResourceNotFoundError:
             return  # there was none, or it ended too long ago to be kept
+        if not future.wait(self.job.round_timeout_s):
+            raise ServerError(f"run {run.id} is still at what it was asked before; ask again when it is done")
 
     def _count(self) -> int:
-        """Charges of the job, by the ledger."""
+        """Charges of the job by the ledger, when nothing is under way.
+
+        Raises:
+            ServerError: they are fewer than the site knows of.
+        """
         if self.job.records is None:
             return 0
-        runs = self.state.run_ids(self.record.digest)
-        for run_id in runs:
-            self._settle(self.service.get_training_client(run_id))
-        return len(charges_of(history_of(self.service, self.dataset_id), runs))
+        for run in self._runs():
+            self._settle(run)
+        history = history_of(self.service, self.dataset_id)
+        charges = len(charges_of_job(self.service, self.state, self.record, history))
+        require_all(charges, self.record.charges)
+        return charges
 
     def _require_allowance(self, charges: int) -> None:
         if self.job.records is not None and charges > self.job.total_steps:
@@ -200,13 +218,21 @@ class LocalTraining:
 
     # The run.
 
+    def _runs(self) -> list[TrainingClient]:
+        """Every training client of the job that is still there."""
+        found = []
+        for run_id in sorted(runs_of(self.service, self.state, self.record.digest)[0]):
+            with contextlib.suppress(ResourceNotFoundError):  # deleted: nothing of it is under way
+                found.append(self.service.get_training_client(run_id))
+        return found
+
     def _run(self, factor: Factor | None) -> TrainingClient:
         """The training client of a factor; one for all rounds that freeze it."""
         digest, key = self.record.digest, factor or ""
         run_id = self.state.run_id(digest, key)
         if run_id:
             return self.service.get_training_client(run_id)
-        mark = f"{digest}/{key}"
+        mark = mark_of(digest, key)
         run = self._unnoted(mark) if run_id == "" else None
         if run is None:
             self.state.set_run_id(digest, key, "")
@@ -217,10 +243,8 @@ class LocalTraining:
     def _unnoted(self, mark: str) -> TrainingClient | None:
         """A run that was made before a crash and not noted."""
         for info in self.service.list_training_clients(status="active", limit=_LISTED):
-            if info.model_ref == self.job.base_model and info.step == 0:
-                run = self.service.get_training_client(info.id)
-                if run.config.metadata.get(_MARK) == mark:
-                    return run
+            if info.step == 0 and info.metadata.get(MARK) == mark:
+                return self.service.get_training_client(info.id)
         return None
 
     def _config(self, factor: Factor | None, mark: str) -> TrainingConfig:
@@ -237,7 +261,7 @@ class LocalTraining:
             max_sequence_length=job.max_sequence_length,
             max_steps=job.total_steps,
             seed=job.seed,
-            metadata={_MARK: mark},
+            metadata={MARK: mark},
         )
 
     def _dp_config(self) -> DPConfig:
@@ -280,10 +304,17 @@ class LocalTraining:
             return  # deleted before a crash
 
 
-def history_of(service: ServiceClient, dataset_id: str) -> History:
-    """What the ledger of a dataset tells."""
-    ledger = service.get_privacy_ledger(dataset_id)
-    return read_history(dataset_id, (entry.body for entry in ledger.entries))
+def require_all(charges: int, known: int) -> None:
+    """Refuse a ledger that holds fewer charges of a job than the site knows of.
+
+    Raises:
+        ServerError: for the operator.
+    """
+    if charges < known:
+        raise ServerError(
+            f"the ledger holds {charges} charges of the job and this site knows of {known}: an old state of the "
+            "server was put back. Nothing is trained or signed on it; restore the newest one"
+        )
 
 
 def _wrong(message: str) -> FederationRefusedError:

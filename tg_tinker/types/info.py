@@ -28,6 +28,7 @@ class TrainingClientInfo:
     status: str
     step: int
     created: datetime
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:

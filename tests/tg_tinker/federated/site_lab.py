@@ -17,8 +17,11 @@ from tg_tinker.federated.keys import public_text
 from tg_tinker.federated.messages import Envelope
 from tg_tinker.federated.policy import SitePolicy
 from tg_tinker.federated.site import Site
+from tg_tinker.federated.site_budget import epsilon_of
 from tg_tinker.federated.site_config import SiteConfig
+from tg_tinker.federated.site_memory import history_of
 from tg_tinker.federated.site_state import SiteState, StateFolder
+from tg_tinker.federated.statement import SiteStatement, verify_statement
 from tg_tinker.federated.updates import weights_digest
 from tg_tinker.futures import FutureHandle
 from tg_tinker.training_client import TrainingClient
@@ -166,6 +169,15 @@ class Party:
         """What the ledger of the site's data was charged for."""
         with self.service() as service:
             return len(service.get_privacy_ledger(self.dataset).charges)
+
+    def statement(self, job: Job) -> SiteStatement:
+        """The site's statement, its signature checked."""
+        return verify_statement(self.ask(job, "finish").facts["statement"], public_text(self.key))
+
+    def epsilon_of_all(self, delta: float = 1e-5) -> float:
+        """Of every charge in the ledger, at its true rate."""
+        with self.service() as service:
+            return epsilon_of(history_of(service, self.dataset).releases, delta)
 
     def releases(self) -> int:
         """Noised steps that ended with a release."""

@@ -251,6 +251,19 @@ def test_a_job_must_be_the_one_that_the_message_names(party):
     refused(party.ask(job, "train", 1, arrays=ADAPTER), "policy")
 
 
+def test_one_name_is_for_one_job(party):
+    """Otherwise a job that the policy lists once would be taken, and paid for, under any number of seeds."""
+    party.policy = {"jobs": ("icd", "icd-2")}
+    first, second = site_job(), site_job(seed=1)
+    party.join(first)
+    message = refused(party.ask(second, "join", facts={"job": second.model_dump(mode="json")}), "policy")
+    assert "job_id of its own" in message
+    party.ask(first, "finish")  # which frees no name
+    refused(party.ask(second, "join", facts={"job": second.model_dump(mode="json")}), "policy")
+    party.join(site_job(seed=1, job_id="icd-2"))
+    party.join(first)
+
+
 def test_an_expired_job_is_finished_and_no_more(party):
     job = site_job()
     party.join(job)
@@ -337,12 +350,11 @@ def test_two_jobs_at_once_share_the_budget_and_both_come_to_their_end(party):
         party.join(job)
     with party.state() as state:
         first, second = (state.job(job.digest()).noise_multiplier for job in jobs)
-    party.dataset, party.folder = "another", party.folder / "another"
-    party.register(target_epsilon=8.0)
-    party.join(jobs[1])
-    with party.state() as state:
+    other = Party(party.server, party.folder / "another", api_key=party.server.mint_key("with-one-job"))
+    other.register(target_epsilon=8.0)
+    other.join(jobs[1])
+    with other.state() as state:
         alone = state.job(jobs[1].digest()).noise_multiplier
-    party.dataset, party.folder = "data", party.folder.parent
     assert second > alone  # the first one's steps are kept for it
     for round_ in (1, 2):
         for job in jobs:

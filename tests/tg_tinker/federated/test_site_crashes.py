@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tg_tinker.federated.site import FAILED
 from tg_tinker.types.federation import WeightsSource
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
+from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 
 UNPROTECTED = {"require_record_privacy": False}
 
@@ -186,6 +188,74 @@ def test_a_step_that_is_still_under_way_is_counted_before_the_next_round(place):
     assert party.ask(job, "train", 2, arrays=weights).facts == {}
     with party.state() as state:
         assert state.job(job.digest()).charges == party.charges() == 3
+
+
+@pytest.fixture
+def slow_ledger(monkeypatch):
+    """A busy server: a charge stands in the ledger a while after its step was sent."""
+    plain = PrivacyLedger.reserve
+
+    def reserve(*args, **kwargs):
+        time.sleep(0.7)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(PrivacyLedger, "reserve", reserve)
+
+
+def test_a_statement_waits_for_the_step_of_a_process_that_died(place, slow_ledger):
+    job = site_job()
+    party, weights = begun(place, job, private=True, round_=1)
+
+    class Wire(Tripwire):
+        def point(self, name):
+            if name == "after optim_step":
+                time.sleep(0.3)  # until the server has it
+                raise Crash
+
+    with pytest.raises(Crash):
+        party.ask(job, "train", 1, arrays=weights, wire=Wire())
+    said = party.statement(job)
+    assert said.rounds == ()
+    assert party.charges() == 1
+    assert float(said.epsilon) >= party.epsilon_of_all() > 0
+    assert party.ask(job, "train", 1, attempt=2, arrays=weights).facts["refused"] == "wrong_round"
+
+
+def test_who_was_asked_to_finish_takes_no_step_even_if_nothing_could_be_signed(place):
+    job = site_job()
+    party, weights = begun(place, job, private=True, round_=1)
+
+    class Wire(Tripwire):
+        def point(self, name):
+            if name == "before get_signed_report":
+                raise Crash
+
+    with pytest.raises(Crash):
+        party.ask(job, "finish", wire=Wire())
+    assert party.ask(job, "train", 1, arrays=weights).facts["refused"] == "wrong_round"
+    assert party.statement(job).epsilon_spent == 0
+
+
+def test_an_update_that_cost_more_than_was_agreed_does_not_leave(place, monkeypatch):
+    """The server charges the last step twice: it died between charge and release, and made the step again."""
+    job = site_job(rounds=1, records={"target_epsilon": 2.0})
+    party, weights = begun(place, job, private=True, round_=1)
+    plain, steps = PrivacyLedger.reserve, []
+
+    def reserve(*args, **kwargs):
+        steps.append(args)
+        if len(steps) == job.total_steps:
+            plain(*args, **kwargs)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(PrivacyLedger, "reserve", reserve)
+    for attempt in (1, 2):
+        reply = party.ask(job, "train", 1, attempt=attempt, arrays=weights)
+        assert reply.facts["refused"] == "policy"
+        assert "used up" in reply.facts["message"]
+        assert dict(reply.arrays) == {}
+    assert party.charges() == job.total_steps + 1
+    assert float(party.statement(job).epsilon) >= party.epsilon_of_all()
 
 
 def test_a_run_that_was_made_and_not_noted_is_found_again(place):
