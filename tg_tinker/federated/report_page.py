@@ -15,8 +15,9 @@ from typing import Any, Final
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.federated.report import FORMAT
 from tg_tinker.federated.report_grid import participation
+from tg_tinker.federated.result import DIGITS
 from tg_tinker.reports.page import day, facts, items, style, text
-from tg_tinker.reports.statement import small
+from tg_tinker.reports.statement import rounded_up, small
 
 _GONE: Final = {"refused": "refused", "bad_update": "sent a bad update", "no_answer": "gave no answer"}
 
@@ -91,12 +92,20 @@ def _budgets(report: Mapping[str, Any]) -> str:
 def _budget(epsilon: str, delta: str, target: float, about: str) -> str:
     spent = float(epsilon)
     said = f"{_shown(epsilon)} of {_plain(target)} spent"
-    share = 100.0 if not math.isfinite(spent) else min(100.0, 100.0 * spent / target)
+    share, over = _share(spent, target)
+    much = f"{share:.0f} % of" if math.isfinite(share) else "without limit, against"
     return (
         f'<p class="spent"><b>ε = {_shown(epsilon)}</b><span>at δ = {text(small(float(delta)))} · {text(about)}'
-        f'</span></p><div class="bar" role="img" aria-label="{text(said)}"><i style="width:{share:.2f}%"></i></div>'
-        f'<p class="ends"><span>{share:.0f} % of what the job allows</span><span>ε = {_plain(target)}</span></p>'
+        f'</span></p><div class="bar{over}" role="img" aria-label="{text(said)}">'
+        f'<i style="width:{min(100.0, share):.2f}%"></i></div>'
+        f'<p class="ends"><span>{much} what the job allows</span><span>ε = {_plain(target)}</span></p>'
     )
+
+
+def _share(spent: float, target: float) -> tuple[float, str]:
+    """How much of the target is spent, in percent, and the style's class where it is more than rounding explains."""
+    over = spent > float(rounded_up(target, DIGITS))
+    return (100.0 * spent / target if math.isfinite(target) else 100.0), " over-limit" if over else ""
 
 
 def _odds(guarantee: Mapping[str, Any]) -> str:
@@ -126,7 +135,12 @@ def _warnings(report: Mapping[str, Any]) -> Iterable[str]:
         yield f"The job ended early, after {len(course['rounds']):,} of {report['job']['rounds']:,} rounds."
     if records is None:
         yield "No site protected its records. Whoever gets a model or sees an update may learn what is in them."
-    elif report["guarantee"]["sites"] is None and records["assumed"]:
+        return
+    target = float(records["target_epsilon"])
+    over = [row["site"] for row in report["sites"] if _share(float(row["epsilon"]), target)[1]]
+    if over:
+        yield f"By their own statements these spent more than the job allowed: {', '.join(over)}."
+    if report["guarantee"]["sites"] is None and records["assumed"]:
         yield (
             f"{records['assumed']} of {len(report['sites'])} sites gave no signed statement. They are counted at the "
             "most that the job allowed them."
@@ -154,8 +168,9 @@ def _sites(report: Mapping[str, Any]) -> Iterable[str]:
     target = float(records["target_epsilon"]) if records is not None else math.inf
     for row in report["sites"]:
         spent, whole = float(row["epsilon"]), row["all_of_its_data"]
-        share = min(100.0, 100.0 * spent / target) if math.isfinite(spent) else 100.0
-        known = f'<div class="bar"><i style="width:{share:.1f}%"></i></div>' if math.isfinite(target) else ""
+        share, over = _share(spent, target)
+        bar = f'<div class="bar{over}"><i style="width:{min(100.0, share):.1f}%"></i></div>'
+        known = bar if math.isfinite(target) else ""
         at_most = "up to " if row["basis"] == "target" else ""
         total = "not told" if whole is None else f"{_shown(whole['epsilon'])} of {_shown(whole['target_epsilon'])}"
         signed = {"signed": "good", "missing": "bad"}.get(row["statement"], "quiet")

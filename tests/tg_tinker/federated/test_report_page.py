@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.tg_tinker.federated.reported import (
     population,
     result_of,
     shared_job,
+    signed,
     took_part,
     uneven,
 )
@@ -70,6 +72,24 @@ def test_every_site_and_every_claim_is_on_the_page() -> None:
     assert made["job_digest"] in page.text
     assert made["model"]["weights_digest"] in page.text
     assert "2 statements, each with its site’s signature" in page.text
+
+
+def test_a_site_over_its_target_and_the_budget_it_breaks_are_marked() -> None:
+    job = shared_job(records={**RECORDS, "people": "disjoint"})
+    rounds = [took_part(r, dict.fromkeys(names(3), UPDATE)) for r in (1, 2, 3)]
+    more = {"accounting": None, "epsilon": "7.50", "dataset_epsilon": "7.50"}
+    statements = {s: signed(job, s, (1, 2, 3), **(more if s == "site-1" else {})) for s in names(3)}
+    page = page_of(Reported(result_of(job, rounds, statements=statements)))
+    assert "these spent more than the job allowed: site-1." in page.text
+    assert "125 % of what the job allows" in page.text
+    bars = [(a["class"], s["style"]) for (t, a), (_, s) in pairwise(page.elements) if "bar" in str(a.get("class"))]
+    assert bars == [
+        ("bar over-limit", "width:100.00%"),
+        ("bar", "width:50.5%"),
+        ("bar over-limit", "width:100.0%"),
+        ("bar", "width:50.5%"),
+    ]
+    assert "more than the job allowed" not in page_of(honest()).text
 
 
 def test_the_grid_has_a_mark_for_each_site_and_round() -> None:
