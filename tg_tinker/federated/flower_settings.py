@@ -98,6 +98,8 @@ class FlowerCoordinator(_Settings):
         key: its private key.
         state_dir: logs and Flower's own files.
         node_keys: each site's public node key (OpenSSH). Other nodes are turned away.
+        largest_body: bytes of one request of a registered node, which the SuperLink holds in memory; an update's
+            largest array must fit. Of strangers it reads 1 MiB at most.
     """
 
     address: Address = "127.0.0.1:8000"
@@ -106,3 +108,4 @@ class FlowerCoordinator(_Settings):
     key: Path
     state_dir: Path = Path("flower")
     node_keys: dict[SiteName, Path] = Field(min_length=1)
+    largest_body: int = Field(2**31, ge=2**20, le=2**40)

@@ -1,38 +1,41 @@
 """Flower's own long-running programs, started as children of ours: ``python -m ...flower.entry superlink ...``.
 
-Two additions to the programs as installed. They end when their parent does, however it died. And a SuperLink answers
+Three additions to the programs as installed. They end when their parent does, however it died. A SuperLink answers
 its Control and Runtime APIs to this computer only: they share their port with the Fleet API that sites need, and
-without an account server anybody who reaches the Control API may start runs and register nodes.
+without an account server anybody who reaches the Control API may start runs and register nodes. And it reads long
+bodies from this computer and registered nodes only, see `bodies`.
 """
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from starlette.middleware import Middleware
 
+from tg_tinker.federated.flower.bodies import App, LimitedBodies, Receive, Scope, Send
+
+NODE_KEY, LARGEST_BODY = "--tg-tinker-node-key", "--tg-tinker-largest-body"
+"""Our own options of a SuperLink: a file with a node's public key in OpenSSH form, repeated; bytes."""
 OPEN_TO_ALL = ("/v1/fleet/", "/health")
 """What sites need. Paths are compared as the SuperLink's router sees them."""
-_Scope = MutableMapping[str, Any]
-_Receive = Callable[[], Awaitable[_Scope]]
-_Send = Callable[[_Scope], Awaitable[None]]
-_App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
 
 class LocalOnly:
     """ASGI middleware: requests from other computers reach the paths of `OPEN_TO_ALL` only; others get 403."""
 
-    def __init__(self, app: _App) -> None:
+    def __init__(self, app: App) -> None:
         self._app = app
 
-    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
         if scope["type"] == "lifespan" or scope["path"].startswith(OPEN_TO_ALL) or _is_local(scope):
             await self._app(scope, receive, send)
@@ -43,7 +46,7 @@ class LocalOnly:
             await send({"type": "websocket.close", "code": 1008})
 
 
-def _is_local(scope: _Scope) -> bool:
+def _is_local(scope: Scope) -> bool:
     """Whether the connection comes from this computer: over loopback, or from the address that it goes to."""
     client, server = scope.get("client"), scope.get("server")
     try:
@@ -52,6 +55,16 @@ def _is_local(scope: _Scope) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback or bool(client and server and client[0] == server[0])
+
+
+def _is_of_the_coordinator(scope: Scope) -> bool:
+    """Whether a request may be one of the coordinator's own: nodes prove themselves, wherever they run."""
+    return not scope["path"].startswith(OPEN_TO_ALL) and _is_local(scope)
+
+
+def _keys(paths: list[Path]) -> list[EllipticCurvePublicKey]:
+    keys = [load_ssh_public_key(path.read_bytes()) for path in paths]
+    return [key for key in keys if isinstance(key, EllipticCurvePublicKey)]
 
 
 def _end_with(parent: int) -> None:
@@ -70,13 +83,20 @@ def _end_with(parent: int) -> None:
 def main() -> None:
     """Run the program named by the first argument, whose parent is the second."""
     name, parent = sys.argv[1], int(sys.argv[2])
-    sys.argv = [f"flower-{name}", *sys.argv[3:]]
+    ours = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    ours.add_argument(NODE_KEY, action="append", type=Path, default=[], dest="node_keys")
+    ours.add_argument(LARGEST_BODY, type=int, default=2**31, dest="largest")
+    own, flowers = ours.parse_known_args(sys.argv[3:])
+    sys.argv = [f"flower-{name}", *flowers]
     _end_with(parent)
     if name == "superlink":
         from flwr.superlink import extensions
         from flwr.superlink.cli import flower_superlink
 
-        extensions.get_middleware = lambda: (Middleware(LocalOnly),)
+        limits = Middleware(
+            LimitedBodies, node_keys=_keys(own.node_keys), largest=own.largest, trusted=_is_of_the_coordinator
+        )
+        extensions.get_middleware = lambda: (Middleware(LocalOnly), limits)
         flower_superlink()
     else:
         from flwr.supernode.cli import flower_supernode

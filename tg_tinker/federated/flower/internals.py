@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import httpx
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import Context, Message
@@ -198,6 +199,24 @@ def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
         over.set()
 
 
+def check_node_key(site: str, public_key: bytes) -> EllipticCurvePublicKey:
+    """The key in a text in OpenSSH form.
+
+    Raises:
+        InvalidRequestError: it is no elliptic-curve key.
+    """
+    try:
+        key = load_ssh_public_key(public_key)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, EllipticCurvePublicKey):
+        raise InvalidRequestError(
+            f"the node key of {site!r} is no public EC key in OpenSSH form; the site sends its node_key's .pub",
+            field="node_keys",
+        )
+    return key
+
+
 class Control:
     """A SuperLink's Control API: registers nodes, starts runs."""
 
@@ -219,15 +238,7 @@ class Control:
             InvalidRequestError: it is no elliptic-curve key.
             ServerError: the SuperLink refused.
         """
-        try:
-            key = load_ssh_public_key(public_key)
-        except ValueError:
-            key = None
-        if not isinstance(key, EllipticCurvePublicKey):
-            raise InvalidRequestError(
-                f"the node key of {site!r} is no public EC key in OpenSSH form; the site sends its node_key's .pub",
-                field="node_keys",
-            )
+        key = check_node_key(site, public_key)
         try:
             self._client.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key), name=site))
         except httpx.HTTPError as e:

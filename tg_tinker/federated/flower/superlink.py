@@ -7,14 +7,16 @@ import logging
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.federated.flower.apps import server_app
+from tg_tinker.federated.flower.entry import LARGEST_BODY, NODE_KEY
 from tg_tinker.federated.flower.executor import serve_run
-from tg_tinker.federated.flower.internals import Control, Endpoint
+from tg_tinker.federated.flower.internals import Control, Endpoint, check_node_key
 from tg_tinker.federated.flower.program import Program, is_free, task_secret
 from tg_tinker.federated.flower_settings import FlowerCoordinator, split_address
 from tg_tinker.federated.link import CoordinatorLink
@@ -51,6 +53,8 @@ class SuperLink:
         own = _EVERYWHERE.get(host, host)
         self._own, self._port = own, port
         self.address = f"[{own}]:{port}" if ":" in own else f"{own}:{port}"
+        for site, path in settings.node_keys.items():
+            node_key(site, path)
         folder = settings.state_dir.absolute()
         secret_file = folder / "tasks.secret"
         self._endpoint = Endpoint(
@@ -66,6 +70,8 @@ class SuperLink:
                 *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
                 *("--isolation", "process"),
                 *("--superexec-auth-secret-file", str(secret_file)),
+                *(part for path in settings.node_keys.values() for part in (NODE_KEY, str(path.absolute()))),
+                *(LARGEST_BODY, str(settings.largest_body)),
             ],
             folder,
         )
@@ -114,14 +120,7 @@ class SuperLink:
         control = Control(self.address, self._settings.ca.read_bytes())
         try:
             for site, path in self._settings.node_keys.items():
-                try:
-                    public = path.read_bytes()
-                except OSError as e:
-                    raise InvalidRequestError(
-                        f"flower.node_keys: cannot read the node key of {site!r}, {path}: {e.strerror}",
-                        field="flower.node_keys",
-                    ) from e
-                control.register(site, public)
+                control.register(site, node_key(site, path))
         finally:
             control.close()
 
@@ -150,3 +149,19 @@ class SuperLink:
         raise ServerError(
             f"flower-superlink did not answer within {self._timeout_s:g} s; its log is {self.program.log}"
         )
+
+
+def node_key(site: str, path: Path) -> bytes:
+    """The public key of a site's node, in OpenSSH form.
+
+    Raises:
+        InvalidRequestError: the file cannot be read or holds no such key.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as e:
+        raise InvalidRequestError(
+            f"flower.node_keys: cannot read the node key of {site!r}, {path}: {e.strerror}", field="flower.node_keys"
+        ) from e
+    check_node_key(site, text)
+    return text
