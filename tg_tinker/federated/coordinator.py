@@ -24,7 +24,7 @@ from tg_tinker.federated.link import CoordinatorLink
 from tg_tinker.federated.masking import MaskingSetting
 from tg_tinker.federated.result import FederatedResult
 from tg_tinker.federated.rounds import Course
-from tg_tinker.federated.site_privacy import check_feasible, trained_sizes
+from tg_tinker.federated.site_privacy import check_feasible, check_left, trained_sizes
 from tg_tinker.federated.state import Saved, StateFolder
 from tg_tinker.federated.surroundings import Progress, Released, Surroundings
 from tg_tinker.federated.updates import weights_digest
@@ -137,6 +137,7 @@ class Coordinator:
         job = draft.model_copy(update={"adapter_digest": weights_digest(weights)})
         if job.sites is not None:
             check_feasible(job, trained_sizes(job, weights))
+            check_left(job, self._service)
         course = Course(
             rounds=job.rounds,
             roster=tuple(sorted(job.roster)),

@@ -21,8 +21,9 @@ from tg_tinker.federated.job import Job
 from tg_tinker.federated.keys import public_text
 from tg_tinker.federated.masking import MaskingSetting
 from tg_tinker.federated.masking.ring import error_bound
-from tg_tinker.federated.report_facts import Course, Facts, ledger_of
+from tg_tinker.federated.report_facts import Course, Facts
 from tg_tinker.federated.report_sites import open_own_report, read_statement
+from tg_tinker.federated.result import ledger_of
 from tg_tinker.federated.statement import SiteStatement
 from tg_tinker.ledger.history import NEIGHBOURS
 from tg_tinker.reports.statement import number
@@ -161,7 +162,7 @@ def _guarantee(facts: Facts, statements: Statements, site_epsilon: Decimal | Non
             "epsilon": epsilon,
             "delta": delta,
             "target_epsilon": number(job.sites.target_epsilon),
-            "ledger": ledger_of(facts.job_digest),
+            "ledger": ledger_of(facts.job),
         }
         said.append(words.sites_sentence(epsilon, delta))
     return {"sentence": " ".join(said), "records": records, "sites": sites}

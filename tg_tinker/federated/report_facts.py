@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from tg_tinker.errors import InvalidRequestError, TGTinkerError
 from tg_tinker.federated.job import Job, SiteName
 from tg_tinker.federated.report_sites import read_statement
-from tg_tinker.federated.result import FederatedResult
+from tg_tinker.federated.result import FederatedResult, ledger_of
 from tg_tinker.federated.rounds import Answer, RoundRecord
 from tg_tinker.federated.statement import Digest
 
@@ -31,11 +31,6 @@ Text = Annotated[str, StringConstraints(max_length=_SHOWN)]
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def ledger_of(job_digest: str) -> str:
-    """The dataset id under which the coordinator's server charges the privacy of a job's sites."""
-    return f"federation-sites:{job_digest}"
 
 
 class Reply(_Part):
@@ -232,7 +227,7 @@ def _envelope(job: Job, report: bytes | None) -> dict[str, Any] | None:
     if report is None:
         raise _refused(
             "this job protects whole sites, and the report on their ledger is missing: fetch it from the "
-            f"coordinator's server with `tg-tinker privacy report {ledger_of(job.digest())}` and give it"
+            f"coordinator's server with `tg-tinker privacy report {ledger_of(job)}` and give it"
         )
     try:
         envelope = json.loads(report)

@@ -28,8 +28,9 @@ from tg_tinker.federated.report import (
     signed_by_coordinator,
     site_level_epsilon,
 )
-from tg_tinker.federated.report_facts import UNTOLD, Course, Facts, ledger_of
+from tg_tinker.federated.report_facts import UNTOLD, Course, Facts
 from tg_tinker.federated.report_sites import check_site_report, open_own_report, second_opinion
+from tg_tinker.federated.result import ledger_of
 from tg_tinker.reports.statement import number
 from tg_tinker.reports.verdicts import REGISTRY, Document, Trust, Verdict, refused, same
 from tg_tinker.transparency.note import VerifierKey
@@ -209,7 +210,7 @@ def _site_level(job: Job, facts: Facts, trust: Trust) -> Iterator[Verdict]:
     # That no charge is over the target in force was checked with the entries; here, that this is the job's target.
     guarantee, releases = report["guarantee"], report["mechanism"]["releases"]
     pairs = [
-        ("dataset", report["dataset_id"], ledger_of(facts.job_digest)),
+        ("dataset", report["dataset_id"], ledger_of(job)),
         ("unit", guarantee["privacy_unit"], "site"),
         ("delta", guarantee["delta"], number(job.sites.target_delta)),
         ("target", guarantee["target_epsilon"], number(job.sites.target_epsilon)),
@@ -218,18 +219,26 @@ def _site_level(job: Job, facts: Facts, trust: Trust) -> Iterator[Verdict]:
         if said != right:
             raise refused("sites", f"the {name} of the report on their ledger is {said[:100]!r}, not {right!r}")
     rate = round(job.sites.population * job.sites.sample_rate) / job.sites.population
+    charged, others = 0, 0
     for release in releases:
         event = release["event"]
         said = float(event.get("noise_multiplier", 0)), float(event.get("sample_rate", 1))
-        if not all(
+        if all(
             math.isclose(a, b, rel_tol=1e-9) for a, b in zip(said, (job.sites.noise_multiplier, rate), strict=True)
         ):
-            raise refused("sites", f"a round was charged with noise and rate {said}, which are not the job's")
-    charged = sum(release["times"] for release in releases)
+            charged += release["times"]
+        else:  # of another job over the same sites, whose cost is in the total
+            others += release["times"]
     if charged < len(facts.course.rounds):
-        raise refused("sites", f"{len(facts.course.rounds)} rounds were released, and {charged} were charged")
+        raise refused(
+            "sites",
+            f"{len(facts.course.rounds)} rounds were released, and {charged} were charged with the noise and rate of "
+            "the job",
+        )
     yield Verdict(
-        "sites", f"{charged} charges for {len(facts.course.rounds)} released rounds, on the terms of the job"
+        "sites",
+        f"{charged} charges for {len(facts.course.rounds)} released rounds, on the terms of the job"
+        + (f"; {others} on other terms, by other jobs over these sites" if others else ""),
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
 
+import rfc8785
 from pydantic import BaseModel, ConfigDict, Field
 
 from tg_tinker.errors import TGTinkerError
@@ -27,8 +29,8 @@ class SiteLevel(_Part):
     """What was promised to whole sites.
 
     Attributes:
-        dataset_id: name of the ledger at the coordinator's server that was charged.
-        epsilon: spent there, rounds whose result was lost included.
+        dataset_id: name of the ledger at the coordinator's server that was charged; see ``ledger_of``.
+        epsilon: spent there by all jobs over these sites, rounds whose result was lost included.
         bound: last clipping bound.
         numbers: behind the decision that the job may begin; see ``site_privacy.check_feasible``.
     """
@@ -98,6 +100,16 @@ class FederatedResult(_Part):
     unstated: dict[str, str] = Field(default_factory=dict)
     trust: dict[str, Any]
     ended: datetime
+
+
+def ledger_of(job: Job) -> str:
+    """The dataset id under which the coordinator's server charges the privacy of a job's sites.
+
+    It follows from the keys on the roster alone: jobs over the same sites share one budget. A roster with a site more
+    or less has another ledger, so that what a site spent there is not counted here.
+    """
+    keys = hashlib.sha256(rfc8785.dumps(sorted(job.roster.values()))).hexdigest()
+    return f"federation-sites:{keys}"
 
 
 def promise_of(job: Job, statements: Mapping[str, Mapping[str, Any]] | None = None) -> Promise:

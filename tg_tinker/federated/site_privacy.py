@@ -28,7 +28,10 @@ import numpy.typing as npt
 from tg_tinker.data import PoissonSampler
 from tg_tinker.errors import FederationRefusedError, InvalidRequestError, ResourceNotFoundError
 from tg_tinker.federated.job import Job, SitePrivacy
+from tg_tinker.federated.result import ledger_of
 from tg_tinker.federated.updates import Factor, trained_names
+from tg_tinker.ledger.history import read_history
+from tg_tinker.ledger.releases import histogram
 from tg_tinker.privacy import gate_epsilon, plan
 from tg_tinker.service_client import ServiceClient
 from tg_tinker.types import DPConfig, OptimizerConfig, TrainingConfig
@@ -208,6 +211,53 @@ def check_feasible(job: Job, sizes: Mapping[Factor | None, int]) -> dict[str, fl
     return numbers
 
 
+def check_left(job: Job, service: ServiceClient) -> None:
+    """Require that the sites' budget carries the job after all that earlier jobs over the same sites have spent.
+
+    Raises:
+        FederationRefusedError: reason "hopeless": it does not, with what is spent; or the budget has other terms.
+    """
+    assert job.sites is not None
+    sites, name = job.sites, ledger_of(job)
+    try:
+        ledger = service.get_privacy_ledger(name)
+    except ResourceNotFoundError:
+        return
+    history = read_history(name, [entry.body for entry in ledger.entries])
+    here = history.in_force
+    if (here.target_epsilon, here.target_delta) != (sites.target_epsilon, sites.target_delta):
+        raise _hopeless(
+            f"these sites have a budget already, of epsilon {here.target_epsilon:g} at delta {here.target_delta:g}, "
+            f"and the job asks for {sites.target_epsilon:g} at {sites.target_delta:g}: use the terms of {name}"
+        )
+    spent, rounds = histogram(history.releases), SiteTerms.of(sites).histogram(job.rounds)
+    if spent is None:
+        raise _hopeless(
+            f"something was released of these sites without noise, by {name}: nothing is left of a budget"
+        )
+
+    def cost(times: int) -> float:
+        more = dict.fromkeys(rounds, times)
+        kinds = {*spent, *more}
+        return gate_epsilon({kind: spent.get(kind, 0) + more.get(kind, 0) for kind in kinds}, sites.target_delta)
+
+    before, after = cost(0) if spent else 0.0, cost(job.rounds)
+    if after <= sites.target_epsilon:
+        return
+    numbers = {"epsilon_before": before, "epsilon": after, "target_epsilon": sites.target_epsilon}
+    if cost(1) > sites.target_epsilon:
+        raise _hopeless(
+            f"nothing is left of the budget of these sites: earlier jobs spent epsilon {before:.4g} of "
+            f"{sites.target_epsilon:g}, and not one more round fits. What was released cannot be taken back",
+            numbers,
+        )
+    raise _hopeless(
+        f"earlier jobs over these sites spent epsilon {before:.4g} of {sites.target_epsilon:g}, and with "
+        f"{job.rounds} rounds more it would be {after:.4g}: take fewer rounds, or more noise",
+        numbers,
+    )
+
+
 class SiteDraw(Protocol):
     """Who takes part in a round."""
 
@@ -230,14 +280,14 @@ class SiteMechanism:
         """
         assert job.sites is not None
         self.terms = SiteTerms.of(job.sites)
-        self._sites, self._service, self._job = job.sites, service, job.digest()
+        self._sites, self._service, self._job, self._ledger = job.sites, service, job.digest(), ledger_of(job)
         self._draw = draw or PoissonSampler(self.terms.population, self.terms.sample_rate)
         self._runs: dict[int, Any] = {}
 
     @property
     def dataset_id(self) -> str:
-        """Whose budget it is: the job's name at the ledger."""
-        return f"federation-sites:{self._job}"
+        """Whose budget it is: that of the sites on the roster, over all jobs."""
+        return self._ledger
 
     def draw(self, roster: Sequence[str]) -> list[str]:
         """The sites of a round. Places of the population that nobody on the roster has are drawn and stay empty."""
@@ -270,7 +320,7 @@ class SiteMechanism:
         return mean, next_bound(self._sites, bound, share)
 
     def epsilon(self) -> float:
-        """Spent by the job's sites so far, lost rounds included; 0 before the first charge."""
+        """Spent by the sites so far in this and all earlier jobs, lost rounds included; 0 before the first charge."""
         for run in self._runs.values():
             return float(run.privacy.total_epsilon)
         try:  # a spent budget opens no new run

@@ -19,9 +19,9 @@ from tests.tg_tinker.reports.conftest import Forge
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.federated.job import Job
 from tg_tinker.federated.report import coordinator_key, document, read_statements, sign_report, site_level_epsilon
-from tg_tinker.federated.report_facts import Facts, ledger_of
+from tg_tinker.federated.report_facts import Facts
 from tg_tinker.federated.report_verify import verify_federation_report
-from tg_tinker.federated.result import FederatedResult, SiteLevel, promise_of, trust_of
+from tg_tinker.federated.result import FederatedResult, SiteLevel, ledger_of, promise_of, trust_of
 from tg_tinker.federated.rounds import Answer, RoundRecord
 from tg_tinker.federated.statement import Accounting, SiteStatement, sign_statement
 from tg_tinker.privacy import gate_epsilon
@@ -199,17 +199,17 @@ def population(*, charges: int = 3, **level: Any) -> Reported:
     forge = site_level_forge(job, charges=charges, **level)
     rounds = [took_part(r, None) for r in (1, 2, 3)]
     spent = float(forge.chain[-1][0]["epsilon"])
-    sites = SiteLevel(dataset_id=ledger_of(job.digest()), epsilon=spent, delta=1e-5, bound=1.0, numbers={})
+    sites = SiteLevel(dataset_id=ledger_of(job), epsilon=spent, delta=1e-5, bound=1.0, numbers={})
     return Reported(result_of(job, rounds, sites=sites), level=forge.sign())
 
 
 def site_level_forge(job: Job, *, charges: int = 3, unit: str = "site", **more: Any) -> Forge:
     """The ledger of whole sites at the coordinator's server."""
-    event = more.pop("event", DRAWN)
-    forge = Forge(**{"dataset_id": ledger_of(job.digest()), "target": "4.0", **more}).open(event=event, unit=unit)
+    event, closed = more.pop("event", DRAWN), more.pop("closed", True)
+    forge = Forge(**{"dataset_id": ledger_of(job), "target": "4.0", **more}).open(event=event, unit=unit)
     for seq in range(1, charges + 1):
         forge.settle(forge.charge(seq, unit=unit, event=event))
-    return forge.close()
+    return forge.close() if closed else forge
 
 
 @cache

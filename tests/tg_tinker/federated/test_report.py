@@ -35,9 +35,10 @@ from tests.tg_tinker.federated.reported import (
 )
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.federated.report import PAYLOAD_TYPE, coordinator_key
-from tg_tinker.federated.report_facts import Facts, ledger_of
+from tg_tinker.federated.report_facts import Facts
 from tg_tinker.federated.report_file import write_report
 from tg_tinker.federated.report_words import delta_text, epsilon_text
+from tg_tinker.federated.result import ledger_of
 from tg_tinker.federated.site_privacy import SiteMechanism
 from tg_tinker.reports.statement import PAYLOAD_TYPE as PRIVACY_REPORT
 
@@ -215,7 +216,7 @@ def test_numbers_are_never_rounded_down(value: Decimal) -> None:
 
 def test_the_ledger_of_sites_has_the_name_that_the_mechanism_charges() -> None:
     job = shared_job(sites_privacy=SITES)
-    assert SiteMechanism(None, job).dataset_id == ledger_of(job.digest())  # type: ignore[arg-type]
+    assert SiteMechanism(None, job).dataset_id == ledger_of(job)  # type: ignore[arg-type]
 
 
 # Writing.
@@ -242,7 +243,7 @@ def test_nothing_is_written_that_would_not_verify(tmp_path: Path) -> None:
         write_report(reported.result, key_of("site-0"), folder)
     with pytest.raises(InvalidRequestError, match="no report on their ledger belongs to it"):
         write_report(reported.result, COORDINATOR, folder, site_level_report=b"{}")
-    with pytest.raises(InvalidRequestError, match=f"privacy report federation-sites:{job.digest()}"):
+    with pytest.raises(InvalidRequestError, match=f"privacy report {ledger_of(job)}"):
         write_report(population().result, COORDINATOR, folder)
     for nonsense in (b"", b"[]", b"{}", b"\xff"):
         with pytest.raises(InvalidRequestError, match=r"no privacy report|not a signed report"):

@@ -34,13 +34,21 @@ from tg_tinker.transparency.note import VerifierKey, sign_note
 OTHER_NOISE = {"kind": "sampled_gaussian", "noise_multiplier": "0.9", "sample_rate": "0.1", "vouched_by": "client"}
 OTHER_RATE = {"kind": "sampled_gaussian", "noise_multiplier": "1.0", "sample_rate": "0.01", "vouched_by": "client"}
 LEDGER_LIES = [
-    ("of another job", {"dataset_id": "federation-sites:" + "0" * 64}, r"^sites: the dataset of the report"),
+    ("of other sites", {"dataset_id": "federation-sites:" + "0" * 64}, r"^sites: the dataset of the report"),
     ("records instead of sites", {"unit": "datum"}, r"^sites: the unit of the report"),
     ("at another delta", {"delta": "0.001"}, r"^sites: the delta of the report"),
     ("under another target", {"target": "50.0"}, r"^sites: the target of the report"),
     ("too few charges", {"charges": 2}, r"^sites: 3 rounds were released, and 2 were charged"),
-    ("less noise", {"event": OTHER_NOISE}, r"^sites: a round was charged with noise and rate \(0.9, 0.1\)"),
-    ("a rarer draw", {"event": OTHER_RATE}, r"^sites: a round was charged with noise and rate \(1.0, 0.01\)"),
+    (
+        "less noise",
+        {"event": OTHER_NOISE},
+        r"^sites: 3 rounds were released, and 0 were charged with the noise",
+    ),
+    (
+        "a rarer draw",
+        {"event": OTHER_RATE},
+        r"^sites: 3 rounds were released, and 0 were charged with the noise",
+    ),
 ]
 
 

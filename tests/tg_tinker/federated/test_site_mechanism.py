@@ -9,6 +9,7 @@ import pytest
 
 from tests.tg_tinker.federated.coordinating import Killed, coordinator, fake_sites, killing, link_to
 from tests.tg_tinker.federated.jobs import make_job, names
+from tg_tinker import ServiceClient
 from tg_tinker.federated.site_privacy import SiteMechanism
 from tg_tinker.privacy import gate_epsilon
 
@@ -26,8 +27,8 @@ class Draw:
         return np.array(self.places.pop(0), dtype=np.int64)
 
 
-def mechanism(service, *places, **sites):
-    job = make_job(sites=3, sites_privacy={**MANY, **sites})
+def mechanism(service, *places, roster=3, **sites):
+    job = make_job(sites=roster, sites_privacy={**MANY, **sites})
     return SiteMechanism(service, job, draw=Draw(*places) if places else None)
 
 
@@ -53,8 +54,8 @@ def test_a_huge_update_moves_the_mean_no_further_than_the_bound(coordinator_serv
 
 
 def test_an_empty_draw_is_charged_and_noised_like_any_other(coordinator_service):
-    for sites in (MANY, {**ALL, "sample_rate": 1.0}):
-        one = mechanism(coordinator_service, **sites)
+    for roster, sites in ((3, MANY), (4, {**ALL, "sample_rate": 1.0})):  # each with a budget of its own
+        one = mechanism(coordinator_service, roster=roster, **sites)
         mean, _ = one.release({}, size=5000, bound=1.0)
         terms = one.terms
         assert mean.std() == pytest.approx(terms.noise_multiplier / terms.expected_sites, rel=0.06)
@@ -225,7 +226,7 @@ def _fails_in(round_):
     ],
 )
 def test_killed_anywhere_the_ledger_holds_a_charge_for_every_release(
-    tmp_path, coordinator_service, monkeypatch, everybody, after, near
+    tmp_path, coordinator_server, coordinator_service, monkeypatch, everybody, after, near
 ):
     job = {**feasible_job(), "rounds": 2}
     with killing(monkeypatch, at=0, after=False) as effects:
@@ -233,10 +234,11 @@ def test_killed_anywhere_the_ledger_holds_a_charge_for_every_release(
     charged = {}
     for at in [at for at, name in enumerate(effects, 1) if name in near]:
         folder, link = tmp_path / f"at-{at}", link_of_three()
-        mine = {**job, "job_id": f"job-{at}"}  # a ledger of its own
-        with killing(monkeypatch, at=at, after=after), pytest.raises(Killed):
-            run(folder, coordinator_service, mine, link)
-        result, _ = run(folder, coordinator_service, mine, link)
+        key = coordinator_server.mint_key(f"{tmp_path.name}-{at}")  # a ledger of its own
+        with ServiceClient(key, coordinator_server.address) as service:
+            with killing(monkeypatch, at=at, after=after), pytest.raises(Killed):
+                run(folder, service, job, link)
+            result, _ = run(folder, service, job, link)
         assert result.status == "finished", at
         charged.setdefault(effects[at - 1], []).append(_rounds_charged(result))
     # Never less than the two that were released; one more where the kill came between a charge and its release.
