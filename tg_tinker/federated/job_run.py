@@ -181,6 +181,7 @@ class JobRun:
             place=(course.round, course.attempt),
             weights=self._weights,
             size=size(shapes),
+            opened=course.opened,
             before_open=lambda stayed: self._put(self._course.open(stayed)),
         )
         course = self._course

@@ -5,7 +5,7 @@ Shape suffixes: P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,7 @@ def masked_attempt(
     place: tuple[int, int],
     weights: Arrays,
     size: int,
+    opened: Collection[str] = (),
     before_open: Callable[[list[str]], None],
 ) -> MaskedAttempt:
     """Go through the steps of masking once.
@@ -54,6 +55,7 @@ def masked_attempt(
         place: round and attempt; never used before.
         weights: the whole model.
         size: P, of an update.
+        opened: the set over which shares were asked for before, with the same weights; no other is summed then.
         before_open: called with the sites in the sum just before their shares are asked for, to be put on disk: from
             then on they take part in this round for the same sum only.
     """
@@ -75,6 +77,12 @@ def masked_attempt(
     try:
         listed = steps.keys(facts_of(ask("mask.keys", sites, steps.begin())))
         shares = steps.shares(facts_of(ask("mask.shares", listed["keys"], listed)))
+        if opened and set(shares) != set(opened):
+            # Before training, which is paid for.
+            raise FederationRefusedError(
+                f"shares were asked for over {', '.join(sorted(opened))}, whose sum was lost, and not all are there",
+                reason="too_few_sites",
+            )
         replies = ask("train", shares, shares, each=True, arrays=weights)
         stay = steps.masked({site: _masked(reply.arrays) for site, reply in replies.items() if ARRAY in reply.arrays})
         # A site in the sum stays in it, whether it answers from here on or not.

@@ -100,7 +100,7 @@ class Course(_Value):
         tries: attempts since the last start.
         asked: sites of the attempt under way.
         answers: last word of each site in the round under way.
-        opened: sites over whose masked updates shares were asked for in this round: from now on these and no others.
+        opened: sites over whose masked updates shares were asked for: with these weights, these and no others.
         ignored: late, repeated or uncalled-for replies of the whole job.
         why: why it failed.
     """
@@ -294,7 +294,9 @@ class Course(_Value):
         )
         released = (*self.released, record)
         phase: Phase = "finished" if len(released) == self.rounds else "training"
-        return self._but(released=released, phase=phase, attempt=0, tries=0, asked=(), answers={}, opened=())
+        # A lost round leaves the weights as they are, and sites know by the weights which sum they opened.
+        opened = self.opened if skipped else ()
+        return self._but(released=released, phase=phase, attempt=0, tries=0, asked=(), answers={}, opened=opened)
 
     def _but(self, **changes: Any) -> Self:
         return self.model_copy(update=changes)

@@ -124,6 +124,33 @@ def test_a_sum_that_can_not_be_opened_again_is_skipped_and_the_job_goes_on(tmp_p
     check_blind(link, sites)
 
 
+def test_with_the_weights_of_a_lost_sum_nobody_trains_before_all_of_it_are_back(tmp_path, coordinator_service):
+    """Sites open no other sum with these weights, so training would be paid for and lost."""
+    sites = fake_sites(5)
+    job = {"sites": 5, "masking": {"clip": 0.25, "bits": 20, "threshold": 3}, "min_sites": 3, "rounds": 4}
+    link = link_to(sites)
+    link.faults["site-4", "train"] = ["die"]
+
+    def kill(request):
+        if request.kind == "mask.open" and request.site == "site-2":
+            raise Killed
+
+    link.before = kill
+    with pytest.raises(Killed):
+        coordinator(tmp_path, coordinator_service, job=job, max_attempts=2).run(link)
+    link.before = lambda request: link.down.discard("site-1") if request.round == 3 else None
+    link.down = {"site-1"}
+    result = coordinator(tmp_path, coordinator_service, job=job, max_attempts=2).run(link)
+    assert result.status == "finished"
+    assert [bool(r.skipped) for r in result.rounds] == [True, True, False, False]
+    assert "not all are there" in result.rounds[1].skipped
+    assert [r.updates for r in result.rounds] == [0, 0, 4, 5]
+    assert not any(2 in site.trained for site in sites)
+    assert "site-4" not in result.rounds[2].answers
+    expected = mean_of([f"site-{i}" for i in range(5)], (4,), mean_of([f"site-{i}" for i in range(4)], (3,)))
+    np.testing.assert_allclose(table_of(coordinator_service, result), expected, atol=6e-6)
+
+
 def test_what_is_no_masked_update_is_left_out_by_name(tmp_path, coordinator_service):
     sites = fake_sites(4)
     link = link_to(sites)

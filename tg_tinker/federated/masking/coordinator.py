@@ -52,7 +52,7 @@ class MaskingRound:
 
     Every step raises FederationRefusedError, reason "too_few_sites", where fewer than the threshold are left. The
     next attempt may do better, unless shares were opened in this one: then sites take part again for the same sum
-    only, and the way on is the next round.
+    only, in this round and in every other that begins with the same weights.
     """
 
     def __init__(self, job: Job, round_: int, attempt: int, *, size: int, base: str) -> None:

@@ -30,7 +30,7 @@ from tg_tinker.federated.masking.masks import pairwise_mask, personal_mask
 from tg_tinker.federated.masking.ring import Words, quantise
 from tg_tinker.federated.masking.setting import MaskingSetting, Place
 from tg_tinker.federated.masking.shamir import SHARE_BYTES
-from tg_tinker.federated.masking.site_state import MaskingState
+from tg_tinker.federated.masking.site_state import MaskingState, set_digest
 from tg_tinker.transparency._encoding import from_base64
 
 MAX_ATTEMPTS = 1_000_000
@@ -226,7 +226,8 @@ class MaskingSite:
 
         Raises:
             FederationRefusedError: reason "too_few_sites"; "masking": we are not among them or sent no update, one of
-                them did not share, or another set was signed in this attempt or opened in this round.
+                them did not share, or another set was signed in this attempt or opened in this round or in one that
+                began with the same weights.
         """
         self._at(round_, attempt)
         stayed = site_list(facts, "stayed", of=_REQUEST)
@@ -238,6 +239,12 @@ class MaskingSite:
                 raise refused(
                     f"in round {round_} shares were already opened for the sum over {self._state.opened_stayed}; the "
                     "sum over others would give away single updates. Take the same sites, or go on to the next round"
+                )
+            if self._state.opened_bases.get(self._base, set_digest(stayed)) != set_digest(stayed):
+                raise refused(
+                    f"round {round_} begins with the weights of an earlier one, in which shares were opened for the "
+                    "sum over other sites; the two sums would differ by little more than single updates. Take the "
+                    "same sites, or begin another job"
                 )
             self._state.stayed = stayed
         if self._state.stayed != stayed:
@@ -297,9 +304,13 @@ class MaskingSite:
         assert self._state.secret is not None
         return k.AttemptSecrets(from_base64(self._state.secret), self._site, self._place)
 
-    def _advertised(self) -> k.Advertisement:
+    @property
+    def _base(self) -> str:
         assert self._state.base is not None
-        return self._secrets().advertise(self._key, self._state.base)
+        return self._state.base
+
+    def _advertised(self) -> k.Advertisement:
+        return self._secrets().advertise(self._key, self._base)
 
     def _at(self, round_: int, attempt: int) -> k.AttemptSecrets:
         if (round_, attempt) != (self._state.round, self._state.attempt) or self._state.secret is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -12,6 +15,8 @@ from tg_tinker.transparency._encoding import from_base64
 
 REMEMBERED_KEYS = 5_000
 """Keys of earlier attempts that are known again: some 30 rounds of 50 sites, 500 of three."""
+REMEMBERED_BASES = 1_000
+"""Weights of earlier rounds that are known again."""
 
 
 def _holds(size: int) -> AfterValidator:
@@ -21,6 +26,11 @@ def _holds(size: int) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def set_digest(sites: Iterable[str]) -> str:
+    """SHA-256 of a set of sites, hex."""
+    return hashlib.sha256(json.dumps(sorted(sites)).encode()).hexdigest()
 
 
 class MaskingState(BaseModel):
@@ -40,6 +50,8 @@ class MaskingState(BaseModel):
         opened: its reply when it opened shares.
         opened_round: the round it last opened shares in, whichever the attempt,
         opened_stayed: and for which set. The sum over another set of the same round would differ by single updates.
+        opened_bases: digest of the set that shares were opened for, by base, in whichever round; the latest last. Two
+            rounds that begin with the same weights are two sums of nearly the same updates.
         earlier_keys: keys and commitments of other attempts, the latest last, base64.
     """
 
@@ -59,6 +71,7 @@ class MaskingState(BaseModel):
     opened: dict[str, Any] | None = None
     opened_round: int = 0
     opened_stayed: list[str] | None = None
+    opened_bases: dict[str, str] = Field(default_factory=dict)
     earlier_keys: list[str] = Field(default_factory=list)
 
     def begin(self, round_: int, attempt: int, *, base: str, secret: str) -> None:
@@ -75,5 +88,8 @@ class MaskingState(BaseModel):
 
     def close(self, reply: dict[str, Any], stayed: list[str]) -> None:
         """Shares were opened: what is secret is of no more use."""
+        assert self.base is not None
         self.opened, self.opened_round, self.opened_stayed = reply, self.round, stayed
+        others = {base: of for base, of in self.opened_bases.items() if base != self.base}
+        self.opened_bases = dict([*others.items(), (self.base, set_digest(stayed))][-REMEMBERED_BASES:])
         self.secret = self.received = self.masked = None

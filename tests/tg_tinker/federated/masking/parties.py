@@ -91,6 +91,7 @@ class Federation:
     Attributes:
         seen: every message that passed the coordinator: step, site, request, reply.
         states: of each site, in the order of its replies; what a thief or a site in league with others has.
+        bases: digest of the weights that a round begins with, where it is not `base_of`.
         restart: put every site away as JSON and bring it back before each step.
     """
 
@@ -99,6 +100,11 @@ class Federation:
     seen: list[tuple[str, str, Any, Any]] = field(default_factory=list)
     states: dict[str, list[Any]] = field(default_factory=dict)
     sites: dict[str, MaskingSite] = field(default_factory=dict)
+    bases: dict[int, str] = field(default_factory=dict)
+
+    def base(self, round_: int) -> str:
+        """Digest of the weights that a round begins with."""
+        return self.bases.get(round_, base_of(round_))
 
     @classmethod
     def of(cls, count: int, *, restart: bool = False, fixed: bool = False, **masking: Any) -> Federation:
@@ -126,7 +132,7 @@ class Federation:
             )
         if step == "train":
             assert update_P is not None
-            self.sites[site].receive(round_, attempt, request, base=base_of(round_))
+            self.sites[site].receive(round_, attempt, request, base=self.base(round_))
             reply: Any = self.sites[site].mask(round_, attempt, update_P)
         else:
             reply = json.loads(json.dumps(self.sites[site].answer(f"mask.{step}", round_, attempt, request)))
@@ -155,7 +161,7 @@ class Federation:
             The coordinator's round and its mean, or what it would ask next.
         """
         size = len(next(iter(updates.values())))
-        round_state = MaskingRound(self.job, round_, attempt, size=size, base=base_of(round_))
+        round_state = MaskingRound(self.job, round_, attempt, size=size, base=self.base(round_))
         gone: set[str] = set()
         ask: dict[str, Any] = dict.fromkeys(updates, round_state.begin())
         after: Any = None

@@ -9,6 +9,7 @@ from tests.tg_tinker.federated.masking.lies import Lies, refused
 from tests.tg_tinker.federated.masking.parties import Federation, base_of, forge
 from tg_tinker.federated.masking import MaskingRound
 from tg_tinker.federated.masking.keys import public_of
+from tg_tinker.federated.masking.site_state import REMEMBERED_BASES, MaskingState
 
 TRUE, LIE = base_of(1), base_of(99)
 
@@ -77,3 +78,37 @@ def test_the_coordinator_leaves_out_a_site_with_another_base() -> None:
     round_, mean = federation.run(federation.updates(6), alter=alter)
     assert mean.stayed == ("site-1", "site-3", "site-4")
     assert "keys for other weights" in round_.excluded["site-2"]
+
+
+class TestTwoRoundsFromTheSameWeights:
+    """Two sums over two sets differ by single updates, and by little more."""
+
+    def test_another_set_is_not_signed_in_whichever_round(self) -> None:
+        federation = Federation.of(4, restart=True)
+        federation.bases = {1: TRUE, 5: TRUE, 6: TRUE}
+        updates = federation.updates(6)
+        federation.run(updates)
+        without = {"train": {"site-4"}}
+        for round_ in (2, 3):  # other weights
+            federation.run(updates, round_=round_, silent=without)
+        with refused("masking", "begins with the weights of an earlier one"):
+            federation.run(updates, round_=5, silent=without)
+        _, mean = federation.run(updates, round_=6)
+        assert len(mean.stayed) == 4
+
+    def test_an_attempt_that_opened_nothing_binds_nobody(self) -> None:
+        federation = Federation.of(4)
+        federation.bases = {2: TRUE}
+        federation.run(federation.updates(6), until="agree")
+        _, mean = federation.run(federation.updates(6), round_=2, silent={"train": {"site-4"}})
+        assert mean.dropped == ("site-4",)
+
+    def test_the_last_weights_are_remembered_up_to_a_limit(self) -> None:
+        state = MaskingState(job="j", site="s")
+        for number in [*range(REMEMBERED_BASES + 2), 5]:
+            state.begin(1, number, base=f"{number:064x}", secret="A" * 43 + "=")
+            state.close({}, ["a", "b"])
+        assert len(state.opened_bases) == REMEMBERED_BASES
+        assert next(iter(state.opened_bases)) == f"{2:064x}"
+        assert list(state.opened_bases)[-1] == f"{5:064x}"
+        assert len(set(state.opened_bases.values())) == 1
