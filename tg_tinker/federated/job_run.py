@@ -135,9 +135,11 @@ class JobRun:
                     self._updates[site] = update
                 except FederationRefusedError as e:
                     answer = Answer.bad(e)
-                    self._note("round_refused", reason=e.reason)
+                    if course.public:  # as many notes as bad updates would tell of the draw
+                        self._note("round_refused", reason=e.reason)
             course = course.answer(site, answer, round=course.round, attempt=course.attempt)
-            self._tell("answered", site=site, answer=answer)
+            if course.public:
+                self._tell("answered", site=site, answer=answer)
         course = course.close()
         if not course.releasable:
             self._put(course)

@@ -92,7 +92,7 @@ class Course(_Value):
         min_updates: fewer updates than this do not make a round; 0 under site-level privacy, where a round that
             stops for want of updates would tell who was drawn.
         max_attempts: how often a round is tried before the job fails, counted anew after a restart.
-        public: whether it may be told who took part in a round.
+        public: whether it may be told who took part in a round. Where not, no answer to a round makes a site leave.
         members: sites that accepted the job, in order of their names.
         left: sites that refused, with their last word. They are not asked again.
         released: rounds whose adapter is out, from the first.
@@ -223,6 +223,8 @@ class Course(_Value):
         if not current or site not in self.asked or site in self.answers:
             return self._but(ignored=self.ignored + 1)
         after = self._but(answers={**self.answers, site: answer})
+        if not self.public:  # that it left would tell that it was drawn
+            return after
         return after.leaves(site, answer) if answer.kind == "refused" and answer.reason in FOR_GOOD else after
 
     def open(self, sites: Iterable[str]) -> Self:
