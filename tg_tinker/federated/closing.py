@@ -15,6 +15,8 @@ from tg_tinker.federated.state import Saved
 from tg_tinker.federated.statement import verify_statement
 
 LARGEST_STATEMENT = 4 * 2**20  # characters
+LONGEST_FINISH_S = 300.0
+"""For a statement. A site that is still at work on a round is asked again when the coordinator is run again."""
 WITHHELD = "withheld: it names the rounds that the site was drawn for, on which the privacy of sites rests"
 
 
@@ -27,7 +29,8 @@ def missing_statements(saved: Saved) -> list[str]:
 def collected(saved: Saved, letters: Correspondence, link: CoordinatorLink, sites: list[str]) -> Saved:
     """The state with the statements of these sites, or why they gave none."""
     statements, unstated = dict(saved.statements), {}
-    for site, word in letters.ask(link, sites, "finish", timeout_s=saved.job.round_timeout_s).items():
+    timeout_s = min(saved.job.round_timeout_s, LONGEST_FINISH_S)
+    for site, word in letters.ask(link, sites, "finish", timeout_s=timeout_s).items():
         if word.reply is None:
             unstated[site] = word.answer.message or word.answer.reason
         elif _is_stated(word, saved.job, site):

@@ -22,6 +22,8 @@ from tg_tinker.federated.state import Saved, StateFolder
 from tg_tinker.federated.surroundings import Progress, Released, Surroundings
 from tg_tinker.federated.updates import flatten, layout, size, trained_names, unflatten, weights_digest
 
+LEAST_JOIN_S = 30.0
+"""A site looks at its server before it accepts a job, so it has this long to answer."""
 MOST_INVITATIONS = 3  # after the first round began: a site that hangs must not hold up every round
 
 
@@ -74,7 +76,7 @@ class JobRun:
     def _join(self) -> None:
         deadline = self._around.clock() + self._around.config.join_timeout_s
         while not self._expired():
-            self._invite(self._course.unheard)
+            self._invite(self._course.unheard, deadline - self._around.clock())
             if not self._course.unheard or self._around.clock() >= deadline:
                 self._put(self._course.begin())
                 if self._course.phase == "failed":
@@ -82,12 +84,13 @@ class JobRun:
                 return
             self._around.sleep(self._around.config.pause_s)
 
-    def _invite(self, sites: Iterable[str]) -> None:
-        """Ask sites that are connected to accept the job."""
+    def _invite(self, sites: Iterable[str], patience_s: float) -> None:
+        """Ask sites that are connected to accept the job, and wait so long for one that says nothing."""
         course = self._course
         facts = {"job": self._job.model_dump(mode="json")}
+        timeout_s = min(max(patience_s, LEAST_JOIN_S), self._job.round_timeout_s)
         connected = sorted(set(sites) & set(self._link.sites()))
-        words = self._letters.ask(self._link, connected, "join", timeout_s=self._job.round_timeout_s, facts=facts)
+        words = self._letters.ask(self._link, connected, "join", timeout_s=timeout_s, facts=facts)
         for site, word in words.items():
             if word.reply is not None and word.reply.facts.get("accepted") is True:
                 course = course.accepted(site)
@@ -108,7 +111,7 @@ class JobRun:
             self._around.sleep(self._around.config.pause_s)
         late = [s for s in self._course.unheard if self._invited[s] < MOST_INVITATIONS]
         self._invited.update(late)
-        self._invite(late)
+        self._invite(late, self._around.config.join_timeout_s)
         sites = set(self._course.members)
         if self._sites is not None:
             sites &= set(self._sites.draw(self._course.roster))

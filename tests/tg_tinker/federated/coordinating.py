@@ -39,7 +39,7 @@ def coordinator(
     folder: Path, service: ServiceClient, *, job: dict[str, Any] | None = None, **settings: Any
 ) -> Coordinator:
     """A coordinator over `make_job(**job)`; other settings are the configuration's, or the coordinator's own."""
-    own = {name: settings.pop(name) for name in ("progress", "evaluate", "now") if name in settings}
+    own = {name: settings.pop(name) for name in ("progress", "evaluate", "now", "clock") if name in settings}
     return Coordinator(config_of(folder, job=job or {}, **settings), service, KEY, sleep=lambda _: None, **own)
 
 
