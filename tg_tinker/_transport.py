@@ -333,7 +333,8 @@ class Transport:
         scheme = "TLS" if self.config.tls else "plaintext"
         return ServerError(
             f"cannot reach a TG-Tinker server at {self._target} ({scheme}) after {waited:.0f} s: {error.message}. "
-            "Start one with `tg-tinker serve`, or set TG_TINKER_BASE_URL to where it runs",
+            "Start one with `tg-tinker serve`, or correct the address: base_url, else TG_TINKER_BASE_URL; of a "
+            "federated party, `server` in its TOML file",
             details={"retry": True, "target": self._target},
             request_id=error.request_id,
         )

@@ -151,7 +151,7 @@ class CoordinatorConfig(BaseModel):
         try:
             return Job.model_validate({**self.job, **added})
         except ValidationError as e:
-            raise _wrong(f"job: {_all(e)}", "the fields of a job") from None
+            raise _wrong(_all(e, within="job"), "the fields of a job") from None
 
     def is_of(self, job: Job, key: Ed25519PrivateKey) -> bool:
         """Whether a job is the one that this configuration and key ask for."""
@@ -183,12 +183,13 @@ def _key_text(folder: Path, site: object, given: object) -> str:
     return found
 
 
-def _all(error: ValidationError) -> str:
-    """What is wrong, without what stands there: somebody may have pasted a key."""
-    errors = error.errors(include_input=False, include_url=False)
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg'].removeprefix('Value error, ')}" for e in errors
-    )
+def _all(error: ValidationError, within: str = "") -> str:
+    """What is wrong and where, without what stands there: somebody may have pasted a key."""
+    said = []
+    for e in error.errors(include_input=False, include_url=False):
+        where = ".".join(part for part in (within, *map(str, e["loc"])) if part)
+        said.append(f"{where}{': ' if where else ''}{e['msg'].removeprefix('Value error, ')}")
+    return "; ".join(said)
 
 
 def _wrong(message: str, constraint: str) -> InvalidRequestError:

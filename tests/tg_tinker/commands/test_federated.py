@@ -8,15 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from tests.tg_tinker.federated.flower.federation import Federation, wait_until
-from tg_tinker import cli
+from tg_tinker import ServiceClient, cli
 from tg_tinker.commands import federated as commands
 from tg_tinker.errors import ServerError
 from tg_tinker.federated.flower import superlink
 from tg_tinker.federated.keys import load_identity, make_identity, public_text
+from tg_tinker.federated.site_config import SiteConfig
+from tg_tinker_server.app import EmbeddedServer
+from tg_tinker_server.config import ServerConfig
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -49,6 +53,17 @@ def test_certificates_and_node_keys_are_what_flower_is_given(tmp_path: Path) -> 
     assert run("certificates", tmp_path / "tls")[0] == 1
 
 
+def test_certificates_are_all_made_or_none(tmp_path: Path) -> None:
+    code, said = run("certificates", tmp_path / "tls", "--host", "https://c.example.org:8000")
+    assert code == 1
+    assert "without a scheme or port" in said
+    assert not (tmp_path / "tls").exists()
+    (tmp_path / "tls").mkdir()
+    (tmp_path / "tls" / "server.pem").touch()
+    assert run("certificates", tmp_path / "tls")[0] == 1
+    assert [p.name for p in (tmp_path / "tls").iterdir()] == ["server.pem"]
+
+
 def site_toml(federation: Federation, *, flower: bool = True) -> Path:
     folder = federation.folder / "berlin"
     (folder / "api.key").touch(0o600)
@@ -63,6 +78,7 @@ def site_toml(federation: Federation, *, flower: bool = True) -> Path:
         "[policy]",
         f'coordinator = "{public_text(federation.key)}"',
         'base_models = ["tiny"]',
+        "max_record_tokens = 64",
     ]
     if flower:
         lines += [
@@ -182,6 +198,115 @@ class FakeCoordinator:
 
     def run(self, link: object) -> None:
         raise AssertionError
+
+
+def own_site(server: EmbeddedServer, key: str, dataset: str = "icd10") -> SiteConfig:
+    """A site's configuration for a server in this process."""
+    policy = {
+        "coordinator": "11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo=",
+        "base_models": ["bigram"],
+        "max_record_tokens": 64,
+    }
+    files = {"identity": Path("none"), "state_dir": Path("none"), "api_key_file": Path(key)}
+    return SiteConfig(site="north", server=server.address, dataset=dataset, policy=policy, **files)  # type: ignore[arg-type]
+
+
+def test_a_site_is_told_at_once_what_its_own_server_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TG_TINKER_DATA_DIR", str(tmp_path))
+
+    def key_file(name: str, key: str) -> str:
+        (tmp_path / name).touch(0o600)
+        (tmp_path / name).write_text(key)
+        return str(tmp_path / name)
+
+    with EmbeddedServer(ServerConfig(port=0, backend="bigram", data_dir=tmp_path / "server")) as server:
+        good = key_file("good", server.mint_key())
+        with pytest.raises(click.ClickException, match="has no dataset 'icd10'"):
+            commands._check_own_server(own_site(server, good))
+        with ServiceClient((tmp_path / "good").read_text(), server.address) as service:
+            service.create_dataset("icd10", ["ab"] * 8, target_delta=1e-5)
+        commands._check_own_server(own_site(server, good))
+        for roles in (("trainer", "exporter"), ("trainer", "auditor")):
+            with pytest.raises(click.ClickException, match="does not take this site's API key: this key may not"):
+                commands._check_own_server(own_site(server, key_file("-".join(roles), server.mint_key(roles=roles))))
+        with pytest.raises(click.ClickException, match="does not take this site's API key"):
+            commands._check_own_server(own_site(server, key_file("wrong", "k")))
+        assert capsys.readouterr().out == ""
+        config = own_site(server, good)
+    commands._check_own_server(config)
+    said = capsys.readouterr().out
+    assert "`server` in its TOML file" in said
+    assert "until it is there" in said
+
+
+class GivingUp(FakeCoordinator):
+    """Only gives up."""
+
+    def finish(self, link: Any) -> str:
+        return f"given up with {link.sites()}"
+
+
+class LateLink(FakeLink):
+    """Its site is found at the third look."""
+
+    looks = 0
+
+    def sites(self) -> list[str]:
+        self.looks += 1
+        return ["north"] if self.looks > 2 else []
+
+    def run(self, run: Any, *, roster: object, key: object) -> str:
+        return str(run(self))
+
+
+def test_who_gives_up_waits_for_the_sites_that_are_to_state_what_they_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOBODYS_KEY", "tgk_nobody")
+    monkeypatch.setattr(superlink, "SuperLink", LateLink)
+    monkeypatch.setattr("tg_tinker.federated.coordinator.Coordinator", GivingUp)
+    path = coordinator_toml(tmp_path)
+    path.write_text("pause_s = 0.01\n" + path.read_text())
+    assert commands._coordinate(path, give_up=True) == "given up with ['north']"  # type: ignore[comparison-overlap]
+    path.write_text("join_timeout_s = 0\n" + path.read_text())
+    assert commands._coordinate(path, give_up=True) == "given up with []"  # type: ignore[comparison-overlap]
+
+
+class Ended:
+    """A result as far as the command reads it."""
+
+    status, why, rounds, unstated, statements = "failed", "too few sites", (1,), {}, {"north": {}}
+
+
+def test_a_failed_job_can_be_given_up_and_is_told_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def end(_path: Path, *, give_up: bool) -> type[Ended]:
+        asked.append(give_up)
+        return Ended
+
+    monkeypatch.setattr(commands, "_coordinate", end)
+    path = coordinator_toml(tmp_path)
+    code, said = run("coordinator", "--config", path)
+    assert code == 1
+    assert "too few sites" in said
+    assert "--give-up" in said
+    assert run("coordinator", "--config", path, "--give-up") == (
+        0,
+        "given up after 1 rounds; 1 sites stated what they spent\n",
+    )
+    assert asked == [False, True]
+
+
+def test_a_job_that_cannot_be_is_named_once(tmp_path: Path) -> None:
+    path = coordinator_toml(tmp_path)
+    path.write_text(path.read_text().replace("rounds = 1\n", "rounds = 1\nseed = 1152921504606846976\n"))
+    code, said = run("coordinator", "--config", path)
+    assert code == 1
+    assert ": job.seed: " in said
+    assert "the file" not in said
 
 
 @pytest.mark.parametrize("ends", [0, 1, 5, 6])

@@ -7,6 +7,7 @@ is what Flower takes.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,6 +28,8 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.federated.keys import read_secret, require_new, write_public, write_secret
 
 _CLOCK_SKEW = timedelta(hours=1)
+_LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)\Z")
+_LONGEST_NAME = 253
 
 
 def make_authority(certificate: Path, key: Path, *, days: int = 3650) -> None:
@@ -55,11 +58,11 @@ def make_server_certificate(
         hosts: names and IP addresses by which sites reach the SuperLink.
 
     Raises:
-        InvalidRequestError: no host, a file exists, or the authority cannot be read.
+        InvalidRequestError: no host or one that is no name, a file exists, or the authority cannot be read. Nothing
+            is written then.
         ServerError: a file cannot be written.
     """
-    if not hosts:
-        raise InvalidRequestError("a server certificate needs at least one name or IP address", field="hosts")
+    names = checked_hosts(hosts)
     require_new(certificate, key)
     issuer, issuer_key = _read_authority(authority, authority_key)
     private = ec.generate_private_key(ec.SECP256R1())
@@ -67,7 +70,7 @@ def make_server_certificate(
     builder = _builder(subject, issuer.subject, private.public_key(), days)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
-    builder = builder.add_extension(x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False)
+    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
     identifier = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     builder = builder.add_extension(
@@ -75,6 +78,17 @@ def make_server_certificate(
     )
     write_secret(key, _pem(private))
     write_public(certificate, builder.sign(issuer_key, SHA256()).public_bytes(Encoding.PEM))
+
+
+def checked_hosts(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    """Names for a certificate, to be asked before anything is written.
+
+    Raises:
+        InvalidRequestError: there is none, or one is neither a host name (RFC 1123) nor an IP address.
+    """
+    if not hosts:
+        raise InvalidRequestError("a server certificate needs at least one name or IP address", field="hosts")
+    return [_host(host) for host in hosts]
 
 
 def make_node_key(path: Path) -> Path:
@@ -120,7 +134,16 @@ def _host(text: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(text))
     except ValueError:
+        pass
+    labels = text.split(".")
+    if len(text) <= _LONGEST_NAME and all(map(_LABEL.match, labels)) and not labels[-1].isdigit():
         return x509.DNSName(text)
+    raise InvalidRequestError(
+        f"{text[:80]!r} is neither a host name nor an IP address: give it as in coordinator.example.org, without a "
+        "scheme or port; a name with other letters in its A-label form (xn--...)",
+        field="hosts",
+        constraint="letters, digits, hyphens and dots",
+    )
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

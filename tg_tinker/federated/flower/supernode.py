@@ -26,6 +26,8 @@ _STEADY_S = 60.0
 """A SuperNode that held out this long is restarted without delay."""
 _WATCH_S = 0.2
 _LAST_WORDS_S = 5.0
+_SILENCE_S = 15.0
+"""So long without a connection is told to the operator: the SuperNode itself tries for ever and says nothing."""
 
 
 class SuperNode:
@@ -81,8 +83,12 @@ class SuperNode:
             if not self.program.running:
                 raise self.failure()
             time.sleep(_WATCH_S)
-        raise ServerError(
-            f"the SuperLink at {self._settings.superlink} did not answer within {timeout_s:g} s; is the coordinator "
+        raise self.unanswered(timeout_s)
+
+    def unanswered(self, waited_s: float) -> ServerError:
+        """That nobody let it in so far."""
+        return ServerError(
+            f"the SuperLink at {self._settings.superlink} did not answer within {waited_s:g} s; is the coordinator "
             f"running, and can this computer reach it? The SuperNode's log is {self.program.log}"
         )
 
@@ -169,11 +175,15 @@ def _serve_aside(endpoint: Endpoint, app: ClientApp, over: threading.Event) -> N
 
 def _watch(node: SuperNode, over: threading.Event, tell: Callable[[str], None], trouble: list[TGTinkerError]) -> None:
     pause, started, known, last = _FIRST_PAUSE_S, time.monotonic(), False, ""
+    silent_since: float | None = started
     while not over.wait(_WATCH_S):
         if node.program.running:
             if not known and node.number is not None:
-                known, last = True, ""
+                known, last, silent_since = True, "", None
                 tell(f"connected to the SuperLink as node {node.number}")
+            elif not known and silent_since is not None and time.monotonic() - silent_since > _SILENCE_S:
+                silent_since = None
+                tell(f"{node.unanswered(_SILENCE_S).message}; trying on until it does")
             continue
         failure = node.failure()
         if isinstance(failure, InvalidRequestError):
@@ -189,6 +199,7 @@ def _watch(node: SuperNode, over: threading.Event, tell: Callable[[str], None], 
         pause = min(pause * 2, _LONGEST_PAUSE_S)
         if not over.is_set():
             started, known = time.monotonic(), False
+            silent_since = started if not last else None  # why is told already
             try:
                 node.program.start()
             except ServerError as e:

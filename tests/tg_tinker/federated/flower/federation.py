@@ -79,14 +79,15 @@ class Federation:
         return (self.folder / name / "site.log").read_text(encoding="utf-8")
 
     def programs(self, of: str = "") -> list[int]:
-        """Processes of Flower's programs of this federation, or of one site."""
+        """Processes of Flower's programs of this federation, or of one site: the SuperLink names all sites' keys."""
+        program = "flower.entry\0supernode" if of else "flower.entry"
         found = []
         for process in Path("/proc").iterdir():
             try:
                 line = (process / "cmdline").read_bytes().decode()
             except (OSError, ValueError):
                 continue
-            if "flower.entry" in line and str(self.folder / of) in line:
+            if program in line and str(self.folder / of) in line:
                 found.append(int(process.name))
         return found
 

@@ -132,3 +132,29 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
         server(tmp_path, (tmp_path / "nothing", ca[1]), ["localhost"])
     with pytest.raises((ServerError, InvalidRequestError)):
         make_node_key(tmp_path / "ca.crt" / "node")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "münchen.example",
+        "https://c.example.org:8000",
+        "c.example.org:8000",
+        "",
+        "-a.example",
+        "a..b",
+        "300.1.1.1",
+        "a_b",
+    ],
+)
+def test_a_host_that_is_none_is_refused_before_anything_is_written(tmp_path: Path, host: str) -> None:
+    ca = authority(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InvalidRequestError, match="neither a host name nor an IP address"):
+        server(tmp_path, ca, ["localhost", host])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_a_label_is_a_host(tmp_path: Path) -> None:
+    ca = authority(tmp_path)
+    handshake(server(tmp_path, ca, ["xn--mnchen-3ya.example"]), ca[0], "xn--mnchen-3ya.example")

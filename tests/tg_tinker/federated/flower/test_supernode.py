@@ -70,6 +70,9 @@ class FakeNode:
     def failure(self) -> ServerError:
         return ServerError("not let in")
 
+    def unanswered(self, waited_s: float) -> ServerError:
+        return ServerError(f"no answer within {waited_s:g} s")
+
 
 def test_a_supernode_is_started_again_and_again_and_its_reason_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supernode, "_FIRST_PAUSE_S", 0.01)
@@ -109,3 +112,26 @@ def test_a_supernode_that_cannot_be_started_ends_the_site(monkeypatch: pytest.Mo
     _watch(FakeNode(FakeProgram(fail)), over, lambda _: None, trouble)  # type: ignore[arg-type]
     assert over.is_set()
     assert [str(e) for e in trouble] == ["no such folder"]
+
+
+def test_a_supernode_that_finds_nobody_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supernode, "_WATCH_S", 0.005)
+    monkeypatch.setattr(supernode, "_SILENCE_S", 0.05)
+    node = FakeNode(FakeProgram(lambda _: None))
+    node.program.running = True
+    over = threading.Event()
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if "no answer" in text:
+            node.number = 7  # type: ignore[assignment]
+        else:
+            threading.Timer(0.2, over.set).start()
+
+    started = time.monotonic()
+    _watch(node, over, tell, [])  # type: ignore[arg-type]
+    assert time.monotonic() - started > 0.25
+    assert told == ["no answer within 0.05 s; trying on until it does", "connected to the SuperLink as node 7"]
