@@ -62,7 +62,11 @@ for name, records in texts.sites.items():
         identity=home / name / "identity.key",
         state_dir=home / name / "state",
         policy=SitePolicy(
-            coordinator=public_text(keys["coordinator"]), base_models=(MODEL,), max_epsilon=8.0, min_sites=2
+            coordinator=public_text(keys["coordinator"]),
+            base_models=(MODEL,),
+            max_record_tokens=256,
+            max_epsilon=8.0,
+            min_sites=2,
         ),
     )
     service = site_clients[name] = stack.enter_context(config.service())

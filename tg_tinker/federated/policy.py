@@ -1,6 +1,7 @@
 """What a site agrees to, written down by its operator before anybody asks. It is checked before data is touched.
 
-Everything here is decided from the job and the clock alone: neither data nor its size is looked at.
+Everything here is decided from the job and the clock alone: neither data nor its size is looked at. What the rest of
+the site does with the size of its data rests on a public one, since sizes could be found out by asking.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tg_tinker.errors import FederationRefusedError
+from tg_tinker.errors import FederationRefusedError, InvalidRequestError
 from tg_tinker.federated.job import Job, PublicKey, SiteName
 
 LoRASharing = Literal["both", "freeze_a", "alternate"]
@@ -24,6 +25,11 @@ class SitePolicy(BaseModel):
         coordinator: the one public key whose jobs are taken.
         base_models: the base models that may be trained.
         jobs: ids of the jobs that are taken; empty takes any of the coordinator's.
+        max_record_tokens: public: no record of the site is longer. A job with a smaller ``max_sequence_length`` is
+            refused, whatever the records are; otherwise asking for many lengths would tell the longest record's.
+        public_units: public: the site has at least so many privacy units. Noise, what batch fits and the stated
+            epsilon are computed as if it had no more, which is never too little; the site's own ledger keeps the
+            true rate. Default: the largest power of two that is not above the registered number.
         max_rounds: most rounds of a job.
         max_local_steps: most optimizer steps in a round.
         max_epsilon: largest epsilon that a job may spend here, over all its rounds.
@@ -36,13 +42,15 @@ class SitePolicy(BaseModel):
             must have been registered without a target, and its epsilon is infinite from then on.
         federated_lora: the ways of averaging that are taken.
         disclose_accounting: whether the closing statement tells noise and sampling rate, so that others can compute
-            epsilon again. With the public batch size they tell how many privacy units the site holds.
+            epsilon again. The rate is that of ``public_units``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     coordinator: PublicKey
     base_models: tuple[str, ...] = Field(min_length=1)
+    max_record_tokens: int = Field(ge=2)
+    public_units: int | None = Field(None, ge=1)
     jobs: tuple[SiteName, ...] = ()
     max_rounds: int = Field(100, ge=1)
     max_local_steps: int = Field(100, ge=1)
@@ -75,6 +83,23 @@ class SitePolicy(BaseModel):
                 reason="expired" if late and len(breaches) == 1 else "policy",
             )
 
+    def units_told(self, registered: int) -> int:
+        """The public number of units of a dataset that has so many.
+
+        Raises:
+            InvalidRequestError: the policy says more than there are. It is for the operator: it holds the number.
+        """
+        if self.public_units is None:
+            return 1 << (registered.bit_length() - 1)
+        if self.public_units > registered:
+            raise InvalidRequestError(
+                f"the policy says public_units = {self.public_units}, and the dataset was registered with "
+                f"{registered}; with fewer the stated epsilon would be too small",
+                field="public_units",
+                constraint="at most the registered number of privacy units",
+            )
+        return self.public_units
+
     def _breaches(self, job: Job) -> Iterator[str]:
         if job.coordinator != self.coordinator:
             yield "its coordinator is not the one whose key the policy names"
@@ -88,6 +113,11 @@ class SitePolicy(BaseModel):
             yield f"rounds {job.rounds} is more than max_rounds {self.max_rounds}"
         if job.local_steps > self.max_local_steps:
             yield f"local_steps {job.local_steps} is more than max_local_steps {self.max_local_steps}"
+        if job.max_sequence_length < self.max_record_tokens:
+            yield (
+                f"max_sequence_length {job.max_sequence_length} is less than max_record_tokens "
+                f"{self.max_record_tokens}: longer records would not fit"
+            )
         if job.min_sites < self.min_sites:
             yield f"min_sites {job.min_sites} is fewer than the {self.min_sites} that the policy requires"
         if job.masking is None and self.require_masking:

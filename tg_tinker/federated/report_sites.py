@@ -228,18 +228,27 @@ def _compare(job: Job, statement: SiteStatement, history: History) -> None:
     terms, site = history.in_force, statement.site
     pairs = [
         ("unit", statement.unit, terms.unit),
-        ("dataset_epsilon", statement.dataset_epsilon, rounded_up(history.epsilon_spent, DIGITS)),
         ("dataset_delta", statement.dataset_delta, number(terms.target_delta)),
         ("dataset_target_epsilon", statement.dataset_target_epsilon, number(terms.target_epsilon)),
     ]
     for name, said, right in pairs:
         if said != right:
             raise refused("site report", f"{site} states {name} {said[:40]!r}, and its report has {right!r}")
+    spent = rounded_up(history.epsilon_spent, DIGITS)
+    if _real(statement.dataset_epsilon) < _real(spent):  # stated for the public number of units, it may be more
+        raise refused(
+            "site report",
+            f"{site} states dataset_epsilon {statement.dataset_epsilon!r}, and its report has {spent!r}",
+        )
+    if history.slots is not None and statement.public_units > history.slots:
+        raise refused(
+            "site report", f"{site} states more units than its report has, and with them too little epsilon"
+        )
     steps = len(statement.rounds) * job.local_steps
     releases = list(history.releases)
     if statement.accounting is not None:
         sigma, rate, steps = _spent(statement)
-        releases = [r for r in releases if (r.noise_multiplier, r.sample_rate) == (sigma, rate)]
+        releases = [r for r in releases if r.noise_multiplier == sigma and r.sample_rate <= rate]
     if len(releases) < steps:
         raise refused("site report", f"{site} took {steps} steps, and its report has {len(releases)} that fit")
     least = _least(releases, steps, float(statement.delta))

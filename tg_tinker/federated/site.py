@@ -6,7 +6,6 @@ update, or why there is none; never a loss, a norm, a count, a path, or words of
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -17,29 +16,29 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tg_tinker.errors import FederationRefusedError, TGTinkerError
+from tg_tinker.errors import FederationRefusedError
 from tg_tinker.federated import hello
 from tg_tinker.federated.job import Job
 from tg_tinker.federated.keys import public_key, public_text
 from tg_tinker.federated.masking import ARRAY, KINDS, MaskingSite
 from tg_tinker.federated.messages import Arrays, Envelope
-from tg_tinker.federated.site_budget import epsilon_of
 from tg_tinker.federated.site_config import SiteConfig
-from tg_tinker.federated.site_join import agreed_noise, read_job
+from tg_tinker.federated.site_join import agreed_terms, read_job
 from tg_tinker.federated.site_memory import charges_of_job, noted, rounds_noted
 from tg_tinker.federated.site_state import JobRecord, SiteState, StateFolder
+from tg_tinker.federated.site_statement import statement_of
 from tg_tinker.federated.site_training import LocalTraining, require_all
-from tg_tinker.federated.statement import Accounting, SiteStatement, sign_statement
+from tg_tinker.federated.statement import SiteStatement, sign_statement
 from tg_tinker.federated.updates import flatten, weights_digest
-from tg_tinker.ledger.history import History, read_history
-from tg_tinker.ledger.releases import Release
-from tg_tinker.reports.statement import number, rounded_up
+from tg_tinker.ledger.history import read_history
 from tg_tinker.service_client import ServiceClient
 from tg_tinker.wire.privacy import report_of
 
 FAILED: Final = "failed"
 """Reason of a reply that is no refusal: something broke at the site. Asking again may help."""
 SORRY: Final = "something failed at this site; its operator finds what in the site's log. Ask again later"
+STRANGER: Final = "only the coordinator of this site is answered"
+_QUIET_S: Final = 60.0  # between two notes of strangers, who could fill the audit log
 _NO_JOB: Final = "0" * 64  # stands in the audit log for a message that names none
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _WAIT_S = 3600.0  # for another message of this site to be done with
@@ -69,38 +68,51 @@ class Site:
         self._log = _log_file(config.state_dir)
 
     def handle(self, request: Envelope) -> Envelope:
-        """The signed answer to a request: what was asked for, or a refusal."""
+        """The signed answer to a request: what was asked for, or a refusal. Strangers get an unsigned one."""
+        if not self._from_coordinator(request):
+            return self._to_a_stranger(request)
         try:
             if request.kind == hello.HELLO:
-                return self._hello(request)
+                return hello.answer(request, site=self._config.site, key=self._key, coordinator=self._coordinator)
             self._check(request)
             facts, arrays = self._answer(request)
         except FederationRefusedError as e:
-            self._log.warning("refused %r: %s", request.kind, e.message)
+            why = "" if e.__cause__ is None else f" ({e.__cause__})"  # for the operator alone
+            self._log.warning("refused %r: %s%s", request.kind, e.message, why)
             facts, arrays = self._refusal(request, e.reason, e.message), {}
         except Exception:  # noqa: BLE001 - whatever broke is told here, and only that it did is told elsewhere
             self._log.exception("could not answer %r", request.kind)
             facts, arrays = self._refusal(request, FAILED, SORRY), {}
         return self._reply(request, facts, arrays).signed(self._key)
 
-    def _hello(self, request: Envelope) -> Envelope:
-        """Our name, for the coordinator alone: to others not even a refusal is signed, which would tell it too."""
-        try:
-            return hello.answer(request, site=self._config.site, key=self._key, coordinator=self._coordinator)
-        except FederationRefusedError as e:
-            self._log.warning("refused a hello: %s", e.message)
-            return request.reply(
-                facts=self._refusal(request, e.reason, "only the coordinator of this site is answered")
-            )
-
-    def _check(self, request: Envelope) -> None:
-        """Require the coordinator's signature and our name."""
+    def _from_coordinator(self, request: Envelope) -> bool:
         try:
             request.verify(self._coordinator)
-        except TGTinkerError:
-            raise
-        except Exception as e:  # a header that has no canonical form
-            raise FederationRefusedError("the request cannot be read", reason="bad_signature") from e
+        except Exception:  # noqa: BLE001 - a header may hold anything, and have no canonical form
+            return False
+        return True
+
+    def _to_a_stranger(self, request: Envelope) -> Envelope:
+        """Neither our name nor a signature, which would tell it too; and no more than a note a minute."""
+        try:
+            if self._first_in_a_while():
+                self._log.warning("refused a message of a stranger; more of them in a minute are not noted")
+                self._service.note_federation("round_refused", job=_NO_JOB, reason="bad_signature")
+        except Exception:  # noqa: BLE001 - a refusal stands, whether or not it can be noted
+            self._log.exception("the refusal is not in the server's audit log")
+        facts = {"refused": "bad_signature", "message": STRANGER}
+        return Envelope(direction="reply", site="", facts=facts, **_place(request))
+
+    def _first_in_a_while(self) -> bool:
+        path, now = self._config.state_dir / "stranger", self._now().timestamp()
+        if path.exists() and abs(now - path.stat().st_mtime) < _QUIET_S:
+            return False
+        path.touch(0o600)
+        os.utime(path, (now, now))
+        return True
+
+    def _check(self, request: Envelope) -> None:
+        """Require a request to this site."""
         if request.direction != "request" or request.site != self._config.site:
             raise FederationRefusedError(
                 f"this is no request to site {self._config.site!r}; requests are for one site each",
@@ -129,7 +141,7 @@ class Site:
         job = read_job(request.facts, request.job)
         record = state.job(request.job)
         if record is None:
-            noise = agreed_noise(
+            noise, public_units = agreed_terms(
                 job,
                 config=self._config,
                 service=self._service,
@@ -137,7 +149,7 @@ class Site:
                 public_key=public_text(self._key),
                 now=self._now(),
             )
-            state.accept(job, noise)
+            state.accept(job, noise, public_units)
         else:
             self._config.policy.check(job, self._now())
         if record is None or not noted(self._service, request.job):  # once, however often it is asked
@@ -238,58 +250,10 @@ class Site:
         return Envelope(direction="reply", site=self._config.site, facts=facts, arrays=arrays, **_place(request))
 
 
-def statement_of(
-    record: JobRecord,
-    history: History,
-    *,
-    site: str,
-    charged: list[Release],
-    rounds: list[int],
-    log: tuple[str, str],
-    report: bytes,
-    disclose: bool,
-    now: datetime,
-) -> SiteStatement:
-    """The closing statement on a job. Epsilons are rounded up to two digits: more would tell sizes.
-
-    Args:
-        charged: what the job was charged for.
-        log: origin and checkpoint.
-        report: the signed report that ``history`` is of.
-        disclose: whether to say what epsilon was computed from.
-    """
-    job, terms = record.job, history.in_force
-    delta = terms.target_delta if job.records is None else job.records.target_delta
-    accounting = None
-    if disclose and record.noise_multiplier is not None and history.slots is not None:
-        accounting = Accounting(
-            noise_multiplier=number(record.noise_multiplier),
-            sample_rate=number(job.batch_size / history.slots),
-            steps=len(charged),
-        )
-    return SiteStatement(
-        job=record.digest,
-        site=site,
-        time=now.astimezone(UTC).isoformat(timespec="seconds"),
-        rounds=tuple(rounds),
-        unit=terms.unit,
-        epsilon=rounded_up(epsilon_of(charged, delta), 2),
-        delta=number(delta),
-        target_epsilon="inf" if job.records is None else number(job.records.target_epsilon),
-        dataset_epsilon=rounded_up(history.epsilon_spent, 2),
-        dataset_delta=number(terms.target_delta),
-        dataset_target_epsilon=number(terms.target_epsilon),
-        log_origin=log[0],
-        log_checkpoint=log[1],
-        report_sha256=hashlib.sha256(report).hexdigest(),
-        accounting=accounting,
-    )
-
-
 def _place(request: Envelope) -> dict[str, Any]:
     """Where a request belongs, as far as it makes sense: what is not signed may hold anything."""
     numbers = {name: getattr(request, name) for name in ("round", "attempt")}
-    known = isinstance(request.kind, str) and request.kind in ("join", "train", "finish", *KINDS)
+    known = isinstance(request.kind, str) and request.kind in (hello.HELLO, "join", "train", "finish", *KINDS)
     return {
         "kind": request.kind if known else "",
         "job": request.job if isinstance(request.job, str) and _DIGEST.fullmatch(request.job) else "",

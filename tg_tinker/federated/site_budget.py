@@ -20,6 +20,7 @@ from tg_tinker.privacy.solving import smallest
 
 Histogram = Mapping[tuple[float, float], int]
 _GRID = 10_000  # noise multipliers are multiples of 1e-4, as in plans
+_WHOLE = 1e-6
 _LARGEST = 1_000  # a noise multiplier beyond this leaves nothing to learn
 
 
@@ -28,13 +29,13 @@ class Holding:
     """The site's dataset as its own server describes it.
 
     Attributes:
-        units: privacy units at registration: the public denominator of the sampling rate.
+        public_units: that the site says in public that it has at least. Every answer depends on this number alone.
         terms: the budget in force.
-        spent: releases of every run so far; ``None`` after an un-noised one.
-        promised: releases that other jobs were promised and did not make yet.
+        spent: releases of every run so far, as if drawn from so many (`as_public`); ``None`` after an un-noised one.
+        promised: releases that other jobs were promised and did not make yet, likewise.
     """
 
-    units: int
+    public_units: int
     terms: Terms
     spent: Histogram | None
     promised: Histogram
@@ -66,12 +67,12 @@ def solve_noise(job: Job, holding: Holding, *, floor: float, max_epsilon: float)
             delta=records.target_delta,
             steps=job.total_steps,
             batch_size=job.batch_size,
-            dataset_size=holding.units,
+            dataset_size=holding.public_units,
         )
     except InvalidRequestError as e:
         raise _unfit() from e
     before = _added(holding.spent, holding.promised)
-    rate = job.batch_size / holding.units
+    rate = job.batch_size / holding.public_units
 
     def fits(sigma: int) -> bool:
         after = _added(before, {(sigma / _GRID, rate): job.total_steps})
@@ -96,7 +97,7 @@ def check_unprotected(job: Job, holding: Holding) -> None:
             "the job trains without privacy of records, and this site's data was registered with a budget; only data "
             "registered without a target can take part"
         )
-    if job.batch_size > holding.units:
+    if job.batch_size > holding.public_units:
         raise _unfit()
 
 
@@ -105,15 +106,31 @@ def charges_of(history: History, runs: Collection[str]) -> list[Release]:
     return [charge.release for charge in history.charges if charge.run_id in runs]
 
 
-def remaining(noise_multiplier: float, job: Job, units: int, charged: int) -> Histogram:
-    """The releases that a job was promised and did not make."""
+def remaining(noise_multiplier: float, job: Job, public_units: int, charged: int) -> Histogram:
+    """The releases that a job was promised and did not make, as if drawn from the public number of units."""
     left = max(0, job.total_steps - charged)
-    return {(noise_multiplier, job.batch_size / units): left} if left else {}
+    return {(noise_multiplier, min(1.0, job.batch_size / public_units)): left} if left else {}
+
+
+def as_public(counts: Histogram | None, units: int, public_units: int) -> Histogram | None:
+    """Releases from ``units`` units as if from the public number of them, which is not more: they cost no less."""
+    if counts is None:
+        return None
+    found: Counter[tuple[float, float]] = Counter()
+    for (sigma, rate), times in counts.items():
+        batch = rate * units  # a whole number, but for the division it came from
+        batch = round(batch) if abs(batch - round(batch)) < _WHOLE else batch
+        found[sigma, min(1.0, batch / public_units)] += times
+    return found
 
 
 def epsilon_of(releases: Iterable[Release], delta: float) -> float:
     """Epsilon of releases by the gate; inf after an un-noised one."""
-    counts = histogram(releases)
+    return epsilon_of_counts(histogram(releases), delta)
+
+
+def epsilon_of_counts(counts: Histogram | None, delta: float) -> float:
+    """The same of counted releases."""
     return math.inf if counts is None else gate_epsilon(counts, delta)
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tg_tinker.errors import FederationRefusedError
+from tg_tinker.errors import FederationRefusedError, InvalidRequestError
 from tg_tinker.federated.job import Job
 from tg_tinker.federated.masking import MaskingSetting
 from tg_tinker.federated.site_budget import (
     Histogram,
     Holding,
+    as_public,
     charges_of,
     check_unprotected,
     merged,
@@ -46,10 +47,11 @@ def read_job(facts: Mapping[str, Any], digest: str) -> Job:
     return job
 
 
-def agreed_noise(
+def agreed_terms(
     job: Job, *, config: SiteConfig, service: ServiceClient, state: SiteState, public_key: str, now: datetime
-) -> float | None:
-    """The noise multiplier to train the job with; ``None`` where it has no privacy of records. No data is touched.
+) -> tuple[float | None, int]:
+    """The noise multiplier to train the job with, ``None`` where it has no privacy of records, and the public number
+    of units that it was computed from. No data is touched.
 
     Args:
         public_key: of this site.
@@ -81,23 +83,31 @@ def agreed_noise(
     holding = _holding(job, config=config, service=service, state=state, now=now)
     if job.records is None:
         check_unprotected(job, holding)
-        return None
-    return solve_noise(job, holding, floor=config.policy.min_noise_multiplier, max_epsilon=config.policy.max_epsilon)
+        return None, holding.public_units
+    policy = config.policy
+    noise = solve_noise(job, holding, floor=policy.min_noise_multiplier, max_epsilon=policy.max_epsilon)
+    return noise, holding.public_units
 
 
 def _holding(job: Job, *, config: SiteConfig, service: ServiceClient, state: SiteState, now: datetime) -> Holding:
     """The site's dataset, and what other jobs may still spend of it."""
     units = service.get_dataset(config.dataset).num_slots
+    try:
+        told = config.policy.units_told(units)
+    except InvalidRequestError as e:  # which the site's own log has
+        raise _refused(
+            "the policy of this site does not fit its data: its operator finds what in the site's log"
+        ) from e
     history = history_of(service, config.dataset)
     promised: list[Histogram] = []
     for other in state.unfinished():
         if other.digest != job.digest() and other.noise_multiplier is not None and now < other.job.expires:
             charged = len(charges_of(history, state.run_ids(other.digest)))
-            promised.append(remaining(other.noise_multiplier, other.job, units, charged))
+            promised.append(remaining(other.noise_multiplier, other.job, told, charged))
     return Holding(
-        units=units,
+        public_units=told,
         terms=history.in_force,
-        spent=histogram(history.releases),
+        spent=as_public(histogram(history.releases), units, told),
         promised=merged(promised),
     )
 

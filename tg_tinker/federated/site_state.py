@@ -28,7 +28,7 @@ VERSION = 2
 _POLL_S = 0.05
 _SCHEMA = """
 CREATE TABLE jobs (
-  digest TEXT PRIMARY KEY, job TEXT NOT NULL, noise_multiplier REAL, layout TEXT,
+  digest TEXT PRIMARY KEY, job TEXT NOT NULL, noise_multiplier REAL, public_units INTEGER NOT NULL, layout TEXT,
   round INTEGER NOT NULL DEFAULT 0, charges INTEGER NOT NULL DEFAULT 0, counted INTEGER NOT NULL DEFAULT 1,
   closed INTEGER NOT NULL DEFAULT 0, statement TEXT, report BLOB
 ) STRICT;
@@ -52,6 +52,7 @@ class JobRecord:
 
     Attributes:
         noise_multiplier: of every local step; ``None`` where the job trains without privacy of records.
+        public_units: number of privacy units that noise and statement rest on.
         layout: of the adapter, once the site's server made one.
         last_round: that was begun.
         charges: steps paid for by the job.
@@ -62,6 +63,7 @@ class JobRecord:
     digest: str
     job: Job
     noise_multiplier: float | None
+    public_units: int
     layout: Layout | None
     last_round: int
     charges: int
@@ -149,16 +151,18 @@ class SiteState:
     def job(self, digest: str) -> JobRecord | None:
         """A job that was agreed to."""
         row = self._db.execute(
-            "SELECT job, noise_multiplier, layout, round, charges, counted, closed FROM jobs WHERE digest = ?",
+            "SELECT job, noise_multiplier, public_units, layout, round, charges, counted, closed FROM jobs "
+            "WHERE digest = ?",
             (digest,),
         ).fetchone()
         if row is None:
             return None
-        job, noise, shapes, last, charges, counted, finished = row
+        job, noise, units, shapes, last, charges, counted, finished = row
         return JobRecord(
             digest=digest,
             job=Job.model_validate_json(job),
             noise_multiplier=noise,
+            public_units=units,
             layout=None if shapes is None else {name: tuple(shape) for name, shape in json.loads(shapes).items()},
             last_round=last,
             charges=charges,
@@ -171,12 +175,13 @@ class SiteState:
         rows = self._db.execute("SELECT digest FROM jobs WHERE statement IS NULL ORDER BY digest").fetchall()
         return [found for (digest,) in rows if (found := self.job(digest)) is not None]
 
-    def accept(self, job: Job, noise_multiplier: float | None) -> JobRecord:
-        """Agree to a job; one that was agreed to keeps its noise."""
+    def accept(self, job: Job, noise_multiplier: float | None, public_units: int) -> JobRecord:
+        """Agree to a job; one that was agreed to keeps its noise and what that rests on."""
         digest = job.digest()
         self._write(
-            "INSERT INTO jobs (digest, job, noise_multiplier) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-            (digest, job.model_dump_json(), noise_multiplier),
+            "INSERT INTO jobs (digest, job, noise_multiplier, public_units) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT DO NOTHING",
+            (digest, job.model_dump_json(), noise_multiplier, public_units),
         )
         found = self.job(digest)
         assert found is not None

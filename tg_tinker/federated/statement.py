@@ -39,7 +39,8 @@ class Accounting(_Part):
 
     Attributes:
         noise_multiplier: of each step, over the clipping bound.
-        sample_rate: Poisson inclusion probability; the job's public batch size over it is the number of units.
+        sample_rate: Poisson inclusion probability that epsilon was computed with: the job's batch size over
+            ``public_units``. The true one is not larger.
         steps: that were paid for by the job.
     """
 
@@ -66,6 +67,7 @@ class SiteStatement(_Part):
         target_epsilon: that the job had; "inf" if none.
         dataset_epsilon: of everything that was ever released from the site's data, at ``dataset_delta``.
         dataset_target_epsilon: the budget of that data; "inf" if none.
+        public_units: that the site says it has at least; every epsilon is computed as if it had no more.
         log_origin: name of the transparency log of the site's own server.
         log_checkpoint: that log's signed note, right after the report.
         report_sha256: of the full signed privacy report, which the site keeps.
@@ -86,6 +88,7 @@ class SiteStatement(_Part):
     dataset_epsilon: str
     dataset_delta: str
     dataset_target_epsilon: str
+    public_units: int = Field(ge=1, lt=2**53)
     log_origin: str = Field(max_length=200)
     log_checkpoint: str = Field(max_length=100_000)
     report_sha256: Digest

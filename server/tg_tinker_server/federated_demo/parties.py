@@ -99,6 +99,7 @@ def write_site(party: Party, settings: FederatedDemoSettings, *, coordinator: st
         "policy": {
             "coordinator": coordinator,
             "base_models": [settings.model_ref],
+            "max_record_tokens": 256,
             "max_rounds": settings.rounds,
             "max_local_steps": settings.local_steps,
             "max_epsilon": settings.target_epsilon,

@@ -119,6 +119,7 @@ class FakeSite:
             dataset_epsilon="1.0",
             dataset_delta="1e-05",
             dataset_target_epsilon="8.0",
+            public_units=16,
             log_origin="x",
             log_checkpoint="x",
             report_sha256="0" * 64,

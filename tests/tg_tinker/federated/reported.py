@@ -71,6 +71,7 @@ def statement_of(job: Job, site: str, rounds: Iterable[int], /, **changes: Any) 
         "dataset_epsilon": rounded_up(spent, 2),
         "dataset_delta": "1e-05",
         "dataset_target_epsilon": "8.0",
+        "public_units": 1000,
         "log_origin": forge.key.name,
         "log_checkpoint": forge.integrity()["checkpoint"],
         "report_sha256": hashlib.sha256(site_report(site, steps)).hexdigest(),

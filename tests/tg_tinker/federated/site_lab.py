@@ -122,7 +122,12 @@ class Party:
             service.create_dataset(self.dataset, texts or TEXTS, **{"target_delta": 1e-5, **terms})
 
     def config(self) -> SiteConfig:
-        rules = {"coordinator": public_text(COORDINATOR), "base_models": ("bigram",), **self.policy}
+        rules = {
+            "coordinator": public_text(COORDINATOR),
+            "base_models": ("bigram",),
+            "max_record_tokens": 64,
+            **self.policy,
+        }
         return SiteConfig(
             site=self.name,
             server=self.server.address,

@@ -8,12 +8,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import ValidationError
 
-from tg_tinker.errors import FederationRefusedError
+from tg_tinker.errors import FederationRefusedError, InvalidRequestError
 from tg_tinker.federated.job import Job, Masking
 from tg_tinker.federated.policy import SitePolicy
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
-KEY, OTHER = (base64.b64encode(bytes([b]) * 32).decode() for b in (1, 2))
+KEY, OTHER, *SITES = (base64.b64encode(bytes([b]) * 32).decode() for b in range(1, 6))
 
 
 def job(**changes):
@@ -23,7 +23,7 @@ def job(**changes):
         "rounds": 10,
         "local_steps": 4,
         "batch_size": 8,
-        "roster": {"north": KEY, "south": OTHER, "west": OTHER},
+        "roster": dict(zip(("north", "south", "west"), SITES, strict=True)),
         "coordinator": KEY,
         "min_sites": 2,
         "expires": NOW + timedelta(days=1),
@@ -38,6 +38,7 @@ def policy(**changes):
     fields = {
         "coordinator": KEY,
         "base_models": ["bigram", "tiny"],
+        "max_record_tokens": 64,
         "max_rounds": 10,
         "max_local_steps": 4,
         "max_epsilon": 3.0,
@@ -52,6 +53,7 @@ def policy(**changes):
 def test_a_job_at_every_limit_is_taken():
     policy(jobs=["icd"], federated_lora=["both"]).check(job(), NOW)
     policy(require_masking=True).check(job(masking=Masking()), NOW)
+    policy().check(job(max_sequence_length=64), NOW)
     policy(require_record_privacy=False).check(job(records=None), NOW)
 
 
@@ -65,6 +67,7 @@ RECORDS = {"target_epsilon": 3.0, "target_delta": 1e-6, "unit": "user"}
         ({"jobs": ["other"]}, {}, ["job_id 'icd'"]),
         ({}, {"base_model": "large"}, ["'large'", "'bigram', 'tiny'"]),
         ({"federated_lora": ["freeze_a"]}, {}, ["'both'", "'freeze_a'"]),
+        ({}, {"max_sequence_length": 63}, ["max_sequence_length 63", "max_record_tokens 64"]),
         ({}, {"rounds": 11}, ["rounds 11", "max_rounds 10"]),
         ({}, {"local_steps": 5}, ["local_steps 5", "max_local_steps 4"]),
         ({}, {"min_sites": 1}, ["min_sites 1", "2"]),
@@ -114,5 +117,13 @@ def test_a_policy_that_cannot_be_is_not_made(wrong):
         policy(**wrong)
 
 
+@pytest.mark.parametrize(("units", "told"), [(1, 1), (2, 2), (3, 2), (1023, 512), (1024, 1024), (50_000, 32768)])
+def test_the_public_size_is_a_power_of_two_unless_somebody_says_otherwise(units, told):
+    assert policy().units_told(units) == told
+    assert policy(public_units=units).units_told(units) == units
+    with pytest.raises(InvalidRequestError, match=f"registered with {units}"):
+        policy(public_units=units + 1).units_told(units)
+
+
 def test_record_privacy_is_required_unless_somebody_says_otherwise():
-    assert SitePolicy(coordinator=KEY, base_models=("m",)).require_record_privacy
+    assert SitePolicy(coordinator=KEY, base_models=("m",), max_record_tokens=64).require_record_privacy

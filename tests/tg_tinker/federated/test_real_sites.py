@@ -37,7 +37,9 @@ def parties(server, folder, groups, *, policy=None, **terms):
     found = []
     for name, texts in zip(names(len(groups)), groups, strict=True):
         key = server.mint_key(f"tenant-{folder.name}-{name}")
-        party = Party(server, folder / name, name=name, policy=policy or {}, api_key=key)
+        party = Party(
+            server, folder / name, name=name, policy={"public_units": len(texts), **(policy or {})}, api_key=key
+        )
         party.register(texts, **terms)
         found.append(party)
     return found

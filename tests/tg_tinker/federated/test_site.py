@@ -19,7 +19,7 @@ from tg_tinker.federated import hello
 from tg_tinker.federated.job import Strategy
 from tg_tinker.federated.keys import public_text
 from tg_tinker.federated.messages import Envelope
-from tg_tinker.federated.site import FAILED, SORRY, Site
+from tg_tinker.federated.site import FAILED, SORRY, STRANGER, Site
 from tg_tinker.federated.site_budget import Holding, solve_noise
 from tg_tinker.federated.statement import verify_statement
 from tg_tinker.ledger.history import Terms
@@ -145,7 +145,7 @@ def test_a_site_that_missed_a_round_takes_the_next_one(party):
 
 def test_the_update_is_a_step_from_the_weights_that_were_sent(party):
     """Without noise, momentum and sampling it is gradient descent; the gradient is computed here from its formula."""
-    party.policy, party.dataset = {"require_record_privacy": False}, "open"
+    party.policy, party.dataset = {"require_record_privacy": False, "public_units": len(TEXTS)}, "open"
     party.register(target_epsilon=None)
     plain = {"name": "sgd", "learning_rate": 0.5, "momentum": 0.0, "nesterov": False}
     job = site_job(records=None, batch_size=len(TEXTS), local_steps=1, optimizer=plain)
@@ -180,7 +180,10 @@ def test_a_request_that_the_coordinator_did_not_sign_is_refused_and_noted(party)
     party.join(job)
     good = party.request(job, "train", 1, arrays=ADAPTER)
     other_arrays = {"table": ADAPTER["table"] + 1}
+    service = party.service()
+    site = Site(party.config(), service, party.key, now=lambda: party.clock)
     wrong = [
+        replace(good, signature=b"", kind="finish"),
         replace(good, signature=b""),
         party.request(job, "train", 1, arrays=ADAPTER, key=key_of("mallory")),
         party.request(job, "train", 1, arrays=ADAPTER, key=party.key),
@@ -192,11 +195,15 @@ def test_a_request_that_the_coordinator_did_not_sign_is_refused_and_noted(party)
         replace(good, job="x" * 5000),
         replace(good, kind="\ud800"),
     ]
-    for request in wrong:
-        refused(party.handle(request), "bad_signature")
-    notes = party.audit("federation.round_refused")
-    assert len(notes) == len(wrong)
-    assert {note["reason"] for note in notes} == {"bad_signature"}
+    for minute in range(3):
+        for request in wrong:
+            reply = site.handle(request)
+            assert refused(reply, "bad_signature") == STRANGER
+            assert (reply.site, reply.signature) == ("", b"")  # a stranger learns nobody's name
+        notes = party.audit("federation.round_refused")
+        assert [(note["reason"], note["job"]) for note in notes] == [("bad_signature", "0" * 64)] * (minute + 1)
+        party.clock += timedelta(seconds=61)
+    service.close()
     assert party.charges() == 0
 
 
@@ -345,12 +352,15 @@ def test_when_somebody_else_spent_the_budget_the_round_is_refused_and_says_so(pa
 
 
 def test_two_jobs_at_once_share_the_budget_and_both_come_to_their_end(party):
+    party.policy = {"public_units": len(TEXTS)}
     jobs = [site_job(job_id=f"job-{e:.0f}", records={"target_epsilon": e}) for e in (7.0, 6.0)]
     for job in jobs:
         party.join(job)
     with party.state() as state:
         first, second = (state.job(job.digest()).noise_multiplier for job in jobs)
-    other = Party(party.server, party.folder / "another", api_key=party.server.mint_key("with-one-job"))
+    other = Party(
+        party.server, party.folder / "another", policy=party.policy, api_key=party.server.mint_key("with-one-job")
+    )
     other.register(target_epsilon=8.0)
     other.join(jobs[1])
     with other.state() as state:
@@ -372,9 +382,75 @@ def test_steps_that_another_job_took_count_once(party):
     with party.state() as state:
         sigma, found = (state.job(job.digest()).noise_multiplier for job in (first, second))
     terms = Terms(unit="datum", target_epsilon=8.0, target_delta=1e-5)
-    spent = {(sigma, 4 / len(TEXTS)): 4}  # two steps taken, two to come
-    holding = Holding(units=len(TEXTS), terms=terms, spent=spent, promised={})
+    spent = {(sigma, 4 / 16): 4}  # two steps taken, two to come; at least 16 texts, as anybody may know
+    holding = Holding(public_units=16, terms=terms, spent=spent, promised={})
     assert found == solve_noise(second, holding, floor=0.3, max_epsilon=8.0)
+
+
+# Sizes that could be found out by asking.
+
+
+def accepts(party, job):
+    return party.ask(job, "join", facts={"job": job.model_dump(mode="json")}).facts == {"accepted": True}
+
+
+def test_sites_of_different_sizes_answer_alike(server, tmp_path):
+    """Which batches fit, how much noise an update has and what is stated depend on the public size alone."""
+    seen = []
+    for units in (1024, 1100, 1999):
+        party = Party(
+            server,
+            tmp_path / str(units),
+            policy={"max_epsilon": 4.0, "disclose_accounting": True},
+            api_key=server.mint_key(f"tenant-of-{units}"),
+        )
+        party.register([f"text {i}" for i in range(units)], target_epsilon=4.0)
+        with party.service() as service:  # what was spent before, the site's size is in the ledger of
+            dataset = service.get_dataset(party.dataset)
+            config = TrainingConfig(
+                model_ref="bigram", dp_config=dataset.dp_config(noise_multiplier=0.8), batch_size=64
+            )
+            with service.create_training_client(config) as run:
+                run.forward_backward(dataset=dataset).result()
+                run.optim_step().result()
+        answers = [accepts(party, site_job(job_id=f"b{b}", batch_size=b)) for b in (1023, 1024, 1025, 1099, 1101)]
+        job = site_job(job_id="one", batch_size=64, records={"target_epsilon": 3.5})
+        for b in (1023, 1024):
+            party.ask(site_job(job_id=f"b{b}", batch_size=b), "finish")
+        party.join(job)
+        assert party.ask(job, "train", 1, arrays=ADAPTER).facts == {}
+        with party.state() as state:
+            noise = state.job(job.digest()).noise_multiplier
+        said = party.statement(job)
+        assert float(said.dataset_epsilon) >= party.epsilon_of_all() - 1e-9
+        assert said.public_units == 1024
+        assert float(said.accounting.sample_rate) == 64 / 1024
+        seen.append((answers, noise, said.epsilon, said.dataset_epsilon))
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_public_size_over_the_true_one_is_refused_and_told_to_the_operator_alone(party):
+    party.policy = {"public_units": len(TEXTS) + 1}
+    job = site_job()
+    message = refused(party.ask(job, "join", facts={"job": job.model_dump(mode="json")}), "policy")
+    assert not any(c.isdigit() for c in message)
+    assert f"registered with {len(TEXTS)}" in (party.folder / "state" / "site.log").read_text()
+
+
+def test_no_length_of_a_record_can_be_found_out_by_asking(party):
+    """A job under the policy's length is refused for short records too; one at it trains on the longest."""
+    party.dataset = "long"
+    party.register([*TEXTS, "x" * 200], target_epsilon=8.0)
+    longest = len(ByteTokenizer().encode("x" * 200))
+    party.policy = {"max_record_tokens": 256}
+    for dataset in ("data", "long"):
+        party.dataset = dataset
+        job = site_job(job_id=f"under-{dataset}", max_sequence_length=longest)
+        message = refused(party.ask(job, "join", facts={"job": job.model_dump(mode="json")}), "policy")
+        assert "max_record_tokens 256" in message
+    job = site_job(max_sequence_length=256)
+    party.join(job)
+    assert party.ask(job, "train", 1, arrays=ADAPTER).facts == {}
 
 
 # Nothing else leaves.

@@ -40,7 +40,7 @@ def weights(server):
 @pytest.fixture
 def party(server, tmp_path, request):
     tenant = f"tenant-of-{abs(hash(request.node.nodeid))}"
-    rules = {"base_models": (MODEL,), "require_record_privacy": False}
+    rules = {"base_models": (MODEL,), "require_record_privacy": False, "public_units": 6}
     party = Party(server, tmp_path, policy=rules, api_key=server.mint_key(tenant))
     party.register([f"fever on day {i}" for i in range(6)], target_epsilon=None)
     return party

@@ -9,7 +9,7 @@ import pytest
 
 from tests.tg_tinker.federated.site_lab import site_job
 from tg_tinker.errors import FederationRefusedError
-from tg_tinker.federated.site_budget import Holding, epsilon_of, merged, remaining, solve_noise
+from tg_tinker.federated.site_budget import Holding, as_public, epsilon_of, merged, remaining, solve_noise
 from tg_tinker.ledger.history import Terms
 from tg_tinker.ledger.releases import Release
 from tg_tinker.privacy.accounting import gate_epsilon
@@ -20,7 +20,7 @@ LOOSE = 1.0002
 
 def holding(*, units=1000, target=math.inf, delta=1e-5, spent=None, promised=None, unit="datum"):
     terms = Terms(unit=unit, target_epsilon=target, target_delta=delta)
-    return Holding(units=units, terms=terms, spent={} if spent is None else spent, promised=promised or {})
+    return Holding(public_units=units, terms=terms, spent={} if spent is None else spent, promised=promised or {})
 
 
 def by_dp_accounting(histogram, delta):
@@ -108,6 +108,17 @@ def test_epsilon_of_charges_is_the_gates():
     assert epsilon_of([release] * 50, 1e-6) == pytest.approx(by_dp_accounting({(1.1, 0.02): 50}, 1e-6), rel=1e-6)
     assert epsilon_of([], 1e-6) == 0.0
     assert epsilon_of([release, Release(kind="unnoised", noise_multiplier=0.0)], 1e-6) == math.inf
+
+
+def test_releases_seen_from_outside_depend_on_batch_sizes_and_the_public_size_alone():
+    seen = [
+        as_public({(1.0, 50 / n): 3, (2.0, 7 / n): 1, (5.0, 1.0): 2, (4.0, 600 / n): 1}, n, 512)
+        for n in (600, 777, 1023)
+    ]
+    assert seen[0] == {(1.0, 50 / 512): 3, (2.0, 7 / 512): 1, (5.0, 1.0): 2, (4.0, 1.0): 1}
+    assert seen[1] == seen[0] == seen[2]
+    assert as_public(None, 600, 512) is None
+    assert as_public({(1.0, 0.1): 1}, 1000, 1000) == {(1.0, 0.1): 1}
 
 
 def test_histories_add_up():

@@ -23,6 +23,7 @@ POLICY = f"""
 [policy]
 coordinator = "{COORDINATOR}"
 base_models = ["tiny"]
+max_record_tokens = 64
 """
 
 

@@ -17,7 +17,7 @@ from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 
-UNPROTECTED = {"require_record_privacy": False}
+UNPROTECTED = {"require_record_privacy": False, "public_units": len(TEXTS)}
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def server(tmp_path_factory):
 def parties(server, tmp_path):
     made = []
     for i, name in enumerate(NAMES):
-        rules = {"require_record_privacy": False, "require_masking": True, "min_sites": 2}
+        rules = {"require_record_privacy": False, "require_masking": True, "min_sites": 2, "public_units": 7}
         party = Party(
             server,
             tmp_path / name,

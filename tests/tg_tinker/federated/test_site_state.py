@@ -29,8 +29,8 @@ def folder(tmp_path):
 def test_jobs_rounds_and_updates_are_there_for_the_next_process(folder):
     with folder.open(wait_s=0) as state:
         assert state.job(DIGEST) is None
-        state.accept(JOB, 1.25)
-        state.accept(JOB, 9.0)  # noise is solved once
+        state.accept(JOB, 1.25, 16)
+        state.accept(JOB, 9.0, 16)  # noise is solved once
         state.set_layout(DIGEST, {"a": (1,), "b.weight": (2, 3)})
         state.set_run_id(DIGEST, "a", "")
         state.begin_round(DIGEST, 1, "base")
@@ -67,7 +67,7 @@ def test_jobs_rounds_and_updates_are_there_for_the_next_process(folder):
 
 def test_a_round_begins_once(folder):
     with folder.open(wait_s=0) as state:
-        state.accept(JOB, 1.0)
+        state.accept(JOB, 1.0, 16)
         state.begin_round(DIGEST, 1, "base")
         with pytest.raises(sqlite3.IntegrityError):
             state.begin_round(DIGEST, 1, "other")
@@ -76,7 +76,7 @@ def test_a_round_begins_once(folder):
 
 def test_what_fails_half_way_leaves_no_half(folder):
     with folder.open(wait_s=0) as state:
-        state.accept(JOB, 1.0)
+        state.accept(JOB, 1.0, 16)
         state.begin_round(DIGEST, 1, "base")
         bad = {"a": np.zeros(1, np.complex64)}  # has no name in safetensors
         with pytest.raises(ValueError):
@@ -95,7 +95,7 @@ def test_the_file_is_flushed_with_every_change(folder):
 
 def test_only_the_owner_can_read_it(folder, tmp_path):
     with folder.open(wait_s=0) as state:
-        state.accept(JOB, 1.0)
+        state.accept(JOB, 1.0, 16)
         state.set_masking(DIGEST, {"secret": "s"})
     modes = {p: stat.S_IMODE(p.stat().st_mode) for p in [tmp_path / "state", *(tmp_path / "state").rglob("*")]}
     assert all(mode & 0o077 == 0 for mode in modes.values()), modes

@@ -11,7 +11,7 @@ import pytest
 import rfc8785
 
 from tests.tg_tinker.federated.jobs import key_of
-from tests.tg_tinker.federated.site_lab import ADAPTER, TEXTS, Party, site_job
+from tests.tg_tinker.federated.site_lab import ADAPTER, Party, site_job
 from tg_tinker.errors import InvalidRequestError, LogVerificationError
 from tg_tinker.federated.keys import public_text
 from tg_tinker.federated.statement import (
@@ -44,6 +44,7 @@ STATEMENT = SiteStatement(
     dataset_epsilon="2.50",
     dataset_delta="1e-05",
     dataset_target_epsilon="inf",
+    public_units=1024,
     log_origin="tg-tinker/x",
     log_checkpoint="note",
     report_sha256="b" * 64,
@@ -138,7 +139,8 @@ def server(tmp_path_factory):
 
 
 def finished(server, folder, *, dataset, target=8.0, rules=None, **changes):
-    party = Party(server, folder, dataset=dataset, policy=rules or {})
+    api_key = server.mint_key(f"tenant-{dataset}")
+    party = Party(server, folder, dataset=dataset, policy=rules or {}, api_key=api_key)
     party.register(target_epsilon=target)
     job = site_job(**changes)
     party.join(job)
@@ -154,7 +156,8 @@ def test_the_statement_says_what_the_ledger_says(server, tmp_path):
     accounting = statement.accounting
     assert accounting is not None
     assert accounting.steps == party.charges() == 2
-    assert float(accounting.sample_rate) == job.batch_size / len(TEXTS)
+    assert float(accounting.sample_rate) == job.batch_size / 16
+    assert statement.public_units == 16  # of 23
     with party.service() as service:
         events = [c.body["event"] for c in service.get_privacy_ledger("one").charges]
         spent = service.get_dataset("one").info.epsilon_spent
@@ -163,7 +166,8 @@ def test_the_statement_says_what_the_ledger_says(server, tmp_path):
     exact = gate_epsilon({(sigma, rate): 2}, 1e-6)
     assert exact <= statement.epsilon_spent < exact + 0.01
     assert exact < 3.0 < gate_epsilon({(sigma - 1e-3, rate): 4}, 1e-6)  # half of what was planned
-    assert spent <= float(statement.dataset_epsilon) < spent + 0.01
+    in_all = gate_epsilon({(sigma, rate): 2}, 1e-5)
+    assert spent < in_all <= float(statement.dataset_epsilon) < in_all + 0.01  # spent is at the true rate
     assert (statement.delta, statement.target_epsilon) == ("1e-06", "3.0")
     assert (statement.dataset_delta, statement.dataset_target_epsilon) == ("1e-05", "8.0")
     assert statement.rounds == (1,)

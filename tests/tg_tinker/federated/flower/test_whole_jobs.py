@@ -110,6 +110,7 @@ def write_configurations(federation: Federation, sites: list[Party], server: Emb
             [policy]
             coordinator = "{public_text(KEY)}"
             base_models = ["bigram"]
+            max_record_tokens = 64
             require_record_privacy = false
             max_local_steps = 10
             [flower]
