@@ -358,7 +358,7 @@ class ServiceClient:
         """The whole ledger of a dataset; ``verify()`` checks it without trusting the server.
 
         Raises:
-            LogVerificationError: the server's log does not continue what was seen of it: the ledger may be an old one.
+            LogVerificationError: the log does not continue what was seen of it: the ledger may be an old one.
         """
         self._handshake()
         return ledger_from_proto(self._transport.call(requests.ledger(dataset_id)))
