@@ -61,6 +61,9 @@ def solve_noise(job: Job, holding: Holding, *, floor: float, max_epsilon: float)
         )
     if holding.spent is None:
         raise _refused("this site's data was released without noise before, so its epsilon is infinite")
+    if 2 * records.target_delta * holding.public_units >= 1:
+        # There may be almost twice as many units as the public number says: delta must be below one over that.
+        raise _unfit()
     try:
         alone = plan(
             epsilon=min(records.target_epsilon, max_epsilon),

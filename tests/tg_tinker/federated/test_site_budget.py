@@ -80,6 +80,7 @@ def test_what_other_jobs_were_promised_is_left_to_them():
     [
         {"units": 49},  # fewer units than a batch
         {"units": 2_000_000},  # delta would allow publishing a unit
+        {"units": 600_000},  # the same, if there are almost twice as many as the site says in public
         {"target": 1.0, "spent": {(0.5, 1.0): 1}},  # spent
         {"target": 0.01},  # nothing keeps so small a target
     ],
