@@ -17,7 +17,14 @@ from tg_tinker.federated.site import Site
 from tg_tinker.federated.site_config import SiteConfig
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
-from tg_tinker_server.federated_demo.parties import COORDINATOR, Party, parties, write_coordinator, write_site
+from tg_tinker_server.federated_demo.parties import (
+    COORDINATOR,
+    Party,
+    parties,
+    public_units,
+    write_coordinator,
+    write_site,
+)
 from tg_tinker_server.federated_demo.settings import FederatedDemoSettings
 from tg_tinker_server.federated_demo.stage import Work
 
@@ -67,7 +74,13 @@ class InProcessStage:
         sites = {name: self._parties[name] for name in self._sites}
         apps = {}
         for name, party in sites.items():
-            write_site(party, self._settings, coordinator=coordinator.public_key(), flower={})
+            write_site(
+                party,
+                self._settings,
+                coordinator=coordinator.public_key(),
+                flower={},
+                public_units=public_units(party),
+            )
             config = SiteConfig.load(party.config)
             service = self._stack.enter_context(config.service())
             apps[name] = client_app(Site(config, service, config.key()).handle)

@@ -80,12 +80,20 @@ def parties(folder: Path, sites: Sequence[str]) -> dict[str, Party]:
     return found
 
 
-def write_site(party: Party, settings: FederatedDemoSettings, *, coordinator: str, flower: Mapping[str, Any]) -> None:
+def write_site(
+    party: Party,
+    settings: FederatedDemoSettings,
+    *,
+    coordinator: str,
+    flower: Mapping[str, Any],
+    public_units: int | None = None,
+) -> None:
     """Write a site's ``site.toml``. The policy allows this demo's job and nothing larger.
 
     Args:
         coordinator: its public key.
         flower: how the SuperLink is reached; empty where everything runs in one process.
+        public_units: see `SitePolicy`; ``None`` leaves it out.
     """
     tables: dict[str, Mapping[str, Any]] = {
         "": {
@@ -105,11 +113,18 @@ def write_site(party: Party, settings: FederatedDemoSettings, *, coordinator: st
             "max_epsilon": settings.target_epsilon,
             "max_delta": settings.target_delta,
             "min_sites": 2,
-            # These texts are public, so their number is too; a hospital would think twice.
+            **({"public_units": public_units} if public_units else {}),
+            # So that anybody can compute epsilon again. The rate that is told is that of the public size.
             "disclose_accounting": True,
         },
     }
     party.config.write_text(toml({**tables, **({"flower": flower} if flower else {})}), encoding="utf-8")
+
+
+def public_units(party: Party) -> int | None:
+    """What a site says in public of its size: thousands, rounded down; ``None`` leaves it to the policy's default."""
+    with party.client() as service:
+        return service.get_dataset(DATASET).num_slots // 1000 * 1000 or None
 
 
 def write_coordinator(party: Party, job: Mapping[str, Any], *, flower: Mapping[str, Any]) -> None:

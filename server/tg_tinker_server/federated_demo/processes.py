@@ -19,7 +19,14 @@ from tg_tinker.federated.flower.certificates import make_authority, make_node_ke
 from tg_tinker.federated.flower.program import free_port
 from tg_tinker.federated.flower.superlink import SuperLink
 from tg_tinker.federated.result import FederatedResult
-from tg_tinker_server.federated_demo.parties import COORDINATOR, Party, parties, write_coordinator, write_site
+from tg_tinker_server.federated_demo.parties import (
+    COORDINATOR,
+    Party,
+    parties,
+    public_units,
+    write_coordinator,
+    write_site,
+)
 from tg_tinker_server.federated_demo.settings import FederatedDemoSettings
 from tg_tinker_server.federated_demo.stage import Work
 from tg_tinker_server.federated_demo.supervision import Child, stop_all
@@ -78,7 +85,7 @@ class ProcessStage:
         sites = {name: self._parties[name] for name in self._sites}
         address = f"127.0.0.1:{free_port()}"
         roster = {name: party.public_key() for name, party in sites.items()}
-        flower = {"address": address, **self._certificates(coordinator), "node_keys": self._node_keys(sites)}
+        flower = {"address": address, **certificates(coordinator), "node_keys": node_keys(sites)}
         write_coordinator(coordinator, {**job, "roster": roster}, flower=flower)
         config = CoordinatorConfig.load(coordinator.config)
         assert config.flower is not None
@@ -89,7 +96,13 @@ class ProcessStage:
                 "root_certificates": (coordinator.folder / "ca.crt").absolute(),
                 "node_key": "node.key",
             }
-            write_site(party, self._settings, coordinator=coordinator.public_key(), flower=flower)
+            write_site(
+                party,
+                self._settings,
+                coordinator=coordinator.public_key(),
+                flower=flower,
+                public_units=public_units(party),
+            )
             self.children.append(
                 Child(
                     f"site {name}",
@@ -129,28 +142,32 @@ class ProcessStage:
         self.children.append(child)
         return child
 
-    def _certificates(self, coordinator: Party) -> dict[str, Any]:
-        folder = coordinator.folder
-        if not (folder / "ca.crt").exists():
-            make_authority(folder / "ca.crt", folder / "ca.key")
-            make_server_certificate(
-                folder / "superlink.crt",
-                folder / "superlink.key",
-                authority=folder / "ca.crt",
-                authority_key=folder / "ca.key",
-                hosts=["127.0.0.1", "localhost"],
-            )
-        return {"ca": "ca.crt", "certificate": "superlink.crt", "key": "superlink.key"}
-
-    def _node_keys(self, sites: Mapping[str, Party]) -> dict[str, str]:
-        for party in sites.values():
-            if not (party.folder / "node.key").exists():
-                make_node_key(party.folder / "node.key")
-        return {name: str((party.folder / "node.key.pub").absolute()) for name, party in sites.items()}
-
     def _stop(self) -> None:
         try:
             # Sites first: their SuperNodes would miss the SuperLink and say so.
             stop_all(self.children[::-1], patience_s=_PATIENCE_S)
         finally:
             self._stack.close()
+
+
+def certificates(coordinator: Party) -> dict[str, Any]:
+    """The SuperLink's certificate, made where it is missing, as ``[flower]`` of ``coordinator.toml`` names it."""
+    folder = coordinator.folder
+    if not (folder / "ca.crt").exists():
+        make_authority(folder / "ca.crt", folder / "ca.key")
+        make_server_certificate(
+            folder / "superlink.crt",
+            folder / "superlink.key",
+            authority=folder / "ca.crt",
+            authority_key=folder / "ca.key",
+            hosts=["127.0.0.1", "localhost"],
+        )
+    return {"ca": "ca.crt", "certificate": "superlink.crt", "key": "superlink.key"}
+
+
+def node_keys(sites: Mapping[str, Party]) -> dict[str, str]:
+    """Each SuperNode's public key, made where it is missing."""
+    for party in sites.values():
+        if not (party.folder / "node.key").exists():
+            make_node_key(party.folder / "node.key")
+    return {name: str((party.folder / "node.key.pub").absolute()) for name, party in sites.items()}

@@ -5,28 +5,24 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 
-from tg_tinker import ServiceClient, TrainingClient
+from tg_tinker import ServiceClient
 from tg_tinker.errors import ServerError
-from tg_tinker.federated.coordinator import Coordinator
-from tg_tinker.federated.coordinator_config import CoordinatorConfig
 from tg_tinker.federated.keys import load_identity
 from tg_tinker.federated.report_file import write_report
 from tg_tinker.federated.result import FederatedResult
 from tg_tinker.types import ArtifactInfo
 from tg_tinker_server.demo.data import SOURCE
-from tg_tinker_server.demo.measure import perplexity
 from tg_tinker_server.federated_demo.arms import Plan, register, train_all
 from tg_tinker_server.federated_demo.data import FederatedTexts
+from tg_tinker_server.federated_demo.federation import coordinate, each, measured, register_sites
 from tg_tinker_server.federated_demo.findings import POOLED, Findings, arms_of, site_facts
 from tg_tinker_server.federated_demo.narration import Narrator
 from tg_tinker_server.federated_demo.parties import COORDINATOR, Party
@@ -38,8 +34,6 @@ from tg_tinker_server.federated_demo.stage import Stage
 from tg_tinker_server.federated_demo.state import Arm, DemoRecord, Point, load_record, save_record
 
 _VALID = timedelta(days=7)
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def run(
@@ -120,39 +114,19 @@ class _Demo:
     # The federation.
 
     def _federate(self, stage: Stage) -> FederatedResult:
+        console, settings = self.narrator.console, self.settings
         sites = {name: stage.parties[name] for name in self.texts.sites}
-        with self.narrator.console.status("each site registers its records with its own server …"):
-            each(lambda name, party: self._register(party, DATASET, name), sites)
-        self.narrator.federation(self.settings)
-        stage.open_sites(self.settings.job(job_id=self.record.job_id, expires=self.record.expires))
-        party = stage.parties[COORDINATOR]
-        config = CoordinatorConfig.load(party.config)
-        with config.service() as service:
-            reader = service.create_training_client(self.settings.reader())
-            lines = RoundLines(self.narrator.console, self.settings, lambda: self._epsilons(sites))
-            coordinator = Coordinator(
-                config,
-                service,
-                config.key(),
-                progress=lines.show,
-                evaluate=lambda released: {"perplexity": self._perplexity(reader, released.artifact_id)},
-            )
-            with Watching(self.narrator.console, "training at the sites", sites, steps=self.settings.steps):
-                result = stage.run(coordinator.run)
-            service.delete_training_client(reader.id)
+        with console.status("each site registers its records with its own server …"):
+            register_sites(stage, settings, self.texts)
+        self.narrator.federation(settings)
+        job = settings.job(job_id=self.record.job_id, expires=self.record.expires)
+        lines = RoundLines(console, settings, lambda: self._epsilons(sites))
+        with Watching(console, "training at the sites", sites, steps=settings.steps):
+            result = coordinate(stage, job, settings, self.texts, progress=lines.show)
         if result.status == "failed":
             stage.check()
             raise ServerError(f"the federated job failed: {result.why}")
         return result
-
-    def _register(self, party: Party, dataset_id: str, *names: str) -> None:
-        texts = [text for name in names for text in self.texts.sites[name]]
-        with party.client() as service:
-            register(service, dataset_id, texts, self.settings)
-
-    def _perplexity(self, reader: TrainingClient, artifact_id: str) -> float:
-        reader.load_state(artifact_id, optimizer=False)
-        return perplexity(reader, self.texts.held_out, batch_size=self.settings.eval_batch_size)
 
     def _epsilons(self, sites: Mapping[str, Party]) -> dict[str, float]:
         """What each site's ledger shows; asked by the person at the keyboard, who plays them all."""
@@ -176,7 +150,7 @@ class _Demo:
         }
         where[POOLED] = (stage.parties[COORDINATOR], POOLED_DATASET, names)
         with self.narrator.console.status("registering the same records under second names …"):
-            each(lambda _name, place: self._register(place[0], place[1], *place[2]), where)
+            each(lambda _name, place: self._register(*place), where)
         plans = []
         for name, (party, dataset_id, _) in where.items():
             with party.client() as service:
@@ -197,6 +171,11 @@ class _Demo:
         with Watching(self.narrator.console, "training alone", watched, steps=self.settings.steps):
             train_all(plans, self.texts.held_out, self.settings, known=self.record.arms, tell=tell, check=stage.check)
 
+    def _register(self, party: Party, dataset_id: str, names: Sequence[str]) -> None:
+        texts = [text for name in names for text in self.texts.sites[name]]
+        with party.client() as service:
+            register(service, dataset_id, texts, self.settings)
+
     # The end.
 
     def _look(self, stage: Stage, result: FederatedResult) -> Findings:
@@ -204,7 +183,7 @@ class _Demo:
         with stage.parties[COORDINATOR].client() as service:
             artifact = _artifact(service, result.artifact_id)
             reader = service.create_training_client(self.settings.reader())
-            reopened = self._perplexity(reader, result.artifact_id)
+            reopened = measured(reader, result.artifact_id, self.settings, self.texts)
             service.delete_training_client(reader.id)
         alone, pooled = arms_of(record, self.texts.sites)
         key = load_identity(stage.parties[COORDINATOR].identity)
@@ -248,13 +227,6 @@ class _Demo:
         )
         self.narrator.results(found)
         return found
-
-
-def each(work: Callable[[str, T], R], over: Mapping[str, T]) -> dict[str, R]:
-    """Do something for every party at once; by name."""
-    with ThreadPoolExecutor(len(over)) as pool:
-        futures = {name: pool.submit(work, name, value) for name, value in over.items()}
-        return {name: future.result() for name, future in futures.items()}
 
 
 def _artifact(service: ServiceClient, artifact_id: str) -> ArtifactInfo:

@@ -61,10 +61,11 @@ def test_each_site_signs_what_its_plan_promised_and_its_ledger_shows(terminal: T
     found = terminal.demo()
     for site in found.sites:
         records = len(TEXTS.sites[site.name])
-        planned = plan(epsilon=8, delta=1e-5, steps=4, batch_size=16, dataset_size=records)
+        public = 32  # the power of two below: nobody learns the number from noise or epsilon
+        planned = plan(epsilon=8, delta=1e-5, steps=4, batch_size=16, dataset_size=public)
         statement = verify_statement(found.result.statements[site.name], found.result.job.roster[site.name])
         assert float(site.noise_multiplier) == planned.noise_multiplier
-        assert math.isclose(float(site.sample_rate), 16 / records)
+        assert math.isclose(float(site.sample_rate), 16 / public)
         assert site.steps == 4
         assert site.checked
         assert planned.epsilon <= float(site.epsilon) <= 8
@@ -82,7 +83,7 @@ def test_each_site_signs_what_its_plan_promised_and_its_ledger_shows(terminal: T
                     ledger = service.get_privacy_ledger(dataset_id)
                     ledger.verify()
                     assert len(ledger.charges) == 4
-                    assert 7 < ledger.epsilon_spent <= 8
+                    assert 5 < ledger.epsilon_spent <= 8
 
 
 def test_an_interrupted_demo_goes_on_and_never_spends_more_than_its_target(
