@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import sys
+import time
 from collections.abc import Container, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ def step_on_a_failing_disk(folder: Path, fault: Fault, chosen: Container[int]) -
         client.optim_step().result()
         before = loss(client)
         client.forward_backward(batch(2)).result()
+        while len(service.get_audit_logs(operation="forward_backward")) < 3:  # their lines follow the replies
+            time.sleep(0.01)
         succeeded = False
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GaussianMechanism, "add_noise_", paid_for)
