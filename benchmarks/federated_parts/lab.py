@@ -170,6 +170,10 @@ def federate(
         return run.run(link)
 
 
+LARGEST_PERPLEXITY = 1e300
+"""Stands for any above it."""
+
+
 class Reader:
     """Perplexity of released adapters on public texts, asked of a server that trains nothing on them."""
 
@@ -183,7 +187,10 @@ class Reader:
         """As ``Coordinator(evaluate=...)`` wants it."""
         with self._lock:
             self._tc.load_state(released.artifact_id, optimizer=False)
-            return {"perplexity": perplexity(self._tc, self._held_out, batch_size=128)}
+            try:
+                return {"perplexity": perplexity(self._tc, self._held_out, batch_size=128)}
+            except OverflowError:  # more than float64 can say
+                return {"perplexity": LARGEST_PERPLEXITY}
 
     def close(self) -> None:
         """Free the model."""
