@@ -59,7 +59,7 @@ def test_steps_are_counted_only_when_they_succeed(service: ServiceClient) -> Non
     client = create(service)
     for seed in range(3):
         step(client, seed)
-    with pytest.raises(InvalidRequestError, match="forward_backward .* first"):
+    with pytest.raises(InvalidRequestError, match=r"forward_backward .* first"):
         client.optim_step().result()
     assert client.step == 3
     assert client.status == "active"
