@@ -74,7 +74,7 @@ class Manager:
         """SIGKILL to a command or to what Flower runs beneath it."""
         victims: list[tuple[str, int]] = []
         for name, service in self.services.items():
-            if service.child is not None:
+            if service.child is not None and not service.child.ended_within(0):  # a free number may be anybody's
                 kind = name.split(":")[0]
                 victims.append((kind, service.child.pid))
                 beneath = {"site": "supernode", "coordinator": "superlink"}.get(kind)
