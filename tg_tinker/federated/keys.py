@@ -8,8 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-import secrets
-import stat
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -21,10 +19,22 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from tg_tinker import secret_files
 from tg_tinker.errors import InvalidRequestError, ServerError
+from tg_tinker.secret_files import require_new, write_secret
+
+__all__ = [
+    "load_identity",
+    "make_identity",
+    "public_key",
+    "public_text",
+    "read_secret",
+    "require_new",
+    "write_public",
+    "write_secret",
+]
 
 _PUBLIC_BYTES = 32
-_LARGEST_FILE = 10_000
 
 
 def make_identity(path: Path) -> Ed25519PrivateKey:
@@ -83,47 +93,6 @@ def public_key(text: str) -> Ed25519PublicKey:
         ) from None
 
 
-def require_new(*paths: Path) -> None:
-    """Require that none of these files exists, before the first of them is written.
-
-    Raises:
-        InvalidRequestError: one does.
-    """
-    for path in paths:
-        if os.path.lexists(path):
-            raise _refused(f"{path} exists and is left as it is; a key is never overwritten", "a new file")
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a new file with mode 0600, whole and on disk or not at all.
-
-    Raises:
-        InvalidRequestError: the file exists; nothing is ever overwritten.
-        ServerError: it cannot be written.
-    """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(draft, path)  # unlike rename, refuses to replace
-        finally:
-            draft.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as e:
-        if os.path.lexists(path):
-            raise _refused(f"{path} exists and is left as it is; a key is never overwritten", "a new file") from None
-        raise ServerError(f"cannot create the key file {path}: {e.strerror}; name a writable folder") from e
-
-
 def write_public(path: Path, content: bytes) -> None:
     """Write a new file that everybody may read.
 
@@ -141,29 +110,12 @@ def write_public(path: Path, content: bytes) -> None:
 
 
 def read_secret(path: Path) -> bytes:
-    """The content of a file that only its owner can read.
+    """The content of a party's file that only its owner can read.
 
     Raises:
-        InvalidRequestError: no such file, or others than its owner can read or write it.
+        InvalidRequestError: see `secret_files.read_secret`.
     """
-    try:
-        with path.open("rb") as file:
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST_FILE:
-                raise _refused(f"{path} is not a key file", "a regular file")
-            if info.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-                mode = f"{stat.S_IMODE(info.st_mode):04o}"
-                raise _refused(
-                    f"{path} has mode {mode}: others on this computer can read or change the key; "
-                    f"run `chmod 600 {path}`, and make a new key if somebody may have read it",
-                    "mode 0600",
-                )
-            return file.read()
-    except OSError as e:
-        raise _refused(
-            f"cannot read the key file {path}: {e.strerror}; `tg-tinker federated keygen {path}` makes one",
-            "a readable file",
-        ) from e
+    return secret_files.read_secret(path, if_missing=f"`tg-tinker federated keygen {path}` makes one")
 
 
 def _refused(message: str, constraint: str) -> InvalidRequestError:

@@ -10,18 +10,16 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-import secrets
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from tg_tinker.errors import InvalidRequestError, ServerError
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.secret_files import read_secret, write_secret
 from tg_tinker_server.crypto.aead import KEY_BYTES, associated_data, derive_key, new_key, open_sealed, seal
 from tg_tinker_server.crypto.transit import SCHEME, TransitKeyProvider
 
 FIELD = "root_key"
-LARGEST_FILE_BYTES = 1024
 
 
 class KeyProvider(Protocol):
@@ -96,50 +94,12 @@ def create_key_file(path: Path) -> None:
         InvalidRequestError: the file exists; nothing is ever overwritten.
         ServerError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(base64.b64encode(new_key()) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(draft, path)  # unlike rename, refuses to replace
-        finally:
-            draft.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except FileExistsError:
-        raise _refused(f"{path} exists and is left as it is; a root key is never overwritten", "a new file") from None
-    except OSError as e:
-        raise ServerError(f"cannot create the key file {path}: {e.strerror}; name a writable folder") from e
+    write_secret(path, base64.b64encode(new_key()) + b"\n")
 
 
 def _read_key_file(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode):
-                raise _refused(f"{path} is not a file", "a regular file")
-            if info.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-                mode = f"{stat.S_IMODE(info.st_mode):04o}"
-                raise _refused(
-                    f"{path} can be reached by other users (mode {mode}); run: chmod 600 {path}",
-                    "mode 0600",
-                )
-            content = file.read(LARGEST_FILE_BYTES)
-    except FileNotFoundError:
-        raise _refused(
-            f"there is no key file {path}; create one with `tg-tinker keys init`, or restore the one that was there",
-            "an existing file",
-        ) from None
-    except OSError as e:
-        raise _refused(f"cannot read the key file {path}: {e.strerror}", "a readable file") from e
-    return _decode(content.decode("ascii", "replace"), str(path))
+    made = "create one with `tg-tinker keys init`, or restore the one that was there"
+    return _decode(read_secret(path, if_missing=made).decode("ascii", "replace"), str(path))
 
 
 def _decode(text: str, where: str) -> bytes:
