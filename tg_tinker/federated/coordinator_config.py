@@ -19,21 +19,17 @@ coordinator adds itself: its own public key and the digest of the first adapter,
 
 from __future__ import annotations
 
-import os
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from tg_tinker._endpoint import parse_base_url
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.federated.flower_settings import FlowerCoordinator
 from tg_tinker.federated.job import Job
-from tg_tinker.federated.keys import load_identity, public_key, public_text, read_secret
-from tg_tinker.service_client import ServiceClient
+from tg_tinker.federated.keys import public_key, public_text
+from tg_tinker.federated.party_config import PartyConfig, what_is_wrong
 
 ADDED = ("adapter_digest", "coordinator")
 """Fields of a job that the coordinator fills in."""
@@ -44,16 +40,11 @@ that a job may have stays below 1e9, far from float32's 3e38."""
 _NO_DIGEST = "0" * 64
 
 
-class CoordinatorConfig(BaseModel):
-    """All that a coordinator is told.
+class CoordinatorConfig(PartyConfig):
+    """All that a coordinator is told, besides what every party is.
 
     Attributes:
-        server: as ``ServiceClient(base_url=...)``; certificates for TLS come from ``TG_TINKER_TLS_*``.
-        api_key_file: a file of mode 0600 with the key, or
-        api_key_env: the name of the environment variable that holds it.
-        job: the job's fields without ``ADDED``; checked as a job when this is made.
-        identity: file of the coordinator's private key.
-        state_dir: of this job alone.
+        job: the job's fields without ``ADDED``; checked as a job when this is made. ``state_dir`` is of it alone.
         max_attempts: how often a round is tried.
         max_update_norm: longest update that is taken, L2 norm over all arrays; a longer one is refused, its site
             named, and the round goes on without it. Our own rule, sites do not learn it. ``None``: any that leaves
@@ -63,14 +54,9 @@ class CoordinatorConfig(BaseModel):
         flower: for the app that carries the messages.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    FILE: ClassVar[str] = "coordinator.toml"
 
     job: dict[str, Any]
-    server: str
-    identity: Path
-    state_dir: Path
-    api_key_file: Path | None = None
-    api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     max_attempts: int = Field(3, ge=1, le=1000)
     max_update_norm: float | None = Field(MAX_UPDATE_NORM, gt=0, allow_inf_nan=False)
     join_timeout_s: float = Field(60.0, ge=0, allow_inf_nan=False)
@@ -78,66 +64,19 @@ class CoordinatorConfig(BaseModel):
     flower: FlowerCoordinator | None = None
 
     @model_validator(mode="after")
-    def _usable(self) -> Self:
-        if (self.api_key_file is None) == (self.api_key_env is None):
-            raise ValueError("give api_key_file or api_key_env, one of the two")
+    def _possible(self) -> Self:
         try:
-            parse_base_url(self.server)
             self.job_with(coordinator=_any_key(), adapter_digest=_NO_DIGEST)
         except InvalidRequestError as e:
             raise ValueError(e.message) from e
         return self
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read and check a file. Nothing is asked of a server.
-
-        Raises:
-            InvalidRequestError: naming the setting that is wrong.
-        """
-        path = Path(path)
-        try:
-            given = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise _wrong(f"cannot read {path}: {e.strerror}", "a readable file") from e
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise _wrong(f"{path} is not TOML: {e}", "TOML") from e
-        folder = path.parent
-        for name in ("identity", "state_dir", "api_key_file"):
-            if isinstance(given.get(name), str):
-                given[name] = folder / given[name]
+    def _prepare(cls, given: dict[str, Any], folder: Path) -> None:
+        """Take the roster's keys from their files."""
         roster = given["job"].get("roster") if isinstance(given.get("job"), dict) else None
         if isinstance(roster, dict):
             given["job"]["roster"] = {site: _key_text(folder, site, text) for site, text in roster.items()}
-        try:
-            config = cls.model_validate(given)
-        except ValidationError as e:
-            raise _wrong(f"{path}: {_all(e)}", "the settings of coordinator.toml") from None
-        return config if config.flower is None else config.model_copy(update={"flower": config.flower.under(folder)})
-
-    def key(self) -> Ed25519PrivateKey:
-        """The coordinator's identity.
-
-        Raises:
-            InvalidRequestError: no such file, or others can read it.
-        """
-        return load_identity(self.identity)
-
-    def service(self, environ: Mapping[str, str] = os.environ) -> ServiceClient:
-        """A client of the coordinator's own server. Nothing is sent yet.
-
-        Raises:
-            InvalidRequestError: there is no API key where the configuration says, or others can read its file.
-        """
-        if self.api_key_file is not None:
-            api_key = read_secret(self.api_key_file).decode("ascii", errors="replace").strip()
-            where = str(self.api_key_file)
-        else:
-            where = f"the environment variable {self.api_key_env}"
-            api_key = environ.get(self.api_key_env or "", "").strip()
-        if not api_key:
-            raise _wrong(f"there is no API key in {where}", "an API key")
-        return ServiceClient(api_key=api_key, base_url=self.server)
 
     def job_with(self, *, coordinator: Ed25519PrivateKey, adapter_digest: str) -> Job:
         """The whole job.
@@ -146,12 +85,12 @@ class CoordinatorConfig(BaseModel):
             InvalidRequestError: naming the field that is wrong.
         """
         if given := [name for name in ADDED if name in self.job]:
-            raise _wrong(f"job.{given[0]} is filled in by the coordinator; leave it out", "left out")
+            raise CoordinatorConfig.wrong(f"job.{given[0]} is filled in by the coordinator; leave it out", "left out")
         added = {"coordinator": public_text(coordinator), "adapter_digest": adapter_digest}
         try:
             return Job.model_validate({**self.job, **added})
         except ValidationError as e:
-            raise _wrong(_all(e, within="job"), "the fields of a job") from None
+            raise CoordinatorConfig.wrong(what_is_wrong(e, within="job"), "the fields of a job") from None
 
     def is_of(self, job: Job, key: Ed25519PrivateKey) -> bool:
         """Whether a job is the one that this configuration and key ask for."""
@@ -165,7 +104,9 @@ def _any_key() -> Ed25519PrivateKey:
 def _key_text(folder: Path, site: object, given: object) -> str:
     """A public key: itself, or the content of the file of that name."""
     if not isinstance(given, str):
-        raise _wrong(f"job.roster.{site} is neither a public key nor the name of a file with one", "text")
+        raise CoordinatorConfig.wrong(
+            f"job.roster.{site} is neither a public key nor the name of a file with one", "text"
+        )
     try:
         public_key(given)
         return given
@@ -174,23 +115,10 @@ def _key_text(folder: Path, site: object, given: object) -> str:
     try:
         found = (folder / given).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as e:
-        raise _wrong(
+        raise CoordinatorConfig.wrong(
             f"job.roster.{site}: {given[:80]!r} is neither a public key (44 characters of base64) nor a "
             "readable file",
             "a public key",
         ) from e
     public_key(found)
     return found
-
-
-def _all(error: ValidationError, within: str = "") -> str:
-    """What is wrong and where, without what stands there: somebody may have pasted a key."""
-    said = []
-    for e in error.errors(include_input=False, include_url=False):
-        where = ".".join(part for part in (within, *map(str, e["loc"])) if part)
-        said.append(f"{where}{': ' if where else ''}{e['msg'].removeprefix('Value error, ')}")
-    return "; ".join(said)
-
-
-def _wrong(message: str, constraint: str) -> InvalidRequestError:
-    return InvalidRequestError(message, field="coordinator.toml", constraint=constraint)
