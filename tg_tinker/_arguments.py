@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.wire.calls import Generate, Save, Updates
 
 _UNIT_DOMAIN = b"tg-tinker/unit/v1\x00"
@@ -37,14 +37,14 @@ def generation(prompts: str | Sequence[str], num_completions: int, **options: An
     return Generate(prompts=given, params=sampling_params(options), num_completions=num_completions)
 
 
-def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+def sampling_params(options: Mapping[str, Any]) -> GenerationOptions:
     """Checked sampling options.
 
     Raises:
         InvalidRequestError: an unknown name, or a value that is out of range or of the wrong type.
     """
     try:
-        return SamplingParams(**options)
+        return GenerationOptions(**options)
     except TypeError as e:  # an unknown name, or a value that cannot be compared with a number
         raise InvalidRequestError(
             f"sampling options: {e}", field="sampling options", constraint="the options of sample()"

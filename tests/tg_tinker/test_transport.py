@@ -201,9 +201,9 @@ def test_closing_a_stream_cancels_it_at_the_server(server):
 
 
 def _params():
-    from tg_tinker.types.sampling import SamplingParams
+    from tg_tinker.types.sampling import GenerationOptions
 
-    return SamplingParams()
+    return GenerationOptions()
 
 
 def test_alarms_ring_in_time_order_on_one_thread():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Self
 
+from tg_tinker.types.datum import TensorData
 from tg_tinker.types.log import LogReceipt
 
 
@@ -48,9 +49,19 @@ class ForwardBackwardResult:
 
 @dataclass
 class ForwardBackwardOutput(ForwardBackwardResult):
-    """With metrics such as ``loss:sum`` and ``loss:mean`` (nats per token)."""
+    """With metrics such as ``loss:sum`` and ``loss:mean`` (nats per token), named ``name:reducer``.
+
+    Attributes:
+        loss_fn_output_type: what kind of outputs those are; empty where there are none.
+        loss_fn_outputs: one for each datum, in order; ``logprobs`` in the shape of its target_tokens. NaN where
+            diagnostics are off.
+        custom_loss: of ``forward_backward_custom``: what the loss and each regularizer came to.
+    """
 
     metrics: dict[str, float] = field(default_factory=dict)
+    loss_fn_output_type: str = ""
+    loss_fn_outputs: list[dict[str, TensorData]] = field(default_factory=list)
+    custom_loss: Any = None
 
 
 @dataclass

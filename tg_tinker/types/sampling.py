@@ -10,7 +10,7 @@ _INF = float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
+class GenerationOptions:
     """How to generate. Applied in this order: penalties, temperature, top_k, top_p.
 
     Attributes:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,10 @@ from google.protobuf.message import Message
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.proto.v1 import common_pb2, sampling_pb2, training_pb2
 from tg_tinker.types import BatchData
-from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.types.datum import Datum
+from tg_tinker.types.losses import Loss
+from tg_tinker.types.optim import AdamParams
+from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.wire.tensors import tensor_from_proto, tensor_to_proto
 
 _UPDATES_DOMAIN = b"tg-tinker/updates/v1\x00"
@@ -60,6 +63,25 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossPass:
+    """One forward_backward, or forward, on datums.
+
+    Attributes:
+        data: checked against ``loss``.
+        train: accumulate the gradient; otherwise only evaluate.
+        units: one privacy unit id per datum, already keyed; ``None``: each datum is its own unit.
+        coupling: "batch" where the inputs of a datum were computed from others than those of its own privacy unit,
+            as far as is known; a run with differential privacy refuses it.
+    """
+
+    data: tuple[Datum, ...]
+    loss: Loss
+    train: bool = True
+    units: tuple[str, ...] | None = None
+    coupling: Literal["independent", "batch"] = "independent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Updates:
     """One add_updates.
 
@@ -88,25 +110,39 @@ class Step:
         incomplete: why a pass of this logical batch never arrived, as only the client knows; the server then
             drops the batch and refuses the step. Empty otherwise.
         known_log_size: of the newest log tree that the client verified; the receipt is proven from there.
+        adam: settings of this step; ``None``: those of the run and its schedule.
     """
 
     apply_dp_noise: bool = True
+    adam: AdamParams | None = None
     incomplete: str = ""
     known_log_size: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
-    """One save_state."""
+    """One save_state.
+
+    Attributes:
+        kind: "state"; "sampler": weights for sampling, never the optimizer.
+        name: unique for the run and kind, unless ``overwrite``; empty: none.
+        ttl_seconds: after which it is deleted; ``None``: never.
+    """
 
     include_optimizer: bool = True
     metadata: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    kind: Literal["state", "sampler"] = "state"
+    ttl_seconds: int | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """One load_state; ``optimizer`` ``None`` loads whatever was saved."""
+    """One load_state; ``optimizer`` ``None`` loads whatever was saved.
+
+    ``artifact_id`` may be a path: ``tg://`` or ``tinker://``.
+    """
 
     artifact_id: str
     optimizer: bool | None = None
@@ -117,15 +153,16 @@ class Generate:
     """One sample; ``num_completions`` for each prompt."""
 
     prompts: tuple[str, ...]
-    params: SamplingParams = field(default_factory=SamplingParams)
+    params: GenerationOptions = field(default_factory=GenerationOptions)
     num_completions: int = 1
 
 
-Call = Pass | Updates | Step | Save | Load | Generate
+Call = Pass | LossPass | Updates | Step | Save | Load | Generate
 
 # What the operation of each call is named, and whether it may change weights or the pending gradient.
 OPERATION = {
     Pass: "forward_backward",
+    LossPass: "forward_backward",
     Updates: "add_updates",
     Step: "optim_step",
     Save: "save_state",
@@ -136,7 +173,7 @@ OPERATION = {
 
 def has_effect(call: Call) -> bool:
     """Whether a restarted server must execute the call again: it may change weights or the pending gradient."""
-    return call.train if isinstance(call, Pass) else isinstance(call, Updates | Step | Load)
+    return call.train if isinstance(call, Pass | LossPass) else isinstance(call, Updates | Step | Load)
 
 
 def position_to_proto(position: Position) -> common_pb2.OperationKey:
@@ -155,6 +192,8 @@ def call_to_proto(call: Call, position: Position) -> Message:
     match call:
         case Pass():
             return _pass_to_proto(call, key)
+        case LossPass():
+            raise NotImplementedError
         case Updates():
             return training_pb2.AddUpdatesRequest(
                 key=key, vectors=tensor_to_proto(call.vectors_UP), privacy_unit_ids=call.units
@@ -215,7 +254,7 @@ def call_from_proto(request: Message) -> Call:
     raise TypeError(f"{type(request).__name__} is not an ordered call")
 
 
-def sampling_to_proto(params: SamplingParams, *, num_completions: int) -> sampling_pb2.SamplingParams:
+def sampling_to_proto(params: GenerationOptions, *, num_completions: int) -> sampling_pb2.SamplingParams:
     """Sampling options as a message."""
     if not -(2**63) <= num_completions < 2**63:
         raise InvalidRequestError("num_completions is out of range", field="num_completions", constraint="at least 1")
@@ -233,9 +272,9 @@ def sampling_to_proto(params: SamplingParams, *, num_completions: int) -> sampli
     )
 
 
-def sampling_from_proto(message: sampling_pb2.SamplingParams) -> tuple[SamplingParams, int]:
+def sampling_from_proto(message: sampling_pb2.SamplingParams) -> tuple[GenerationOptions, int]:
     """Sampling options and the number of completions from a message."""
-    params = SamplingParams(
+    params = GenerationOptions(
         max_tokens=message.max_tokens,
         temperature=message.temperature,
         top_p=message.top_p,

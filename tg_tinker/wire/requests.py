@@ -8,7 +8,7 @@ from typing import Any
 
 from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2, sampling_pb2
 from tg_tinker.types import TrainingConfig
-from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.wire.calls import json_to_text, sampling_to_proto
 from tg_tinker.wire.runs import config_to_json
 from tg_tinker.wire.times import time_to_proto
@@ -60,7 +60,7 @@ def decode_ids(run_id: str, ids: list[list[int]]) -> sampling_pb2.DecodeRequest:
     return sampling_pb2.DecodeRequest(run_id=run_id, ids=[sampling_pb2.TokenIds(ids=i) for i in ids])
 
 
-def sample_stream(run_id: str, prompt: str, params: SamplingParams) -> sampling_pb2.SampleStreamRequest:
+def sample_stream(run_id: str, prompt: str, params: GenerationOptions) -> sampling_pb2.SampleStreamRequest:
     """Stream one completion."""
     return sampling_pb2.SampleStreamRequest(
         run_id=run_id, prompt=prompt, params=sampling_to_proto(params, num_completions=1)

@@ -21,10 +21,10 @@ from tg_tinker_server.engine.backend import (
     Backend,
     Contribution,
     EngineState,
+    GenerationOptions,
     Pass,
     PassRequest,
     PassResult,
-    SamplingParams,
     Session,
     StepRequest,
     StepResult,
@@ -189,7 +189,7 @@ class WatchedSession:
         return result
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, slice_tokens: int
+        self, prompts: Sequence[Sequence[int]], params: GenerationOptions, *, slice_tokens: int
     ) -> Iterator[list[TokenEvent]]:
         """See ``backend.Session``."""
         return self._inner.generate(prompts, params, slice_tokens=slice_tokens)

@@ -10,7 +10,7 @@ Shape suffixes: B records, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,7 +18,9 @@ import numpy.typing as npt
 
 from tg_tinker.types import IGNORE_INDEX, BatchData, TrainingConfig
 from tg_tinker.types.info import ModelInfo
-from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.types.losses import Loss
+from tg_tinker.types.optim import AdamParams
+from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker_server.dp.mechanism import GaussianMechanism
 
 Ints = npt.NDArray[np.int64]
@@ -64,6 +66,30 @@ class PassRequest:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossRequest:
+    """Datums for one forward (and backward) pass. Nothing is shifted: position i predicts row i of the targets.
+
+    Gradients are those of the SUM of the loss over all positions and datums.
+
+    Attributes:
+        tokens: of each datum, int64 [N].
+        inputs: of each datum, by name: target_tokens int64 [N] or [N, K], others float32 of the same shape. Checked
+            against the loss.
+        loss: which, with its settings.
+        graph: of a custom loss, as JSON.
+        units, train, seed: as in ``PassRequest``.
+    """
+
+    tokens: tuple[Ints, ...]
+    inputs: tuple[Mapping[str, npt.NDArray[Any]], ...]
+    loss: Loss
+    graph: str = ""
+    units: tuple[str, ...] | None = None
+    train: bool = True
+    seed: int = 0
+
+
 class Contribution(Protocol):
     """The gradient of one call, not yet part of anything. Dropping it leaves no trace."""
 
@@ -93,6 +119,8 @@ class PassResult:
         num_tokens: sum of the attention mask.
         num_records: records in the batch.
         contribution: ``None`` unless the request was for training.
+        logprobs: for datums: of each its targets' log-probabilities, float32 in the shape of target_tokens.
+        metrics: further figures, named ``name:reducer``.
     """
 
     loss: float
@@ -101,6 +129,8 @@ class PassResult:
     num_tokens: int
     num_records: int
     contribution: Contribution | None
+    logprobs: tuple[npt.NDArray[np.float32], ...] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Pass(Protocol):
@@ -147,11 +177,14 @@ class StepRequest:
         learning_rate: of this step; the schedule has already been applied.
         mechanism: the paid-for noise; ``None`` adds none.
         global_clip: L2 bound on the (noised) mean gradient, or ``None``.
+        adam: betas, eps and weight decay of this step, instead of the run's; the run has an Adam optimizer then. Its
+            learning rate and clip are the two above.
     """
 
     learning_rate: float
     mechanism: GaussianMechanism | None = None
     global_clip: float | None = None
+    adam: AdamParams | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +335,7 @@ class Session(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, slice_tokens: int
+        self, prompts: Sequence[Sequence[int]], params: GenerationOptions, *, slice_tokens: int
     ) -> Iterator[list[TokenEvent]]:
         """Continue every prompt; yield after at most ``slice_tokens`` tokens each, so others can take turns.
 
@@ -360,10 +393,11 @@ __all__ = [
     "Contribution",
     "EngineState",
     "FinishReason",
+    "GenerationOptions",
+    "LossRequest",
     "Pass",
     "PassRequest",
     "PassResult",
-    "SamplingParams",
     "Session",
     "StepRequest",
     "StepResult",

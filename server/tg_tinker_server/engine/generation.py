@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker_server.engine.backend import FinishReason, SamplingParams, TokenEvent
+from tg_tinker_server.engine.backend import FinishReason, GenerationOptions, TokenEvent
 from tg_tinker_server.engine.sampler import TokenCounts, choose
 from tg_tinker_server.engine.text import TextStream
 from tg_tinker_server.engine.tokenizers import Tokenizer
@@ -79,7 +79,7 @@ class _Sequence:
     """One completion in progress."""
 
     def __init__(
-        self, index: int, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer, room: int
+        self, index: int, prompt: list[int], params: GenerationOptions, tokenizer: Tokenizer, room: int
     ) -> None:
         self.index = index
         self.left = min(params.max_tokens, room)
@@ -119,7 +119,7 @@ class _Sequence:
 def generate(
     make_decoder: DecoderFactory,
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+    params: GenerationOptions,
     *,
     tokenizer: Tokenizer,
     vocab_size: int,
@@ -170,7 +170,7 @@ def _run_group(
     decoder: Decoder,
     sequences: list[_Sequence],
     prompts: list[list[int]],
-    params: SamplingParams,
+    params: GenerationOptions,
     rngs: list[np.random.Generator],
     *,
     eos: tuple[int, ...],

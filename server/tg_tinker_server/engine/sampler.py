@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker_server.engine.backend import SamplingParams
+from tg_tinker_server.engine.backend import GenerationOptions
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.int64]
 class TokenCounts:
     """Which tokens each sequence has seen, kept only where a penalty asks for it."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, params: SamplingParams) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, params: GenerationOptions) -> None:
         self.wanted = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
         rows = len(prompts) if self.wanted else 0
         self.seen_BV = np.zeros((rows, vocab_size), dtype=bool)
@@ -36,12 +36,12 @@ class TokenCounts:
 
 
 def penalised(
-    logits_BV: Floats, seen_BV: npt.NDArray[np.bool_], generated_BV: Ints, params: SamplingParams
+    logits_BV: Floats, seen_BV: npt.NDArray[np.bool_], generated_BV: Ints, params: GenerationOptions
 ) -> Floats:
     """Apply the three penalties.
 
     >>> both = np.ones((1, 2), dtype=bool)
-    >>> params = SamplingParams(repetition_penalty=2.0)
+    >>> params = GenerationOptions(repetition_penalty=2.0)
     >>> penalised(np.array([[2.0, -1.0]]), both, np.zeros((1, 2), dtype=np.int64), params)
     array([[ 1., -2.]])
     """
@@ -83,7 +83,7 @@ def choose(
     logits_BV: npt.NDArray[np.floating[npt.NBitBase]],
     counts: TokenCounts,
     rows: Sequence[int],
-    params: SamplingParams,
+    params: GenerationOptions,
     rngs: Sequence[np.random.Generator],
 ) -> Ints:
     """Choose one token for each row of logits.

@@ -14,10 +14,10 @@ from tg_tinker.types import TrainingConfig
 from tg_tinker_server.engine.backend import (
     Contribution,
     EngineState,
+    GenerationOptions,
     Pass,
     PassRequest,
     PassResult,
-    SamplingParams,
     StepRequest,
     StepResult,
     TokenEvent,
@@ -149,7 +149,7 @@ class SessionCore(ABC):
         return checked_anchor(state, self._layout) if self._config.optimizer.proximal_mu else None
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, slice_tokens: int
+        self, prompts: Sequence[Sequence[int]], params: GenerationOptions, *, slice_tokens: int
     ) -> Iterator[list[TokenEvent]]:
         """See ``backend.Session``. Prompts are checked at once, before the first slice is asked for."""
         self.ensure_open()

@@ -22,10 +22,10 @@ from tg_tinker_server.engine import numpy_optimizers
 from tg_tinker_server.engine.backend import (
     Backend,
     EngineState,
+    GenerationOptions,
     Pass,
     PassRequest,
     PassResult,
-    SamplingParams,
     Session,
     TokenEvent,
 )
@@ -172,7 +172,7 @@ class VectorSession(SessionCore):
     def generate(
         self,
         prompts: Sequence[Sequence[int]],  # noqa: ARG002 - part of the seam
-        params: SamplingParams,  # noqa: ARG002
+        params: GenerationOptions,  # noqa: ARG002
         *,
         slice_tokens: int,  # noqa: ARG002
     ) -> Iterator[list[TokenEvent]]:

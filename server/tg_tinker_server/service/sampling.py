@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import Sample, SampleResult, StreamChunk
-from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.wire.calls import Generate
 from tg_tinker_server.engine.backend import TokenEvent
 from tg_tinker_server.service.executors import Executors
@@ -108,7 +108,7 @@ class SamplingService:
         return await self.executors.compute(lambda: [run.session.decode(row) for row in ids])
 
     async def _slices(
-        self, run: Run, prompts: list[str], params: SamplingParams, slice_tokens: int
+        self, run: Run, prompts: list[str], params: GenerationOptions, slice_tokens: int
     ) -> AsyncIterator[list[TokenEvent]]:
         run.require_intact()
         ids = await self.encode(run, prompts)

@@ -4,7 +4,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker_server.engine.backend import StepRequest
 from tg_tinker_server.engine.performance import PerformanceConfig
 from tg_tinker_server.engine.torch_backend import TorchBackend
@@ -15,7 +15,7 @@ PROMPTS = [[5, 6, 7], list(b"a longer prompt"), [200]]
 def collect(session, prompts, *, slice_tokens=4, **params):
     """Tokens, text and finish reason of each completion."""
     out = [[(), "", None] for _ in prompts]
-    for events in session.generate(prompts, SamplingParams(**params), slice_tokens=slice_tokens):
+    for events in session.generate(prompts, GenerationOptions(**params), slice_tokens=slice_tokens):
         for event in events:
             assert out[event.index][2] is None, "an event after the end"
             out[event.index][0] += event.token_ids
@@ -79,7 +79,7 @@ def test_slices_change_nothing_and_hold_at_most_so_many_tokens(bench, slice_toke
     session = bench.open()
     expected = collect(session, PROMPTS, max_tokens=10, seed=1)
     assert collect(session, PROMPTS, max_tokens=10, seed=1, slice_tokens=slice_tokens) == expected
-    events = list(session.generate(PROMPTS, SamplingParams(max_tokens=10, seed=1), slice_tokens=slice_tokens))
+    events = list(session.generate(PROMPTS, GenerationOptions(max_tokens=10, seed=1), slice_tokens=slice_tokens))
     assert max(len(e.token_ids) for es in events for e in es) <= slice_tokens
 
 
@@ -167,7 +167,7 @@ def test_a_stop_that_is_not_completed_is_shown_at_the_end(bench):
 def test_no_piece_holds_half_a_character(bench):
     session = bench.open()
     favour(session, spelled("a€b😀c"))
-    events = list(session.generate([[1]], SamplingParams(temperature=0.0), slice_tokens=1))
+    events = list(session.generate([[1]], GenerationOptions(temperature=0.0), slice_tokens=1))
     assert [e.text for es in events for e in es] == ["a", "", "", "€", "b", "", "", "", "😀", "c", ""]
 
 
@@ -214,7 +214,7 @@ def test_no_turn_reads_more_prompt_tokens_than_the_limit_nor_generates_beside_it
 
     session._decoder, session.model_positions = Noting, 4096
     prompts = [[1] * 479] * 9 + [[1] * 3000] + [[1] * 3] * 80
-    for _ in session.generate(prompts, SamplingParams(max_tokens=20, seed=1), slice_tokens=8):
+    for _ in session.generate(prompts, GenerationOptions(max_tokens=20, seed=1), slice_tokens=8):
         turns.append(tuple(turn))
         turn.clear()
     reading = [t for t in turns if set(t) != {"advance"}]
@@ -233,7 +233,7 @@ def test_generation_ends_where_the_model_ends(torch_bench):
 )
 def test_impossible_prompts_are_refused_before_the_first_slice(bench, prompts, match):
     with pytest.raises(InvalidRequestError, match=match) as e:
-        bench.open().generate(prompts, SamplingParams(), slice_tokens=1)
+        bench.open().generate(prompts, GenerationOptions(), slice_tokens=1)
     assert e.value.field == "prompts"
 
 
@@ -249,7 +249,7 @@ def test_other_sessions_may_train_between_slices(torch_bench, tools):
     )
     expected = collect(session, PROMPTS, max_tokens=10, seed=1)
     out = [() for _ in PROMPTS]
-    for events in session.generate(PROMPTS, SamplingParams(max_tokens=10, seed=1), slice_tokens=1):
+    for events in session.generate(PROMPTS, GenerationOptions(max_tokens=10, seed=1), slice_tokens=1):
         for event in events:
             out[event.index] += event.token_ids
         assert torch.is_grad_enabled()
@@ -260,7 +260,7 @@ def test_other_sessions_may_train_between_slices(torch_bench, tools):
 
 def test_a_session_closed_between_slices_says_so(bench):
     session = bench.open()
-    generation = session.generate(PROMPTS, SamplingParams(max_tokens=10, seed=1), slice_tokens=1)
+    generation = session.generate(PROMPTS, GenerationOptions(max_tokens=10, seed=1), slice_tokens=1)
     next(generation)
     session.close()
     with pytest.raises(Exception, match="closed"):

@@ -6,7 +6,7 @@ import torch
 
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.types import BatchData
-from tg_tinker_server.engine.backend import EngineState, PassRequest, SamplingParams
+from tg_tinker_server.engine.backend import EngineState, GenerationOptions, PassRequest
 
 
 class ModuleCrash(RuntimeError):
@@ -65,7 +65,7 @@ def misbehave(session, tools, kind):
             finally:
                 handle.remove()
         elif kind == "half a sample":
-            generation = session.generate([[1, 2, 3]], SamplingParams(max_tokens=9), slice_tokens=1)
+            generation = session.generate([[1, 2, 3]], GenerationOptions(max_tokens=9), slice_tokens=1)
             next(generation)
     except (TGTinkerError, ModuleCrash):
         return True
@@ -178,7 +178,7 @@ def test_weights_that_are_nan_give_clear_errors_and_the_session_recovers(fresh_b
         tools.run_pass(session, tools.batch())
     assert passed.value.field == "batch"
     with pytest.raises(TGTinkerError, match="diverged") as sampled:
-        list(session.generate([[1, 2]], SamplingParams(max_tokens=3), slice_tokens=1))
+        list(session.generate([[1, 2]], GenerationOptions(max_tokens=3), slice_tokens=1))
     assert sampled.value.field == "weights"
     session.import_state(saved, optimizer=True)
     assert np.isfinite(tools.accumulate(session, tools.batch()).loss)

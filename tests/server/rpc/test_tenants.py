@@ -16,7 +16,7 @@ from tg_tinker.errors import AuthenticationError, AuthorizationError, ResourceNo
 from tg_tinker.proto.v1 import artifacts_pb2, datasets_pb2, federation_pb2, privacy_pb2, runs_pb2, sampling_pb2
 from tg_tinker.types import DPConfig, TrainingConfig
 from tg_tinker.types.records import Record
-from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.wire.calls import Generate, Load, Position, Save, Step, Updates, call_to_proto
 from tg_tinker.wire.datasets import append_records
 from tg_tinker.wire.methods import methods
@@ -227,5 +227,5 @@ def test_no_key_a_wrong_key_and_a_revoked_key_open_nothing(bigram_server: Embedd
 def test_greedy_sampling_works_for_the_owner(bigram_server: EmbeddedServer) -> None:
     owner = RawClient(bigram_server.address, bigram_server.mint_key("tenant-a"))
     run = owner.create(CONFIG)
-    call = Generate(prompts=("ab",), params=SamplingParams(max_tokens=3, temperature=0.0))
+    call = Generate(prompts=("ab",), params=GenerationOptions(max_tokens=3, temperature=0.0))
     assert owner.call(run.run_id, 1, call).result.samples[0].num_tokens <= 3

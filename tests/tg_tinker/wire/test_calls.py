@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.proto.v1 import runs_pb2, training_pb2
 from tg_tinker.types import BatchData, batch_digest
-from tg_tinker.types.sampling import SamplingParams
+from tg_tinker.types.losses import Loss
+from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.wire.calls import (
     OPERATION,
     Generate,
     Load,
+    LossPass,
     Pass,
     Position,
     Save,
@@ -56,7 +58,7 @@ def passes(draw):
 
 
 PARAMS = st.builds(
-    SamplingParams,
+    GenerationOptions,
     max_tokens=st.integers(1, 2**40),
     temperature=st.floats(0, 10),
     top_p=st.floats(0.01, 1),
@@ -122,10 +124,12 @@ def test_a_position_survives_the_wire(position):
 def test_every_kind_of_call_has_a_name_and_a_known_effect():
     batch = BatchData(input_ids=[[1]])
     updates = Updates(vectors_UP=np.zeros((1, 2), np.float32), units=("u",))
-    calls = [Pass(batch=batch), Step(), Save(), Load(artifact_id="a"), Generate(prompts=("p",)), updates]
+    datums = LossPass(data=(), loss=Loss.of("cross_entropy"))
+    calls = [Pass(batch=batch), Step(), Save(), Load(artifact_id="a"), Generate(prompts=("p",)), updates, datums]
     assert {type(c) for c in calls} == set(OPERATION)
-    assert [has_effect(c) for c in calls] == [True, True, False, True, False, True]
+    assert [has_effect(c) for c in calls] == [True, True, False, True, False, True, True]
     assert not has_effect(Pass(batch=batch, train=False))
+    assert not has_effect(LossPass(data=(), loss=Loss.of("cross_entropy"), train=False))
 
 
 def test_metadata_that_is_not_json_is_refused_by_name():
@@ -176,5 +180,5 @@ def test_a_message_that_is_no_call_is_a_programming_error():
 )
 def test_impossible_sampling_options_are_refused_by_name(field, value):
     with pytest.raises(InvalidRequestError) as caught:
-        SamplingParams(**{field: value})
+        GenerationOptions(**{field: value})
     assert caught.value.field == field
