@@ -1,0 +1,12 @@
+"""Names, purposes and lifetimes of checkpoints; what a key may only do."""
+
+from __future__ import annotations
+
+revision = "0004"
+down_revision = "0003"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    pass
