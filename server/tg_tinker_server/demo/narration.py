@@ -8,7 +8,7 @@ from tg_tinker_server.demo.data import DemoTexts
 from tg_tinker_server.demo.report import Findings, small, up
 from tg_tinker_server.demo.settings import DemoSettings
 from tg_tinker_server.demo.state import Checkpoint, Measured
-from tg_tinker_server.demo.words import Words, mark
+from tg_tinker_server.demo.words import Words, mark, program
 
 
 class Narrator(Words):
@@ -86,6 +86,6 @@ class Narrator(Words):
             ("page", f"{out}, for the owner of the data: it shows un-noised losses"),
             ("report", f"{report.with_suffix('.html')}, to be handed out with {report.name}, which is signed;"),
             ("", f"it passed {checks} checks, and anybody can repeat them offline:"),
-            ("", f"tg-tinker audit verify {report}"),
-            ("ledger", f"{found.ledger.file}: tg-tinker ledger verify {found.ledger.file}"),
+            ("", f"{program()} audit verify {report}"),
+            ("ledger", f"{found.ledger.file}: {program()} ledger verify {found.ledger.file}"),
         )

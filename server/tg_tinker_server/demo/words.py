@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -45,3 +50,13 @@ class Words:
 def mark(good: bool, text: str) -> str:
     """A checked statement, or loudly that it does not hold."""
     return f"✓ {text}" if good else f"✗ NOT SO: {text}"
+
+
+def program() -> str:
+    """What to type for the command line of this environment: its name where the PATH leads to it, else where it lies."""
+    own = Path(sys.executable).parent / "tg-tinker"
+    found = shutil.which("tg-tinker")
+    if (found is not None and Path(found).absolute() == own) or not own.exists():
+        return "tg-tinker"
+    near = os.path.relpath(own)
+    return str(own) if near.startswith("..") else near

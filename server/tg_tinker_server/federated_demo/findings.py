@@ -134,9 +134,9 @@ class Findings:
         )
 
     @property
-    def verify_command(self) -> str:
-        """What anybody can type to check the report."""
-        return f"tg-tinker audit verify {self.report.report} --key {self.report.verifier_key}"
+    def verify_arguments(self) -> str:
+        """What anybody can type after `tg-tinker` to check the report."""
+        return f"audit verify {self.report.report} --key {self.report.verifier_key}"
 
 
 def site_facts(result: FederatedResult, records: Mapping[str, int]) -> tuple[SiteFacts, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tg_tinker_server.demo.report import small, up
-from tg_tinker_server.demo.words import Words, mark
+from tg_tinker_server.demo.words import Words, mark, program
 from tg_tinker_server.federated_demo.data import FederatedTexts
 from tg_tinker_server.federated_demo.findings import Findings
 from tg_tinker_server.federated_demo.settings import FederatedDemoSettings
@@ -101,12 +101,12 @@ class Narrator(Words):
             ("page", str(out)),
             ("report", f"{found.report.page}, to be handed out with {found.report.report.name}, which is signed;"),
             ("", f"it passed {len(found.report.verdicts)} checks, and anybody can repeat them offline:"),
-            ("", found.verify_command),
+            ("", f"{program()} {found.verify_arguments}"),
             ("export", "the adapter as PEFT loads it, sealed for a receiver's age key:"),
-            ("", f"tg-tinker serve --data-dir {server}"),
+            ("", f"{program()} serve --data-dir {server}"),
             (
                 "",
-                f"TG_TINKER_API_KEY=$(cat {folder / 'coordinator' / 'api-key'}) tg-tinker checkpoints export "
+                f"TG_TINKER_API_KEY=$(cat {folder / 'coordinator' / 'api-key'}) {program()} checkpoints export "
                 f"{found.artifact.artifact_id} -r age1...",
             ),
         )

@@ -137,7 +137,7 @@ def _artifact(found: Findings) -> list[tuple[str, str]]:
             f"{found.report.report}, which passed {len(found.report.verdicts)} checks: each site's own",
         ),
         ("", "signed statement, this job, who took part, and every figure computed again"),
-        ("check it", found.verify_command),
+        ("check it", f"tg-tinker {found.verify_arguments}"),
     ]
 
 

@@ -46,8 +46,8 @@ def test_the_demo_federates_compares_and_reports_and_then_shows_it_again(termina
     verified = CliRunner().invoke(main, ["audit", "verify", str(report), "--key", first.report.verifier_key])
     assert verified.exit_code == 0, verified.output
     assert verified.output.count("statement:") == 3
-    assert first.verify_command in terminal.printed
-    assert f"verify {report}" in first.verify_command
+    assert first.verify_arguments in terminal.printed
+    assert f"verify {report}" in first.verify_arguments
 
     second = terminal.demo()
     assert "nothing is trained again" in " ".join(terminal.printed.split())
