@@ -53,7 +53,7 @@ def mark(good: bool, text: str) -> str:
 
 
 def program() -> str:
-    """What to type for the command line of this environment: its name where the PATH leads to it, else where it lies."""
+    """What to type for this environment's command line: its name where the PATH leads to it, else where it lies."""
     own = Path(sys.executable).parent / "tg-tinker"
     found = shutil.which("tg-tinker")
     if (found is not None and Path(found).absolute() == own) or not own.exists():
