@@ -6,6 +6,7 @@ Shape suffixes: N positions, K alternatives.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -245,12 +246,11 @@ def _array(data: Any) -> Array:
 def _check_csr(values: Array, shape: Sequence[int] | None, crow: list[int], col: list[int]) -> None:
     if shape is None or len(shape) != 2 or any(n < 0 for n in shape):
         raise _refuse("a sparse tensor needs its shape [rows, columns]", "two dimensions")
-    steps = np.diff(crow)
     fits = (
         len(crow) == shape[0] + 1
         and crow[0] == 0
         and crow[-1] == len(col) == values.size
-        and (steps >= 0).all()
+        and all(a <= b for a, b in itertools.pairwise(crow))  # compared: a difference could overflow
         and all(0 <= c < shape[1] for c in col)
     )
     if not fits:

@@ -16,12 +16,14 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.proto.v1 import common_pb2, sampling_pb2, training_pb2
 from tg_tinker.types import BatchData
 from tg_tinker.types.datum import Datum
-from tg_tinker.types.losses import Loss
+from tg_tinker.types.losses import Loss, check_data
 from tg_tinker.types.optim import AdamParams
 from tg_tinker.types.sampling import GenerationOptions
+from tg_tinker.wire.datums import MAX_DATUMS, datum_from_bytes, datum_to_bytes
 from tg_tinker.wire.tensors import tensor_from_proto, tensor_to_proto
 
 _UPDATES_DOMAIN = b"tg-tinker/updates/v1\x00"
+MAX_TTL_S = 100 * 365 * 86_400
 _BATCH_FIELDS = ("input_ids", "attention_mask", "labels")
 
 
@@ -186,14 +188,14 @@ def position_from_proto(key: common_pb2.OperationKey) -> Position:
     return Position(run_id=key.run_id, seq=key.seq, handle=key.handle)
 
 
-def call_to_proto(call: Call, position: Position) -> Message:
+def call_to_proto(call: Call, position: Position) -> Message:  # noqa: PLR0911 - one for each call
     """The request message of a call; ``wire.methods.method_of(type(message))`` says where to send it."""
     key = position_to_proto(position)
     match call:
         case Pass():
             return _pass_to_proto(call, key)
         case LossPass():
-            raise NotImplementedError
+            return _loss_pass_to_proto(call, key)
         case Updates():
             return training_pb2.AddUpdatesRequest(
                 key=key, vectors=tensor_to_proto(call.vectors_UP), privacy_unit_ids=call.units
@@ -204,6 +206,7 @@ def call_to_proto(call: Call, position: Position) -> Message:
                 apply_dp_noise=call.apply_dp_noise,
                 incomplete=call.incomplete,
                 known_log_size=call.known_log_size,
+                adam=None if call.adam is None else _adam_to_proto(call.adam),
             )
         case Save():
             return training_pb2.SaveStateRequest(
@@ -211,6 +214,9 @@ def call_to_proto(call: Call, position: Position) -> Message:
                 include_optimizer=call.include_optimizer,
                 metadata_json=json_to_text(call.metadata, field="metadata"),
                 name=call.name,
+                kind=call.kind,
+                ttl_seconds=_ttl(call.ttl_seconds),
+                overwrite=call.overwrite,
             )
         case Load():
             return training_pb2.LoadStateRequest(key=key, artifact_id=call.artifact_id, optimizer=call.optimizer)
@@ -230,7 +236,7 @@ def call_from_proto(request: Message) -> Call:
     """
     match request:
         case training_pb2.ForwardBackwardRequest():
-            return _pass_from_proto(request)
+            return _loss_pass_from_proto(request) if request.loss_fn else _pass_from_proto(request)
         case training_pb2.AddUpdatesRequest():
             return _updates_from_proto(request)
         case training_pb2.OptimStepRequest():
@@ -238,13 +244,10 @@ def call_from_proto(request: Message) -> Call:
                 apply_dp_noise=request.apply_dp_noise,
                 incomplete=request.incomplete,
                 known_log_size=request.known_log_size,
+                adam=_adam_from_proto(request.adam) if request.HasField("adam") else None,
             )
         case training_pb2.SaveStateRequest():
-            return Save(
-                include_optimizer=request.include_optimizer,
-                metadata=json_from_text(request.metadata_json, field="metadata"),
-                name=request.name,
-            )
+            return _save_from_proto(request)
         case training_pb2.LoadStateRequest():
             optimizer = request.optimizer if request.HasField("optimizer") else None
             return Load(artifact_id=request.artifact_id, optimizer=optimizer)
@@ -321,7 +324,7 @@ def _pass_to_proto(call: Pass, key: common_pb2.OperationKey) -> training_pb2.For
     mode = training_pb2.PASS_MODE_TRAIN if call.train else training_pb2.PASS_MODE_EVAL
     if call.dataset_id:
         return training_pb2.ForwardBackwardRequest(key=key, mode=mode, dataset_id=call.dataset_id)
-    tensors = {
+    tensors: dict[str, Any] = {
         name: tensor_to_proto(array) for name in _BATCH_FIELDS if (array := getattr(call.batch, name)) is not None
     }
     return training_pb2.ForwardBackwardRequest(
@@ -332,6 +335,96 @@ def _pass_to_proto(call: Pass, key: common_pb2.OperationKey) -> training_pb2.For
         dataset_id="",
         **tensors,
     )
+
+
+def _loss_pass_to_proto(call: LossPass, key: common_pb2.OperationKey) -> training_pb2.ForwardBackwardRequest:
+    return training_pb2.ForwardBackwardRequest(
+        key=key,
+        mode=training_pb2.PASS_MODE_TRAIN if call.train else training_pb2.PASS_MODE_EVAL,
+        privacy_unit_ids=call.units or (),
+        datums=[datum_to_bytes(datum) for datum in call.data],
+        loss_fn=call.loss.name,
+        loss_fn_config=call.loss.config,
+        loss_id=call.loss.loss_id,
+        coupling="" if call.coupling == "independent" else call.coupling,
+    )
+
+
+def _loss_pass_from_proto(request: training_pb2.ForwardBackwardRequest) -> LossPass:
+    if request.mode not in (training_pb2.PASS_MODE_TRAIN, training_pb2.PASS_MODE_EVAL):
+        raise InvalidRequestError("the pass has no mode", field="mode", constraint="train or eval")
+    if any(request.HasField(name) for name in _BATCH_FIELDS) or request.dataset_id or request.batch_hash:
+        raise InvalidRequestError(
+            "a loss_fn is computed on datums; send datums or a batch, not both",
+            field="data",
+            constraint="datums or a batch",
+        )
+    if request.coupling not in ("", "batch"):
+        raise InvalidRequestError("coupling is unknown", field="coupling", constraint="empty or batch")
+    if len(request.datums) > MAX_DATUMS:
+        raise InvalidRequestError(
+            f"{len(request.datums)} datums; split them into several calls, they add up",
+            field="data",
+            constraint=f"at most {MAX_DATUMS}",
+        )
+    config: dict[str, float | str] = dict(request.loss_fn_config)
+    if request.loss_id:
+        config["loss_id"] = request.loss_id
+    loss = Loss.of(request.loss_fn, config)
+    data = tuple(datum_from_bytes(datum) for datum in request.datums)
+    check_data(loss, data)
+    return LossPass(
+        data=data,
+        loss=loss,
+        train=request.mode == training_pb2.PASS_MODE_TRAIN,
+        units=tuple(request.privacy_unit_ids) or None,
+        coupling="batch" if request.coupling else "independent",
+    )
+
+
+def _adam_to_proto(adam: AdamParams) -> training_pb2.AdamParams:
+    return training_pb2.AdamParams(
+        learning_rate=adam.learning_rate,
+        beta1=adam.beta1,
+        beta2=adam.beta2,
+        eps=adam.eps,
+        weight_decay=adam.weight_decay,
+        grad_clip_norm=adam.grad_clip_norm,
+    )
+
+
+def _adam_from_proto(message: training_pb2.AdamParams) -> AdamParams:
+    return AdamParams(
+        learning_rate=message.learning_rate,
+        beta1=message.beta1,
+        beta2=message.beta2,
+        eps=message.eps,
+        weight_decay=message.weight_decay,
+        grad_clip_norm=message.grad_clip_norm,
+    )
+
+
+def _save_from_proto(request: training_pb2.SaveStateRequest) -> Save:
+    if request.kind not in ("", "state", "sampler"):
+        raise InvalidRequestError("kind is unknown", field="kind", constraint="state or sampler")
+    return Save(
+        include_optimizer=request.include_optimizer,
+        metadata=json_from_text(request.metadata_json, field="metadata"),
+        name=request.name,
+        kind="sampler" if request.kind == "sampler" else "state",
+        ttl_seconds=_ttl(request.ttl_seconds) if request.HasField("ttl_seconds") else None,
+        overwrite=request.overwrite,
+    )
+
+
+def _ttl(seconds: int | None) -> int | None:
+    if seconds is not None and not 1 <= seconds <= MAX_TTL_S:
+        raise InvalidRequestError(
+            f"ttl_seconds={seconds} is not possible; leave it out to keep the checkpoint",
+            field="ttl_seconds",
+            constraint=f"1 to {MAX_TTL_S}",
+        )
+    return seconds
 
 
 def _pass_from_proto(request: training_pb2.ForwardBackwardRequest) -> Pass:

@@ -20,6 +20,7 @@ from tg_tinker.types import (
     StreamChunk,
 )
 from tg_tinker.wire.calls import json_from_text, json_to_text
+from tg_tinker.wire.datums import tensors_from_proto, tensors_to_proto
 from tg_tinker.wire.log import receipt_from_proto, receipt_to_proto
 from tg_tinker.wire.times import time_from_proto, time_to_proto
 
@@ -35,6 +36,10 @@ def forward_backward_to_proto(result: ForwardBackwardOutput) -> training_pb2.For
         num_tokens=result.num_tokens,
         latency_ms=result.latency_ms,
         metrics=result.metrics,
+        loss_fn_output_type=result.loss_fn_output_type,
+        loss_fn_outputs=[
+            training_pb2.LossOutputs(outputs=tensors_to_proto(outputs)) for outputs in result.loss_fn_outputs
+        ],
     )
 
 
@@ -47,6 +52,8 @@ def forward_backward_from_proto(reply: training_pb2.ForwardBackwardReply) -> For
         num_tokens=reply.num_tokens,
         latency_ms=reply.latency_ms,
         metrics=dict(reply.metrics),
+        loss_fn_output_type=reply.loss_fn_output_type,
+        loss_fn_outputs=[tensors_from_proto(outputs.outputs) for outputs in reply.loss_fn_outputs],
     )
 
 

@@ -10,8 +10,10 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.proto.v1 import runs_pb2, training_pb2
 from tg_tinker.types import BatchData, batch_digest
 from tg_tinker.types.losses import Loss
+from tg_tinker.types.optim import AdamParams
 from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.wire.calls import (
+    MAX_TTL_S,
     OPERATION,
     Generate,
     Load,
@@ -69,9 +71,26 @@ PARAMS = st.builds(
     frequency_penalty=st.floats(-10, 10),
     seed=st.none() | st.integers(-(2**63), 2**63 - 1),
 )
+ADAM = st.builds(
+    AdamParams,
+    learning_rate=st.floats(0, 1),
+    beta1=st.floats(0, 0.999),
+    beta2=st.floats(0, 0.999),
+    eps=st.floats(1e-12, 1),
+    weight_decay=st.floats(0, 1),
+    grad_clip_norm=st.floats(0, 10),
+)
 OTHERS = (
-    st.builds(Step, apply_dp_noise=st.booleans(), incomplete=TEXT)
-    | st.builds(Save, include_optimizer=st.booleans(), metadata=st.dictionaries(TEXT, JSON, max_size=3), name=TEXT)
+    st.builds(Step, apply_dp_noise=st.booleans(), incomplete=TEXT, adam=st.none() | ADAM)
+    | st.builds(
+        Save,
+        include_optimizer=st.booleans(),
+        metadata=st.dictionaries(TEXT, JSON, max_size=3),
+        name=TEXT,
+        kind=st.sampled_from(["state", "sampler"]),
+        ttl_seconds=st.none() | st.integers(1, MAX_TTL_S),
+        overwrite=st.booleans(),
+    )
     | st.builds(Load, artifact_id=TEXT, optimizer=st.none() | st.booleans())
     | st.builds(
         Generate,

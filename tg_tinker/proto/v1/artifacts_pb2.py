@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tg_tinker.proto.v1 import common_pb2 as tg__tinker_dot_proto_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"tg_tinker/proto/v1/artifacts.proto\x12\x0ctg_tinker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ftg_tinker/proto/v1/common.proto\"*\n\x13PullArtifactRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\"\x1d\n\rArtifactChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xe1\x01\n\x0c\x41rtifactInfo\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x14\n\x0c\x63ontent_hash\x18\x05 \x01(\t\x12\x1c\n\x14\x65ncryption_algorithm\x18\x06 \x01(\t\x12\x19\n\x11\x65ncryption_key_id\x18\x07 \x01(\t\x12-\n\ttimestamp\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04name\x18\t \x01(\t\"5\n\x14ListArtifactsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x03\"C\n\x12ListArtifactsReply\x12-\n\tartifacts\x18\x01 \x03(\x0b\x32\x1a.tg_tinker.v1.ArtifactInfo\",\n\x15\x44\x65leteArtifactRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteArtifactReply\"W\n\x15\x45xportArtifactRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x12\n\nrecipients\x18\x02 \x03(\t\x12\x15\n\rpq_recipients\x18\x03 \x03(\t\"A\n\x15ImportArtifactRequest\x12\x10\n\x06signer\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"Z\n\x13ImportArtifactReply\x12,\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.ArtifactInfo\x12\x15\n\rmanifest_json\x18\x02 \x01(\t2\xe4\x03\n\x0f\x41rtifactService\x12V\n\x0cPullArtifact\x12!.tg_tinker.v1.PullArtifactRequest\x1a\x1b.tg_tinker.v1.ArtifactChunk\"\x04\x88\xe7\x18\x05\x30\x01\x12[\n\rListArtifacts\x12\".tg_tinker.v1.ListArtifactsRequest\x1a .tg_tinker.v1.ListArtifactsReply\"\x04\x88\xe7\x18\x02\x12^\n\x0e\x44\x65leteArtifact\x12#.tg_tinker.v1.DeleteArtifactRequest\x1a!.tg_tinker.v1.DeleteArtifactReply\"\x04\x88\xe7\x18\x03\x12Z\n\x0e\x45xportArtifact\x12#.tg_tinker.v1.ExportArtifactRequest\x1a\x1b.tg_tinker.v1.ArtifactChunk\"\x04\x88\xe7\x18\x05\x30\x01\x12`\n\x0eImportArtifact\x12#.tg_tinker.v1.ImportArtifactRequest\x1a!.tg_tinker.v1.ImportArtifactReply\"\x04\x88\xe7\x18\x03(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"tg_tinker/proto/v1/artifacts.proto\x12\x0ctg_tinker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ftg_tinker/proto/v1/common.proto\"*\n\x13PullArtifactRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\"\x1d\n\rArtifactChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xd4\x02\n\x0c\x41rtifactInfo\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x14\n\x0c\x63ontent_hash\x18\x05 \x01(\t\x12\x1c\n\x14\x65ncryption_algorithm\x18\x06 \x01(\t\x12\x19\n\x11\x65ncryption_key_id\x18\x07 \x01(\t\x12-\n\ttimestamp\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04name\x18\t \x01(\t\x12\x0c\n\x04kind\x18\n \x01(\t\x12\x0c\n\x04path\x18\x0b \x01(\t\x12+\n\x07\x65xpires\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\toptimizer\x18\r \x01(\x08\x12\x15\n\rmetadata_json\x18\x0e \x01(\t\"S\n\x14ListArtifactsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0c\n\x04kind\x18\x04 \x01(\t\"R\n\x12ListArtifactsReply\x12-\n\tartifacts\x18\x01 \x03(\x0b\x32\x1a.tg_tinker.v1.ArtifactInfo\x12\r\n\x05total\x18\x02 \x01(\x03\")\n\x12GetArtifactRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\"V\n\x15SetArtifactTTLRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x18\n\x0bttl_seconds\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x0e\n\x0c_ttl_seconds\",\n\x15\x44\x65leteArtifactRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteArtifactReply\"W\n\x15\x45xportArtifactRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x12\n\nrecipients\x18\x02 \x03(\t\x12\x15\n\rpq_recipients\x18\x03 \x03(\t\"A\n\x15ImportArtifactRequest\x12\x10\n\x06signer\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"Z\n\x13ImportArtifactReply\x12,\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.ArtifactInfo\x12\x15\n\rmanifest_json\x18\x02 \x01(\t2\xe4\x03\n\x0f\x41rtifactService\x12V\n\x0cPullArtifact\x12!.tg_tinker.v1.PullArtifactRequest\x1a\x1b.tg_tinker.v1.ArtifactChunk\"\x04\x88\xe7\x18\x05\x30\x01\x12[\n\rListArtifacts\x12\".tg_tinker.v1.ListArtifactsRequest\x1a .tg_tinker.v1.ListArtifactsReply\"\x04\x88\xe7\x18\x02\x12^\n\x0e\x44\x65leteArtifact\x12#.tg_tinker.v1.DeleteArtifactRequest\x1a!.tg_tinker.v1.DeleteArtifactReply\"\x04\x88\xe7\x18\x03\x12Z\n\x0e\x45xportArtifact\x12#.tg_tinker.v1.ExportArtifactRequest\x1a\x1b.tg_tinker.v1.ArtifactChunk\"\x04\x88\xe7\x18\x05\x30\x01\x12`\n\x0eImportArtifact\x12#.tg_tinker.v1.ImportArtifactRequest\x1a!.tg_tinker.v1.ImportArtifactReply\"\x04\x88\xe7\x18\x03(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,21 +48,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ARTIFACTCHUNK']._serialized_start=162
   _globals['_ARTIFACTCHUNK']._serialized_end=191
   _globals['_ARTIFACTINFO']._serialized_start=194
-  _globals['_ARTIFACTINFO']._serialized_end=419
-  _globals['_LISTARTIFACTSREQUEST']._serialized_start=421
-  _globals['_LISTARTIFACTSREQUEST']._serialized_end=474
-  _globals['_LISTARTIFACTSREPLY']._serialized_start=476
-  _globals['_LISTARTIFACTSREPLY']._serialized_end=543
-  _globals['_DELETEARTIFACTREQUEST']._serialized_start=545
-  _globals['_DELETEARTIFACTREQUEST']._serialized_end=589
-  _globals['_DELETEARTIFACTREPLY']._serialized_start=591
-  _globals['_DELETEARTIFACTREPLY']._serialized_end=612
-  _globals['_EXPORTARTIFACTREQUEST']._serialized_start=614
-  _globals['_EXPORTARTIFACTREQUEST']._serialized_end=701
-  _globals['_IMPORTARTIFACTREQUEST']._serialized_start=703
-  _globals['_IMPORTARTIFACTREQUEST']._serialized_end=768
-  _globals['_IMPORTARTIFACTREPLY']._serialized_start=770
-  _globals['_IMPORTARTIFACTREPLY']._serialized_end=860
-  _globals['_ARTIFACTSERVICE']._serialized_start=863
-  _globals['_ARTIFACTSERVICE']._serialized_end=1347
+  _globals['_ARTIFACTINFO']._serialized_end=534
+  _globals['_LISTARTIFACTSREQUEST']._serialized_start=536
+  _globals['_LISTARTIFACTSREQUEST']._serialized_end=619
+  _globals['_LISTARTIFACTSREPLY']._serialized_start=621
+  _globals['_LISTARTIFACTSREPLY']._serialized_end=703
+  _globals['_GETARTIFACTREQUEST']._serialized_start=705
+  _globals['_GETARTIFACTREQUEST']._serialized_end=746
+  _globals['_SETARTIFACTTTLREQUEST']._serialized_start=748
+  _globals['_SETARTIFACTTTLREQUEST']._serialized_end=834
+  _globals['_DELETEARTIFACTREQUEST']._serialized_start=836
+  _globals['_DELETEARTIFACTREQUEST']._serialized_end=880
+  _globals['_DELETEARTIFACTREPLY']._serialized_start=882
+  _globals['_DELETEARTIFACTREPLY']._serialized_end=903
+  _globals['_EXPORTARTIFACTREQUEST']._serialized_start=905
+  _globals['_EXPORTARTIFACTREQUEST']._serialized_end=992
+  _globals['_IMPORTARTIFACTREQUEST']._serialized_start=994
+  _globals['_IMPORTARTIFACTREQUEST']._serialized_end=1059
+  _globals['_IMPORTARTIFACTREPLY']._serialized_start=1061
+  _globals['_IMPORTARTIFACTREPLY']._serialized_end=1151
+  _globals['_ARTIFACTSERVICE']._serialized_start=1154
+  _globals['_ARTIFACTSERVICE']._serialized_end=1638
 # @@protoc_insertion_point(module_scope)

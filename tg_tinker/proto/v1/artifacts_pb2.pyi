@@ -23,7 +23,7 @@ class ArtifactChunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class ArtifactInfo(_message.Message):
-    __slots__ = ("artifact_id", "run_id", "step", "size_bytes", "content_hash", "encryption_algorithm", "encryption_key_id", "timestamp", "name")
+    __slots__ = ("artifact_id", "run_id", "step", "size_bytes", "content_hash", "encryption_algorithm", "encryption_key_id", "timestamp", "name", "kind", "path", "expires", "optimizer", "metadata_json")
     ARTIFACT_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,11 @@ class ArtifactInfo(_message.Message):
     ENCRYPTION_KEY_ID_FIELD_NUMBER: _ClassVar[int]
     TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
     artifact_id: str
     run_id: str
     step: int
@@ -42,21 +47,46 @@ class ArtifactInfo(_message.Message):
     encryption_key_id: str
     timestamp: _timestamp_pb2.Timestamp
     name: str
-    def __init__(self, artifact_id: _Optional[str] = ..., run_id: _Optional[str] = ..., step: _Optional[int] = ..., size_bytes: _Optional[int] = ..., content_hash: _Optional[str] = ..., encryption_algorithm: _Optional[str] = ..., encryption_key_id: _Optional[str] = ..., timestamp: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., name: _Optional[str] = ...) -> None: ...
+    kind: str
+    path: str
+    expires: _timestamp_pb2.Timestamp
+    optimizer: bool
+    metadata_json: str
+    def __init__(self, artifact_id: _Optional[str] = ..., run_id: _Optional[str] = ..., step: _Optional[int] = ..., size_bytes: _Optional[int] = ..., content_hash: _Optional[str] = ..., encryption_algorithm: _Optional[str] = ..., encryption_key_id: _Optional[str] = ..., timestamp: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., name: _Optional[str] = ..., kind: _Optional[str] = ..., path: _Optional[str] = ..., expires: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., optimizer: _Optional[bool] = ..., metadata_json: _Optional[str] = ...) -> None: ...
 
 class ListArtifactsRequest(_message.Message):
-    __slots__ = ("run_id", "limit")
+    __slots__ = ("run_id", "limit", "offset", "kind")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     limit: int
-    def __init__(self, run_id: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+    offset: int
+    kind: str
+    def __init__(self, run_id: _Optional[str] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class ListArtifactsReply(_message.Message):
-    __slots__ = ("artifacts",)
+    __slots__ = ("artifacts", "total")
     ARTIFACTS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
     artifacts: _containers.RepeatedCompositeFieldContainer[ArtifactInfo]
-    def __init__(self, artifacts: _Optional[_Iterable[_Union[ArtifactInfo, _Mapping]]] = ...) -> None: ...
+    total: int
+    def __init__(self, artifacts: _Optional[_Iterable[_Union[ArtifactInfo, _Mapping]]] = ..., total: _Optional[int] = ...) -> None: ...
+
+class GetArtifactRequest(_message.Message):
+    __slots__ = ("artifact_id",)
+    ARTIFACT_ID_FIELD_NUMBER: _ClassVar[int]
+    artifact_id: str
+    def __init__(self, artifact_id: _Optional[str] = ...) -> None: ...
+
+class SetArtifactTTLRequest(_message.Message):
+    __slots__ = ("artifact_id", "ttl_seconds")
+    ARTIFACT_ID_FIELD_NUMBER: _ClassVar[int]
+    TTL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    artifact_id: str
+    ttl_seconds: int
+    def __init__(self, artifact_id: _Optional[str] = ..., ttl_seconds: _Optional[int] = ...) -> None: ...
 
 class DeleteArtifactRequest(_message.Message):
     __slots__ = ("artifact_id",)

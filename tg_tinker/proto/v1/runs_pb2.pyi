@@ -14,14 +14,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CreateTrainingClientRequest(_message.Message):
-    __slots__ = ("request_id", "config_json", "checkpoint_id")
+    __slots__ = ("request_id", "config_json", "checkpoint_id", "optimizer", "like", "base_model", "metadata_json")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    LIKE_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     config_json: str
     checkpoint_id: str
-    def __init__(self, request_id: _Optional[str] = ..., config_json: _Optional[str] = ..., checkpoint_id: _Optional[str] = ...) -> None: ...
+    optimizer: bool
+    like: str
+    base_model: str
+    metadata_json: str
+    def __init__(self, request_id: _Optional[str] = ..., config_json: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., optimizer: _Optional[bool] = ..., like: _Optional[str] = ..., base_model: _Optional[str] = ..., metadata_json: _Optional[str] = ...) -> None: ...
 
 class PrivacyState(_message.Message):
     __slots__ = ("dataset_id", "epsilon_spent", "target_epsilon", "delta", "noise_multiplier", "sample_rate", "expected_batch_size", "ledger_head")
@@ -44,7 +52,7 @@ class PrivacyState(_message.Message):
     def __init__(self, dataset_id: _Optional[str] = ..., epsilon_spent: _Optional[float] = ..., target_epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., sample_rate: _Optional[float] = ..., expected_batch_size: _Optional[float] = ..., ledger_head: _Optional[bytes] = ...) -> None: ...
 
 class RunInfo(_message.Message):
-    __slots__ = ("run_id", "config_json", "status", "step", "created", "next_seq", "server_epoch", "privacy", "trainable_parameters", "base_dtype", "model_ref", "unit_key")
+    __slots__ = ("run_id", "config_json", "status", "step", "created", "next_seq", "server_epoch", "privacy", "trainable_parameters", "base_dtype", "model_ref", "unit_key", "family", "tokenizer_id", "request_id", "updated")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +65,10 @@ class RunInfo(_message.Message):
     BASE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     MODEL_REF_FIELD_NUMBER: _ClassVar[int]
     UNIT_KEY_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     config_json: str
     status: str
@@ -69,27 +81,37 @@ class RunInfo(_message.Message):
     base_dtype: str
     model_ref: str
     unit_key: bytes
-    def __init__(self, run_id: _Optional[str] = ..., config_json: _Optional[str] = ..., status: _Optional[str] = ..., step: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., next_seq: _Optional[int] = ..., server_epoch: _Optional[str] = ..., privacy: _Optional[_Union[PrivacyState, _Mapping]] = ..., trainable_parameters: _Optional[int] = ..., base_dtype: _Optional[str] = ..., model_ref: _Optional[str] = ..., unit_key: _Optional[bytes] = ...) -> None: ...
+    family: str
+    tokenizer_id: str
+    request_id: str
+    updated: _timestamp_pb2.Timestamp
+    def __init__(self, run_id: _Optional[str] = ..., config_json: _Optional[str] = ..., status: _Optional[str] = ..., step: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., next_seq: _Optional[int] = ..., server_epoch: _Optional[str] = ..., privacy: _Optional[_Union[PrivacyState, _Mapping]] = ..., trainable_parameters: _Optional[int] = ..., base_dtype: _Optional[str] = ..., model_ref: _Optional[str] = ..., unit_key: _Optional[bytes] = ..., family: _Optional[str] = ..., tokenizer_id: _Optional[str] = ..., request_id: _Optional[str] = ..., updated: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class GetTrainingClientRequest(_message.Message):
-    __slots__ = ("run_id",)
+    __slots__ = ("run_id", "summary")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
     run_id: str
-    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
+    summary: bool
+    def __init__(self, run_id: _Optional[str] = ..., summary: _Optional[bool] = ...) -> None: ...
 
 class ListTrainingClientsRequest(_message.Message):
-    __slots__ = ("status", "limit")
+    __slots__ = ("status", "limit", "offset")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     status: str
     limit: int
-    def __init__(self, status: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+    offset: int
+    def __init__(self, status: _Optional[str] = ..., limit: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class ListTrainingClientsReply(_message.Message):
-    __slots__ = ("runs",)
+    __slots__ = ("runs", "total")
     RUNS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
     runs: _containers.RepeatedCompositeFieldContainer[RunInfo]
-    def __init__(self, runs: _Optional[_Iterable[_Union[RunInfo, _Mapping]]] = ...) -> None: ...
+    total: int
+    def __init__(self, runs: _Optional[_Iterable[_Union[RunInfo, _Mapping]]] = ..., total: _Optional[int] = ...) -> None: ...
 
 class DeleteTrainingClientRequest(_message.Message):
     __slots__ = ("run_id",)
@@ -192,7 +214,7 @@ class ModelInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., parameters: _Optional[int] = ..., max_sequence_length: _Optional[int] = ...) -> None: ...
 
 class Capabilities(_message.Message):
-    __slots__ = ("server_version", "api_version", "models", "max_batch_records", "max_request_bytes", "losses", "optimizers", "lr_schedulers", "reducers", "dp_sampling_modes", "dp_accountants", "tenant_id")
+    __slots__ = ("server_version", "api_version", "models", "max_batch_records", "max_request_bytes", "losses", "optimizers", "lr_schedulers", "reducers", "dp_sampling_modes", "dp_accountants", "tenant_id", "api")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     API_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +227,7 @@ class Capabilities(_message.Message):
     DP_SAMPLING_MODES_FIELD_NUMBER: _ClassVar[int]
     DP_ACCOUNTANTS_FIELD_NUMBER: _ClassVar[int]
     TENANT_ID_FIELD_NUMBER: _ClassVar[int]
+    API_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     api_version: str
     models: _containers.RepeatedCompositeFieldContainer[ModelInfo]
@@ -217,4 +240,19 @@ class Capabilities(_message.Message):
     dp_sampling_modes: _containers.RepeatedScalarFieldContainer[str]
     dp_accountants: _containers.RepeatedScalarFieldContainer[str]
     tenant_id: str
-    def __init__(self, server_version: _Optional[str] = ..., api_version: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., max_batch_records: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., losses: _Optional[_Iterable[str]] = ..., optimizers: _Optional[_Iterable[str]] = ..., lr_schedulers: _Optional[_Iterable[str]] = ..., reducers: _Optional[_Iterable[str]] = ..., dp_sampling_modes: _Optional[_Iterable[str]] = ..., dp_accountants: _Optional[_Iterable[str]] = ..., tenant_id: _Optional[str] = ...) -> None: ...
+    api: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, server_version: _Optional[str] = ..., api_version: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., max_batch_records: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., losses: _Optional[_Iterable[str]] = ..., optimizers: _Optional[_Iterable[str]] = ..., lr_schedulers: _Optional[_Iterable[str]] = ..., reducers: _Optional[_Iterable[str]] = ..., dp_sampling_modes: _Optional[_Iterable[str]] = ..., dp_accountants: _Optional[_Iterable[str]] = ..., tenant_id: _Optional[str] = ..., api: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class GetTokenizerRequest(_message.Message):
+    __slots__ = ("base_model",)
+    BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    base_model: str
+    def __init__(self, base_model: _Optional[str] = ...) -> None: ...
+
+class TokenizerFile(_message.Message):
+    __slots__ = ("name", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...

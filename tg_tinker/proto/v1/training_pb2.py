@@ -26,13 +26,15 @@ from tg_tinker.proto.v1 import common_pb2 as tg__tinker_dot_proto_dot_v1_dot_com
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tg_tinker/proto/v1/training.proto\x12\x0ctg_tinker.v1\x1a\x1ftg_tinker/proto/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"_\n\tSubmitted\x12\x11\n\tfuture_id\x18\x01 \x01(\t\x12\x14\n\x0cserver_epoch\x18\x02 \x01(\t\x12\x14\n\x0c\x65xpected_seq\x18\x03 \x01(\x04\x12\x13\n\x0b\x64urable_seq\x18\x04 \x01(\x04\"\xa6\x02\n\x16\x46orwardBackwardRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12$\n\x04mode\x18\x02 \x01(\x0e\x32\x16.tg_tinker.v1.PassMode\x12\'\n\tinput_ids\x18\x03 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\x12,\n\x0e\x61ttention_mask\x18\x04 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\x12$\n\x06labels\x18\x05 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\x12\x18\n\x10privacy_unit_ids\x18\x06 \x03(\t\x12\x12\n\nbatch_hash\x18\x07 \x01(\t\x12\x12\n\ndataset_id\x18\x08 \x01(\t\"}\n\x11\x41\x64\x64UpdatesRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12%\n\x07vectors\x18\x02 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\x12\x18\n\x10privacy_unit_ids\x18\x03 \x03(\t\"\xe9\x01\n\x14\x46orwardBackwardReply\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x12\n\nbatch_hash\x18\x02 \x01(\t\x12\x15\n\rgradient_hash\x18\x03 \x01(\t\x12\x12\n\nnum_tokens\x18\x04 \x01(\x03\x12\x12\n\nlatency_ms\x18\x05 \x01(\x01\x12@\n\x07metrics\x18\x06 \x03(\x0b\x32/.tg_tinker.v1.ForwardBackwardReply.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x7f\n\x10OptimStepRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12\x16\n\x0e\x61pply_dp_noise\x18\x02 \x01(\x08\x12\x16\n\x0eknown_log_size\x18\x04 \x01(\x04\x12\x12\n\nincomplete\x18\x03 \x01(\t\"\xb1\x01\n\tDPMetrics\x12\x15\n\rnoise_applied\x18\x01 \x01(\x08\x12\x15\n\repsilon_spent\x18\x02 \x01(\x01\x12\x15\n\rtotal_epsilon\x18\x03 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x01\x12\x1d\n\x15grad_norm_before_clip\x18\x05 \x01(\x01\x12\x1c\n\x14grad_norm_after_clip\x18\x06 \x01(\x01\x12\x13\n\x0bnum_clipped\x18\x07 \x01(\x03\"\xb2\x02\n\x0eOptimStepReply\x12\x11\n\tgrad_norm\x18\x01 \x01(\x01\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12+\n\ndp_metrics\x18\x04 \x01(\x0b\x32\x17.tg_tinker.v1.DPMetrics\x12\x12\n\nlatency_ms\x18\x05 \x01(\x01\x12:\n\x07metrics\x18\x06 \x03(\x0b\x32).tg_tinker.v1.OptimStepReply.MetricsEntry\x12\x13\n\x0bledger_head\x18\x07 \x01(\x0c\x12&\n\x07receipt\x18\x08 \x01(\x0b\x32\x15.tg_tinker.v1.Receipt\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"{\n\x10SaveStateRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12\x19\n\x11include_optimizer\x18\x02 \x01(\x08\x12\x15\n\rmetadata_json\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\"\xdc\x01\n\x0eSaveStateReply\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x1c\n\x14\x65ncryption_algorithm\x18\x03 \x01(\t\x12\x19\n\x11\x65ncryption_key_id\x18\x04 \x01(\t\x12\x15\n\rmetadata_json\x18\x05 \x01(\t\x12-\n\ttimestamp\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x63ontent_hash\x18\x07 \x01(\t\x12\x0c\n\x04path\x18\x08 \x01(\t\"v\n\x10LoadStateRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12\x13\n\x0b\x61rtifact_id\x18\x02 \x01(\t\x12\x16\n\toptimizer\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_optimizer\"y\n\x0eLoadStateReply\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x15\n\rmetadata_json\x18\x03 \x01(\t\x12-\n\ttimestamp\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*N\n\x08PassMode\x12\x19\n\x15PASS_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPASS_MODE_TRAIN\x10\x01\x12\x12\n\x0ePASS_MODE_EVAL\x10\x02\x32\x9b\x03\n\x0fTrainingService\x12V\n\x0f\x46orwardBackward\x12$.tg_tinker.v1.ForwardBackwardRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x03\x12L\n\nAddUpdates\x12\x1f.tg_tinker.v1.AddUpdatesRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x03\x12J\n\tOptimStep\x12\x1e.tg_tinker.v1.OptimStepRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x03\x12J\n\tSaveState\x12\x1e.tg_tinker.v1.SaveStateRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x03\x12J\n\tLoadState\x12\x1e.tg_tinker.v1.LoadStateRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tg_tinker/proto/v1/training.proto\x12\x0ctg_tinker.v1\x1a\x1ftg_tinker/proto/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"_\n\tSubmitted\x12\x11\n\tfuture_id\x18\x01 \x01(\t\x12\x14\n\x0cserver_epoch\x18\x02 \x01(\t\x12\x14\n\x0c\x65xpected_seq\x18\x03 \x01(\x04\x12\x13\n\x0b\x64urable_seq\x18\x04 \x01(\x04\"q\n\nLossTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x14\n\x0c\x63row_indices\x18\x05 \x01(\x0c\x12\x13\n\x0b\x63ol_indices\x18\x06 \x01(\x0c\"X\n\x05\x44\x61tum\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\x12\x15\n\rchunk_lengths\x18\x02 \x01(\x0c\x12(\n\x06inputs\x18\x03 \x03(\x0b\x32\x18.tg_tinker.v1.LossTensor\"\xef\x03\n\x16\x46orwardBackwardRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12$\n\x04mode\x18\x02 \x01(\x0e\x32\x16.tg_tinker.v1.PassMode\x12\'\n\tinput_ids\x18\x03 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\x12,\n\x0e\x61ttention_mask\x18\x04 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\x12$\n\x06labels\x18\x05 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\x12\x18\n\x10privacy_unit_ids\x18\x06 \x03(\t\x12\x12\n\nbatch_hash\x18\x07 \x01(\t\x12\x12\n\ndataset_id\x18\x08 \x01(\t\x12\x0e\n\x06\x64\x61tums\x18\t \x03(\x0c\x12\x0f\n\x07loss_fn\x18\n \x01(\t\x12N\n\x0eloss_fn_config\x18\x0b \x03(\x0b\x32\x36.tg_tinker.v1.ForwardBackwardRequest.LossFnConfigEntry\x12\x0f\n\x07loss_id\x18\x0c \x01(\t\x12\x10\n\x08\x63oupling\x18\r \x01(\t\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"}\n\x11\x41\x64\x64UpdatesRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12%\n\x07vectors\x18\x02 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\x12\x18\n\x10privacy_unit_ids\x18\x03 \x03(\t\"\xba\x02\n\x14\x46orwardBackwardReply\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x12\n\nbatch_hash\x18\x02 \x01(\t\x12\x15\n\rgradient_hash\x18\x03 \x01(\t\x12\x12\n\nnum_tokens\x18\x04 \x01(\x03\x12\x12\n\nlatency_ms\x18\x05 \x01(\x01\x12@\n\x07metrics\x18\x06 \x03(\x0b\x32/.tg_tinker.v1.ForwardBackwardReply.MetricsEntry\x12\x1b\n\x13loss_fn_output_type\x18\x07 \x01(\t\x12\x32\n\x0floss_fn_outputs\x18\x08 \x03(\x0b\x32\x19.tg_tinker.v1.LossOutputs\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"8\n\x0bLossOutputs\x12)\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.tg_tinker.v1.LossTensor\"|\n\nAdamParams\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\r\n\x05\x62\x65ta1\x18\x02 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x03 \x01(\x01\x12\x0b\n\x03\x65ps\x18\x04 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x12\x16\n\x0egrad_clip_norm\x18\x06 \x01(\x01\"\xa7\x01\n\x10OptimStepRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12\x16\n\x0e\x61pply_dp_noise\x18\x02 \x01(\x08\x12\x16\n\x0eknown_log_size\x18\x04 \x01(\x04\x12\x12\n\nincomplete\x18\x03 \x01(\t\x12&\n\x04\x61\x64\x61m\x18\x05 \x01(\x0b\x32\x18.tg_tinker.v1.AdamParams\"\xb1\x01\n\tDPMetrics\x12\x15\n\rnoise_applied\x18\x01 \x01(\x08\x12\x15\n\repsilon_spent\x18\x02 \x01(\x01\x12\x15\n\rtotal_epsilon\x18\x03 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x01\x12\x1d\n\x15grad_norm_before_clip\x18\x05 \x01(\x01\x12\x1c\n\x14grad_norm_after_clip\x18\x06 \x01(\x01\x12\x13\n\x0bnum_clipped\x18\x07 \x01(\x03\"\xb2\x02\n\x0eOptimStepReply\x12\x11\n\tgrad_norm\x18\x01 \x01(\x01\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12+\n\ndp_metrics\x18\x04 \x01(\x0b\x32\x17.tg_tinker.v1.DPMetrics\x12\x12\n\nlatency_ms\x18\x05 \x01(\x01\x12:\n\x07metrics\x18\x06 \x03(\x0b\x32).tg_tinker.v1.OptimStepReply.MetricsEntry\x12\x13\n\x0bledger_head\x18\x07 \x01(\x0c\x12&\n\x07receipt\x18\x08 \x01(\x0b\x32\x15.tg_tinker.v1.Receipt\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xc6\x01\n\x10SaveStateRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12\x19\n\x11include_optimizer\x18\x02 \x01(\x08\x12\x15\n\rmetadata_json\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x18\n\x0bttl_seconds\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x11\n\toverwrite\x18\x07 \x01(\x08\x42\x0e\n\x0c_ttl_seconds\"\xdc\x01\n\x0eSaveStateReply\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x1c\n\x14\x65ncryption_algorithm\x18\x03 \x01(\t\x12\x19\n\x11\x65ncryption_key_id\x18\x04 \x01(\t\x12\x15\n\rmetadata_json\x18\x05 \x01(\t\x12-\n\ttimestamp\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x63ontent_hash\x18\x07 \x01(\t\x12\x0c\n\x04path\x18\x08 \x01(\t\"v\n\x10LoadStateRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12\x13\n\x0b\x61rtifact_id\x18\x02 \x01(\t\x12\x16\n\toptimizer\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_optimizer\"y\n\x0eLoadStateReply\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x15\n\rmetadata_json\x18\x03 \x01(\t\x12-\n\ttimestamp\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"-\n\x17\x43reateCustomLossRequest\x12\x12\n\ngraph_json\x18\x01 \x01(\t\"(\n\x15\x43reateCustomLossReply\x12\x0f\n\x07loss_id\x18\x01 \x01(\t*N\n\x08PassMode\x12\x19\n\x15PASS_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPASS_MODE_TRAIN\x10\x01\x12\x12\n\x0ePASS_MODE_EVAL\x10\x02\x32\x9b\x03\n\x0fTrainingService\x12V\n\x0f\x46orwardBackward\x12$.tg_tinker.v1.ForwardBackwardRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x03\x12L\n\nAddUpdates\x12\x1f.tg_tinker.v1.AddUpdatesRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x03\x12J\n\tOptimStep\x12\x1e.tg_tinker.v1.OptimStepRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x03\x12J\n\tSaveState\x12\x1e.tg_tinker.v1.SaveStateRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x03\x12J\n\tLoadState\x12\x1e.tg_tinker.v1.LoadStateRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tg_tinker.proto.v1.training_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._loaded_options = None
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_options = b'8\001'
   _globals['_FORWARDBACKWARDREPLY_METRICSENTRY']._loaded_options = None
   _globals['_FORWARDBACKWARDREPLY_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_OPTIMSTEPREPLY_METRICSENTRY']._loaded_options = None
@@ -47,34 +49,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAININGSERVICE'].methods_by_name['SaveState']._serialized_options = b'\210\347\030\003'
   _globals['_TRAININGSERVICE'].methods_by_name['LoadState']._loaded_options = None
   _globals['_TRAININGSERVICE'].methods_by_name['LoadState']._serialized_options = b'\210\347\030\003'
-  _globals['_PASSMODE']._serialized_start=2083
-  _globals['_PASSMODE']._serialized_end=2161
+  _globals['_PASSMODE']._serialized_start=2960
+  _globals['_PASSMODE']._serialized_end=3038
   _globals['_SUBMITTED']._serialized_start=117
   _globals['_SUBMITTED']._serialized_end=212
-  _globals['_FORWARDBACKWARDREQUEST']._serialized_start=215
-  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=509
-  _globals['_ADDUPDATESREQUEST']._serialized_start=511
-  _globals['_ADDUPDATESREQUEST']._serialized_end=636
-  _globals['_FORWARDBACKWARDREPLY']._serialized_start=639
-  _globals['_FORWARDBACKWARDREPLY']._serialized_end=872
-  _globals['_FORWARDBACKWARDREPLY_METRICSENTRY']._serialized_start=826
-  _globals['_FORWARDBACKWARDREPLY_METRICSENTRY']._serialized_end=872
-  _globals['_OPTIMSTEPREQUEST']._serialized_start=874
-  _globals['_OPTIMSTEPREQUEST']._serialized_end=1001
-  _globals['_DPMETRICS']._serialized_start=1004
-  _globals['_DPMETRICS']._serialized_end=1181
-  _globals['_OPTIMSTEPREPLY']._serialized_start=1184
-  _globals['_OPTIMSTEPREPLY']._serialized_end=1490
-  _globals['_OPTIMSTEPREPLY_METRICSENTRY']._serialized_start=826
-  _globals['_OPTIMSTEPREPLY_METRICSENTRY']._serialized_end=872
-  _globals['_SAVESTATEREQUEST']._serialized_start=1492
-  _globals['_SAVESTATEREQUEST']._serialized_end=1615
-  _globals['_SAVESTATEREPLY']._serialized_start=1618
-  _globals['_SAVESTATEREPLY']._serialized_end=1838
-  _globals['_LOADSTATEREQUEST']._serialized_start=1840
-  _globals['_LOADSTATEREQUEST']._serialized_end=1958
-  _globals['_LOADSTATEREPLY']._serialized_start=1960
-  _globals['_LOADSTATEREPLY']._serialized_end=2081
-  _globals['_TRAININGSERVICE']._serialized_start=2164
-  _globals['_TRAININGSERVICE']._serialized_end=2575
+  _globals['_LOSSTENSOR']._serialized_start=214
+  _globals['_LOSSTENSOR']._serialized_end=327
+  _globals['_DATUM']._serialized_start=329
+  _globals['_DATUM']._serialized_end=417
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_start=420
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=915
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_start=864
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_end=915
+  _globals['_ADDUPDATESREQUEST']._serialized_start=917
+  _globals['_ADDUPDATESREQUEST']._serialized_end=1042
+  _globals['_FORWARDBACKWARDREPLY']._serialized_start=1045
+  _globals['_FORWARDBACKWARDREPLY']._serialized_end=1359
+  _globals['_FORWARDBACKWARDREPLY_METRICSENTRY']._serialized_start=1313
+  _globals['_FORWARDBACKWARDREPLY_METRICSENTRY']._serialized_end=1359
+  _globals['_LOSSOUTPUTS']._serialized_start=1361
+  _globals['_LOSSOUTPUTS']._serialized_end=1417
+  _globals['_ADAMPARAMS']._serialized_start=1419
+  _globals['_ADAMPARAMS']._serialized_end=1543
+  _globals['_OPTIMSTEPREQUEST']._serialized_start=1546
+  _globals['_OPTIMSTEPREQUEST']._serialized_end=1713
+  _globals['_DPMETRICS']._serialized_start=1716
+  _globals['_DPMETRICS']._serialized_end=1893
+  _globals['_OPTIMSTEPREPLY']._serialized_start=1896
+  _globals['_OPTIMSTEPREPLY']._serialized_end=2202
+  _globals['_OPTIMSTEPREPLY_METRICSENTRY']._serialized_start=1313
+  _globals['_OPTIMSTEPREPLY_METRICSENTRY']._serialized_end=1359
+  _globals['_SAVESTATEREQUEST']._serialized_start=2205
+  _globals['_SAVESTATEREQUEST']._serialized_end=2403
+  _globals['_SAVESTATEREPLY']._serialized_start=2406
+  _globals['_SAVESTATEREPLY']._serialized_end=2626
+  _globals['_LOADSTATEREQUEST']._serialized_start=2628
+  _globals['_LOADSTATEREQUEST']._serialized_end=2746
+  _globals['_LOADSTATEREPLY']._serialized_start=2748
+  _globals['_LOADSTATEREPLY']._serialized_end=2869
+  _globals['_CREATECUSTOMLOSSREQUEST']._serialized_start=2871
+  _globals['_CREATECUSTOMLOSSREQUEST']._serialized_end=2916
+  _globals['_CREATECUSTOMLOSSREPLY']._serialized_start=2918
+  _globals['_CREATECUSTOMLOSSREPLY']._serialized_end=2958
+  _globals['_TRAININGSERVICE']._serialized_start=3041
+  _globals['_TRAININGSERVICE']._serialized_end=3452
 # @@protoc_insertion_point(module_scope)
