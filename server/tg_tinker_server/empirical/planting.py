@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tg_tinker.errors import ServerError
 from tg_tinker.types import TrainingConfig
-from tg_tinker_server.engine.backend import Pass, PassRequest, PassResult, Session
+from tg_tinker_server.engine.backend import Ints, Pass, PassRequest, PassResult, Request, Session
 from tg_tinker_server.engine.bigram import BigramBackend, BigramSession
-from tg_tinker_server.engine.gradients import GradientContribution
+from tg_tinker_server.engine.gradients import Form, GradientContribution
 from tg_tinker_server.engine.torch_pass import Part, TorchPass
 from tg_tinker_server.engine.torch_session import TorchSession
 from tg_tinker_server.engine.whole_pass import WholePass
@@ -38,7 +37,7 @@ Row = Planted | None
 """What stands in for one record's gradient; ``None`` keeps its own."""
 
 
-def planted_pass(session: Session, request: PassRequest, rows_B: Sequence[Row]) -> Pass:
+def planted_pass(session: Session, request: Request, rows_B: Sequence[Row]) -> Pass:
     """Begin a pass in which some records have planted gradients.
 
     Raises:
@@ -49,6 +48,7 @@ def planted_pass(session: Session, request: PassRequest, rows_B: Sequence[Row]) 
     if isinstance(session, TorchSession):
         session.ensure_open()
         session.check(request)
+        assert isinstance(request, PassRequest)
         return PlantedTorchPass(session, request, rows_B)
     raise ServerError(f"gradients cannot be planted in a {type(session).__name__}; audit it with mode 'input'")
 
@@ -67,13 +67,13 @@ class PlantingBigramSession(BigramSession):
 
     _rows_B: Sequence[Row] = ()  # noqa: N815 - shape suffix
 
-    def start_planted(self, request: PassRequest, rows_B: Sequence[Row]) -> WholePass:
+    def start_planted(self, request: Request, rows_B: Sequence[Row]) -> WholePass:
         """Begin a pass with planted rows."""
         self.ensure_open()
         self.check(request)
         return WholePass(lambda: self._compute_planted(request, rows_B))
 
-    def _compute_planted(self, request: PassRequest, rows_B: Sequence[Row]) -> PassResult:
+    def _compute_planted(self, request: Request, rows_B: Sequence[Row]) -> PassResult:
         self._rows_B = rows_B
         try:
             return self._compute(request)
@@ -81,13 +81,13 @@ class PlantingBigramSession(BigramSession):
             self._rows_B = ()
 
     def _contribution(
-        self, units: tuple[str, ...], unit_of_B: npt.NDArray[np.int64], errors: list[tuple[Any, Any]]
+        self, units: tuple[str, ...], unit_of_B: Ints, errors: list[tuple[Any, Any]], *, form: Form = "mean"
     ) -> GradientContribution:
         if self._rows_B:
             errors = [
                 own if row is None else self._errors_of(row) for own, row in zip(errors, self._rows_B, strict=True)
             ]
-        return super()._contribution(units, unit_of_B, errors)
+        return super()._contribution(units, unit_of_B, errors, form=form)
 
     def _errors_of(self, row: Planted) -> tuple[Any, Any]:
         token, column = divmod(row.coordinate, self.vocab_size)

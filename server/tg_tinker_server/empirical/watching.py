@@ -23,14 +23,15 @@ from tg_tinker_server.engine.backend import (
     EngineState,
     GenerationOptions,
     Pass,
-    PassRequest,
     PassResult,
+    Request,
     Session,
     StepRequest,
     StepResult,
     TokenEvent,
 )
 from tg_tinker_server.engine.gradients import GradientContribution
+from tg_tinker_server.engine.requests import tokens_of
 from tg_tinker_server.engine.state import WEIGHTS
 
 Floats = npt.NDArray[np.float64]
@@ -134,23 +135,20 @@ class WatchedSession:
         """See ``backend.Session``."""
         return self._inner.pending_units
 
-    def check(self, request: PassRequest) -> None:
+    def check(self, request: Request) -> None:
         """See ``backend.Session``."""
         self._inner.check(request)
 
-    def start(self, request: PassRequest) -> Pass:
+    def start(self, request: Request) -> Pass:
         """See ``backend.Session``."""
         if request.train and request.units is not None:
             self._units += request.units
         if not self._watch.planted:
             return self._inner.start(request)
-        rows = [
-            self._watch.planted.get(tuple(ids[mask == 1].tolist()))
-            for ids, mask in zip(request.input_ids_BT, request.attention_mask_BT, strict=True)
-        ]
+        rows = [self._watch.planted.get(tuple(tokens.tolist())) for tokens in tokens_of(request)]
         return planted_pass(self._inner, request, rows) if any(rows) else self._inner.start(request)
 
-    def forward_backward(self, request: PassRequest) -> PassResult:
+    def forward_backward(self, request: Request) -> PassResult:
         """See ``backend.Session``."""
         work = self.start(request)
         while not work.finished:

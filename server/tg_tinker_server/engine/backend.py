@@ -90,6 +90,9 @@ class LossRequest:
     seed: int = 0
 
 
+Request = PassRequest | LossRequest
+
+
 class Contribution(Protocol):
     """The gradient of one call, not yet part of anything. Dropping it leaves no trace."""
 
@@ -113,7 +116,7 @@ class PassResult:
 
     Attributes:
         loss: mean over records of each record's mean over its own targets; a record without targets counts
-            as zero, and so does a batch without records.
+            as zero, and so does a batch without records. Of datums: the sum over all of them.
         loss_sum: sum over all targets of all records.
         num_targets: how many targets that is.
         num_tokens: sum of the attention mask.
@@ -278,11 +281,11 @@ class Session(Protocol):
         """Their privacy units."""
         ...
 
-    def check(self, request: PassRequest) -> None:
-        """Raise InvalidRequestError, with field and constraint, unless the batch fits. No model work."""
+    def check(self, request: Request) -> None:
+        """Raise InvalidRequestError, with field and constraint, unless batch or datums fit. No model work."""
         ...
 
-    def start(self, request: PassRequest) -> Pass:
+    def start(self, request: Request) -> Pass:
         """Begin to compute losses and, in training, a contribution. No model work yet.
 
         Raises:
@@ -290,7 +293,7 @@ class Session(Protocol):
         """
         ...
 
-    def forward_backward(self, request: PassRequest) -> PassResult:
+    def forward_backward(self, request: Request) -> PassResult:
         """Start a pass and take it to its end. Changes neither weights nor what is pending.
 
         Raises:
@@ -315,7 +318,8 @@ class Session(Protocol):
         """Add a contribution of this session to the pending logical batch.
 
         Raises:
-            InvalidRequestError: a unit is pending already and ``merge_units`` is off; nothing is added.
+            InvalidRequestError: a unit is pending already and ``merge_units`` is off, or batches (means) and datums
+                (sums) would be mixed; nothing is added.
         """
         ...
 
@@ -326,9 +330,10 @@ class Session(Protocol):
     def step(self, request: StepRequest) -> StepResult:
         """Take one optimizer step with the pending logical batch and clear it.
 
-        Without privacy the gradient is the mean over all pending records. With it: the clipped sum over
-        units, plus noise, divided by ``TrainingConfig.expected_batch_size``. Then ``OptimizerConfig.proximal_mu``
-        times the way from the anchor is added: from the weights last imported in a state without an anchor.
+        Without privacy the gradient is the mean over all pending records, or the plain sum over datums. With it: the
+        clipped sum over units, plus noise, divided by ``TrainingConfig.expected_batch_size``. Then
+        ``OptimizerConfig.proximal_mu`` times the way from the anchor is added: from the weights last imported in a
+        state without an anchor.
 
         On any exception weights, optimizer and pending batch are as before; the mechanism may be used up.
         """
@@ -398,6 +403,7 @@ __all__ = [
     "Pass",
     "PassRequest",
     "PassResult",
+    "Request",
     "Session",
     "StepRequest",
     "StepResult",

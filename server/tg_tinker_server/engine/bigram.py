@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,10 @@ from tg_tinker.types import IGNORE_INDEX, TrainingConfig
 from tg_tinker.types.info import ModelInfo
 from tg_tinker_server.dp.clipping import clip_and_sum
 from tg_tinker_server.engine import numpy_optimizers
-from tg_tinker_server.engine.backend import EngineState, PassRequest, PassResult
-from tg_tinker_server.engine.gradients import Floats, GradientContribution, ParamLayout
+from tg_tinker_server.engine.backend import EngineState, Ints, LossRequest, PassRequest, PassResult, Request
+from tg_tinker_server.engine.gradients import Floats, Form, GradientContribution, ParamLayout
+from tg_tinker_server.engine.loss_fns import closed_form
+from tg_tinker_server.engine.loss_fns.values import Array, DatumLoss, joined_metrics, total
 from tg_tinker_server.engine.requests import units_of
 from tg_tinker_server.engine.session_core import SessionCore, derived_seed, ensure_finite, ensure_finite_pass
 from tg_tinker_server.engine.state import OPTIMIZER, WEIGHTS, checked_optimizer, checked_weights
@@ -94,16 +96,19 @@ class BigramSession(SessionCore):
         # Under privacy the masks of a record must not be computable by others: one more secret part of the seed.
         self._dropout_key = os.urandom(16).hex() if config.private else ""
 
-    def start(self, request: PassRequest) -> WholePass:
+    def start(self, request: Request) -> WholePass:
         """See ``backend.Session``."""
         self.ensure_open()
         self.check(request)
         return WholePass(lambda: self._compute(request))
 
-    def _compute(self, request: PassRequest) -> PassResult:
+    def _compute(self, request: Request) -> PassResult:
         self.ensure_open()
+        return self._datums(request) if isinstance(request, LossRequest) else self._batch(request)
+
+    def _batch(self, request: PassRequest) -> PassResult:
         units, unit_of_B = units_of(request)
-        drops_BT = self._dropout(request)
+        drops_BT = self._dropout(request, request.input_ids_BT.shape)
         labels_BT = request.labels_BT[:, 1:]
         records = len(unit_of_B)
         means_B, sums_B = np.zeros(records), np.zeros(records)
@@ -135,6 +140,41 @@ class BigramSession(SessionCore):
             contribution=contribution,
         )
 
+    def _datums(self, request: LossRequest) -> PassResult:
+        units, unit_of_B = units_of(request)
+        losses: list[DatumLoss] = []
+        logprobs: list[npt.NDArray[np.float32]] = []
+        errors: list[tuple[Any, Any]] = []
+        for i, (tokens, inputs) in enumerate(zip(request.tokens, request.inputs, strict=True)):
+            drop = self._dropout(request, (len(tokens), 1), i)
+            logits = self._base_VV[tokens] + drop * self._weights_VV[tokens]
+            all_NV, targets = logits - _log_sum_exp(logits), inputs["target_tokens"]
+            targets_NK = targets.reshape(len(tokens), -1)
+            own = np.take_along_axis(all_NV, targets_NK, axis=1).reshape(targets.shape)
+            logprobs.append(own.astype(np.float32))
+            losses.append(loss := self._loss_of(request, own, inputs))
+            if loss.slope is not None:
+                errors.append(
+                    (tokens, drop * _through_softmax(loss.slope.reshape(targets_NK.shape), targets_NK, all_NV))
+                )
+        contribution = self._contribution(units, unit_of_B, errors, form="sum") if request.train else None
+        loss_sum = total([loss.value for loss in losses])
+        if not self._config.private:
+            ensure_finite_pass(loss_sum, contribution.sum_P if contribution else None)
+        return PassResult(
+            loss=loss_sum,
+            loss_sum=loss_sum,
+            num_targets=sum(lp.size for lp in logprobs),
+            num_tokens=sum(len(tokens) for tokens in request.tokens),
+            num_records=len(unit_of_B),
+            contribution=contribution,
+            logprobs=tuple(logprobs),
+            metrics=joined_metrics(losses),
+        )
+
+    def _loss_of(self, request: LossRequest, logprobs: Floats, inputs: Mapping[str, Array]) -> DatumLoss:
+        return closed_form.evaluate(request.loss, logprobs, inputs, train=request.train)
+
     def export_state(self, *, optimizer: bool) -> EngineState:
         """See ``backend.Session``."""
         self.ensure_open()
@@ -161,23 +201,24 @@ class BigramSession(SessionCore):
         self._closed = True
         self.discard_pending()
 
-    def _dropout(self, request: PassRequest) -> Floats:
-        """Factor of the trained row at each position [B, T]: all ones outside training."""
-        shape = request.input_ids_BT.shape
+    def _dropout(self, request: Request, shape: tuple[int, ...], *place: int) -> Floats:
+        """Factor of the trained row at each position: all ones outside training."""
         rate = self._config.lora_config.dropout if self._config.lora_config else 0.0
         if not request.train or rate == 0:
             return np.ones(shape)
-        seed = derived_seed(self._config.seed or 0, request.seed, self._dropout_key)
+        seed = derived_seed(self._config.seed or 0, request.seed, self._dropout_key, *place)
         return (np.random.default_rng(seed).random(shape) >= rate) / (1.0 - rate)
 
     def _contribution(
-        self, units: tuple[str, ...], unit_of_B: npt.NDArray[np.int64], errors: list[tuple[Any, Any]]
+        self, units: tuple[str, ...], unit_of_B: Ints, errors: list[tuple[Any, Any]], *, form: Form = "mean"
     ) -> GradientContribution:
         dp = self._config.dp_config if self._config.private else None
         sum_P, records = np.zeros(_V * _V), len(unit_of_B)
         if dp is None:
             _add_gradient(sum_P, errors)
-            return GradientContribution(layout=self._layout, num_records=records, sum_P=sum_P, private=False)
+            return GradientContribution(
+                layout=self._layout, num_records=records, sum_P=sum_P, private=False, form=form
+            )
         norms, kept = [np.zeros(0)], [np.zeros((0, _V * _V), dtype=np.float32)]
         for start in range(0, len(units), _UNITS_AT_ONCE):
             chunk = range(start, min(start + _UNITS_AT_ONCE, len(units)))
@@ -197,6 +238,7 @@ class BigramSession(SessionCore):
             norms_U=np.concatenate(norms),
             grads_UP=np.concatenate(kept) if dp.merge_units else None,
             private=True,
+            form=form,
         )
 
     def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float) -> None:
@@ -243,6 +285,14 @@ class BigramDecoder:
 def _log_sum_exp(logits: Floats) -> Floats:
     top = logits.max(axis=-1, keepdims=True)
     return np.asarray(top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True)))
+
+
+def _through_softmax(slope_NK: Floats, targets_NK: Ints, logprobs_NV: Floats) -> Floats:
+    """What a change with log-probabilities of targets is with the logits [N, V]."""
+    with np.errstate(invalid="ignore", over="ignore"):  # a slope that is not finite stays so
+        error_NV: Floats = -np.exp(logprobs_NV) * slope_NK.sum(axis=1, keepdims=True)
+        np.add.at(error_NV, (np.arange(len(targets_NK))[:, None], targets_NK), slope_NK)
+    return error_NV
 
 
 def _add_gradient(flat_P: Floats, errors: Sequence[tuple[Any, Any]]) -> None:

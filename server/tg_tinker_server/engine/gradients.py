@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Form = Literal["mean", "sum"]
 _DOMAIN = b"tg-tinker/gradient/v1\x00"
 
 
@@ -66,6 +67,7 @@ class GradientContribution:
         sum_P: without privacy the sum over records, with it the clipped sum over units; float64.
         norms_U: each unit's norm before clipping.
         grads_UP: each unit's own gradient, kept only where units may be merged over calls.
+        form: what the step makes of it without privacy: the mean over all records, or the sum as it is.
     """
 
     layout: ParamLayout
@@ -75,8 +77,9 @@ class GradientContribution:
     norms_U: Floats = field(default_factory=lambda: np.zeros(0))  # noqa: N815
     grads_UP: npt.NDArray[Any] | None = None  # noqa: N815
     private: bool
+    form: Form = "mean"
 
     def digest(self) -> bytes:
         """See ``backend.Contribution.digest``."""
-        divisor = 1 if self.private else max(1, self.num_records)
+        divisor = 1 if self.private or self.form == "sum" else max(1, self.num_records)
         return self.layout.digest(self.sum_P / divisor)

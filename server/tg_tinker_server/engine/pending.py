@@ -14,7 +14,7 @@ from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.types import TrainingConfig
 from tg_tinker_server.dp.clipping import clip_and_sum, norm_stats
 from tg_tinker_server.engine.backend import Contribution, StepRequest, StepResult
-from tg_tinker_server.engine.gradients import Floats, GradientContribution, ParamLayout
+from tg_tinker_server.engine.gradients import Floats, Form, GradientContribution, ParamLayout
 from tg_tinker_server.engine.requests import UNNAMED
 
 MAX_MERGED_BYTES = 2 * 2**30
@@ -44,6 +44,7 @@ class PendingBatch:
     def clear(self) -> None:
         """Forget everything."""
         self.calls = 0
+        self._form: Form | None = None
         self._records = 0
         self._sum_P: Floats = np.zeros(self._layout.size)
         self._norms: list[Floats] = []
@@ -64,12 +65,20 @@ class PendingBatch:
         """Add one call's gradient.
 
         Raises:
-            InvalidRequestError: a unit is in the batch already and units are not merged; nothing is added.
+            InvalidRequestError: a unit is in the batch already and units are not merged, or the batch holds means
+                and this is a sum, or the other way round; nothing is added.
         """
         if not isinstance(contribution, GradientContribution) or contribution.layout is not self._layout:
             raise ServerError("a contribution was handed to a session that did not compute it")
         if len(set(contribution.units)) != len(contribution.units):
             raise ServerError("a pass counted a privacy unit twice; it was not accumulated")
+        if self._form is not None and self._form != contribution.form:
+            raise InvalidRequestError(
+                "this logical batch would hold batches, whose gradients are averaged over records, and datums, "
+                "whose gradients are summed; call optim_step in between, or send all of it in one form",
+                field="forward_backward",
+                constraint="batches or datums, not both, per optim_step",
+            )
         self._refuse_half_named(contribution.units)
         if self._dp is not None and not self.merges:
             twice = [unit for unit in contribution.units if unit in self._units]
@@ -93,6 +102,7 @@ class PendingBatch:
                     constraint=f"at most {MAX_MERGED_BYTES >> 20} MiB of gradients",
                 )
         self.calls += 1
+        self._form = contribution.form
         self._records += contribution.num_records
         self._units.update(dict.fromkeys(contribution.units))
         if contribution.grads_UP is not None:
@@ -133,7 +143,8 @@ class PendingBatch:
                 constraint="at least one before optim_step",
             )
         if self._dp is None:
-            return self._finish(self._sum_P / self._records, request, norms_U=None)
+            divisor = 1 if self._form == "sum" else self._records
+            return self._finish(self._sum_P / divisor, request, norms_U=None)
         bound = self._dp.max_grad_norm
         if self.merges:
             stacked = np.stack(list(self._merged.values())) if self._merged else np.zeros((0, self._layout.size))

@@ -13,7 +13,7 @@ import numpy as np
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import IGNORE_INDEX, TrainingConfig
-from tg_tinker_server.engine.backend import Ints, PassRequest
+from tg_tinker_server.engine.backend import Ints, LossRequest, PassRequest, Request
 
 UNNAMED = "record "  # begins the name of a unit without an id; ids of clients are hexadecimal MACs
 
@@ -87,22 +87,30 @@ def check_request(request: PassRequest, config: TrainingConfig, *, vocab_size: i
         )
 
 
-def units_of(request: PassRequest) -> tuple[tuple[str, ...], Ints]:
-    """The distinct units of a batch in order of appearance, and each record's position among them [B].
+def units_of(request: Request) -> tuple[tuple[str, ...], Ints]:
+    """The distinct units of a batch or of datums in order of appearance, and each record's place among them [B].
 
-    Without ids a record is known by its content: equal records of one call are different units, and the same
-    record in another call of the logical batch is the same unit again, as after a repeated call.
+    Without ids a record is known by its content, the tokens that the model reads: equal records of one call are
+    different units, and the same record in another call of the logical batch is the same unit again, as after a
+    repeated call.
     """
     names = request.units if request.units is not None else _named_by_content(request)
     order = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return tuple(order), np.array([order[name] for name in names], dtype=np.int64)
 
 
-def _named_by_content(request: PassRequest) -> tuple[str, ...]:
+def tokens_of(request: Request) -> list[Ints]:
+    """The tokens of each record, wherever padding stands."""
+    if isinstance(request, LossRequest):
+        return list(request.tokens)
+    return [ids_T[mask_T == 1] for ids_T, mask_T in zip(request.input_ids_BT, request.attention_mask_BT, strict=True)]
+
+
+def _named_by_content(request: Request) -> tuple[str, ...]:
     seen: Counter[str] = Counter()
     names = []
-    for ids_T, mask_T in zip(request.input_ids_BT, request.attention_mask_BT, strict=True):
-        content = hashlib.sha256(ids_T[mask_T == 1].astype("<i8").tobytes()).hexdigest()  # wherever padding stands
+    for tokens in tokens_of(request):
+        content = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
         names.append(f"{UNNAMED}{content} {seen[content]}")
         seen[content] += 1
     return tuple(names)

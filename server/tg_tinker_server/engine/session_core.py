@@ -15,15 +15,17 @@ from tg_tinker_server.engine.backend import (
     Contribution,
     EngineState,
     GenerationOptions,
+    LossRequest,
     Pass,
-    PassRequest,
     PassResult,
+    Request,
     StepRequest,
     StepResult,
     TokenEvent,
 )
 from tg_tinker_server.engine.generation import Decoder, generate
 from tg_tinker_server.engine.gradients import ParamLayout
+from tg_tinker_server.engine.loss_fns.checks import check_datums
 from tg_tinker_server.engine.pending import PendingBatch
 from tg_tinker_server.engine.requests import check_request
 from tg_tinker_server.engine.state import ANCHOR, checked_anchor
@@ -77,15 +79,19 @@ class SessionCore(ABC):
         """See ``backend.Session``."""
         return self._pending.units
 
-    def check(self, request: PassRequest) -> None:
+    def check(self, request: Request) -> None:
         """See ``backend.Session``."""
-        check_request(request, self._config, vocab_size=self.vocab_size, max_positions=self.max_positions)
+        sizes = {"vocab_size": self.vocab_size, "max_positions": self.max_positions}
+        if isinstance(request, LossRequest):
+            check_datums(request, self._config, **sizes)
+        else:
+            check_request(request, self._config, **sizes)
 
     @abstractmethod
-    def start(self, request: PassRequest) -> Pass:
+    def start(self, request: Request) -> Pass:
         """See ``backend.Session``."""
 
-    def forward_backward(self, request: PassRequest) -> PassResult:
+    def forward_backward(self, request: Request) -> PassResult:
         """See ``backend.Session``."""
         work = self.start(request)
         while not work.finished:

@@ -17,7 +17,7 @@ import torch
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import TrainingConfig
 from tg_tinker_server.engine import optimizers
-from tg_tinker_server.engine.backend import EngineState, PassRequest
+from tg_tinker_server.engine.backend import EngineState, LossRequest, Request
 from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
 from tg_tinker_server.engine.grad_rows import GradRows
 from tg_tinker_server.engine.gradients import ParamLayout
@@ -164,10 +164,12 @@ class TorchSession(SessionCore):
             records = min(records, max(1, self._performance.per_sample_bytes // (4 * self._columns.width)))
         return Limits(tokens=tokens, records=records)
 
-    def start(self, request: PassRequest) -> TorchPass:
+    def start(self, request: Request) -> TorchPass:
         """See ``backend.Session``."""
         self.ensure_open()
         self.check(request)
+        if isinstance(request, LossRequest):
+            raise InvalidRequestError("datums are not offered on this model yet", field="data", constraint="a batch")
         return TorchPass(self, request)
 
     @contextmanager

@@ -24,8 +24,8 @@ from tg_tinker_server.engine.backend import (
     EngineState,
     GenerationOptions,
     Pass,
-    PassRequest,
     PassResult,
+    Request,
     Session,
     TokenEvent,
 )
@@ -88,11 +88,11 @@ class VectorSession(SessionCore):
         self._vector_P: npt.NDArray[np.float32] = np.zeros(self._size, dtype=np.float32)
         self._optimizer_state: dict[str, npt.NDArray[np.float32]] = {}
 
-    def check(self, request: PassRequest) -> None:  # noqa: ARG002 - part of the seam
+    def check(self, request: Request) -> None:  # noqa: ARG002 - part of the seam
         """See ``backend.Session``. No batch fits."""
         raise _no_tokens("batch")
 
-    def start(self, request: PassRequest) -> Pass:
+    def start(self, request: Request) -> Pass:
         """See ``backend.Session``. No batch fits."""
         self.ensure_open()
         self.check(request)
