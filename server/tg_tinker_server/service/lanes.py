@@ -20,6 +20,7 @@ from tg_tinker.errors import (
 PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = "pending", "running", "completed", "failed", "cancelled"
 MAX_SKIPPED = 2**20
 MAX_WAITING_BYTES = 256 * 2**20  # of requests in one lane
+NEVER_CAME = "never_came"  # the name of an operation that stands for a request that did not arrive in time
 ENDED = (COMPLETED, FAILED, CANCELLED)
 
 
@@ -100,6 +101,11 @@ class Lane:
 
     Sequence numbers are contiguous. An early one waits for the gap before it to fill; one that was seen is
     answered with the operation it made. ``expected`` is the next number to execute.
+
+    Attributes:
+        patience_s: how long later operations wait for a number that does not arrive; then it is given up, and a
+            failed operation stands in its place. ``None``: for ever.
+        on_given_up: is told of each number that was given up, before the next operation executes.
     """
 
     def __init__(
@@ -123,6 +129,9 @@ class Lane:
         self._current: asyncio.Task[Any] | None = None
         self._running: Operation | None = None
         self._closed = False
+        self._gap_since: tuple[int, float] | None = None
+        self.patience_s: float | None = None
+        self.on_given_up: Callable[[Operation], None] | None = None
 
     def get(self, seq: int) -> Operation | None:
         """The operation at this position, if this process knows it."""
@@ -147,7 +156,7 @@ class Lane:
         """
         known = self._operations.get(operation.seq)
         if known is not None:
-            if known.digest != operation.digest:
+            if known.digest != operation.digest and known.name != NEVER_CAME:
                 raise InvalidRequestError(
                     f"sequence number {operation.seq} of {self.run_id} was used by a different request; another "
                     "handle drives this run. Get a fresh one with service.get_training_client",
@@ -257,11 +266,37 @@ class Lane:
         while not self._closed:
             self._advance()
             operation = self._operations.get(self.expected)
-            if operation is None:
-                self._arrived.clear()
-                await self._arrived.wait()
-                continue
-            await self._execute(operation)
+            if operation is not None:
+                await self._execute(operation)
+            elif not await self._next_arrival():
+                self._give_up()
+
+    async def _next_arrival(self) -> bool:
+        """Wait for something to arrive. False: later operations have waited long enough for the gap before them."""
+        self._arrived.clear()
+        opened = self._gap_since
+        if self.patience_s is None or not any(s > self.expected for s in self._operations):
+            self._gap_since = None
+            await self._arrived.wait()
+            return True
+        if opened is None or opened[0] != self.expected:
+            opened = self._gap_since = (self.expected, time.monotonic())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._arrived.wait(), opened[1] + self.patience_s - time.monotonic())
+            return True
+        return False
+
+    def _give_up(self) -> None:
+        """Put failed operations into the gap. Late requests are answered with them; nothing runs out of order."""
+        upto = min((s for s, o in self._operations.items() if s > self.expected), default=self.expected)
+        upto = min([upto, *(s for s in self._finished_elsewhere if s > self.expected)])
+        for seq in range(self.expected, upto):
+            missing = Operation(self.run_id, seq, NEVER_CAME, b"")
+            text = f"request {seq} of this model did not arrive within {self.patience_s:g} s and was given up"
+            missing.finish(FAILED, error=InvalidRequestError(text, field="seq_id", constraint="contiguous"))
+            self._operations[seq] = missing
+            if self.on_given_up is not None:
+                self.on_given_up(missing)
 
     async def _execute(self, operation: Operation) -> None:
         assert operation.work is not None

@@ -36,6 +36,8 @@ COLUMNS: Final = (
     SealedColumn(t.results, "sealed", "future_id", "result", False),
     SealedColumn(t.runs, "config_json", "run_id", "run-config", True),
     SealedColumn(t.artifacts, "name", "artifact_id", "artifact-name", True),
+    SealedColumn(t.gateway_sessions, "sealed", "session_id", "tinker-session", False),
+    SealedColumn(t.gateway_requests, "sealed", "entry_id", "tinker-request", False),
 )
 
 

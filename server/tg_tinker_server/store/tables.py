@@ -226,3 +226,28 @@ log_nodes = Table(
     Column("hash", LargeBinary, nullable=False),
     sqlite_with_rowid=False,
 )
+
+# Of the Tinker protocol: what its users call a session, and requests that were acknowledged before they are durable.
+gateway_sessions = Table(
+    "gateway_sessions",
+    metadata,
+    _key("tenant"),
+    _key("session_id", length=64),
+    Column("key_id", String(32), nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+    Column("created", UtcTime, nullable=False),
+    Column("finished", UtcTime),
+)
+
+gateway_requests = Table(
+    "gateway_requests",
+    metadata,
+    _key("tenant"),
+    _key("model_id", length=96),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("entry_id", String(128), nullable=False),
+    Column("name", String(32), nullable=False),
+    Column("actor", String(32), nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+    Column("created", UtcTime, nullable=False),
+)

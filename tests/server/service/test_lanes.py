@@ -185,3 +185,50 @@ def test_future_ids_are_positions_and_nothing_else_parses() -> None:
     assert parse_future_id("run_a.17") == ("run_a", 17)
     for text in ("", "17", "run_a.", "run_a.-1", "run_a.x", "run_a." + "9" * 40, "run_a.٣"):
         assert parse_future_id(text) is None
+
+
+def test_a_number_that_never_arrives_is_given_up_and_what_waits_behind_it_goes_on() -> None:
+    async def go() -> None:
+        lane, log, told = make_lane(), [], []
+        lane.patience_s, lane.on_given_up = 0.05, lambda o: told.append((o.seq, list(log)))
+        waiting = [lane.submit(make(seq, log)) for seq in (1, 4, 5)]
+        await ended(*waiting)
+        assert log == [1, 4, 5]
+        assert told == [(2, [1]), (3, [1])]  # before the next one ran
+        late = lane.submit(make(3, log, digest=b"whatever it was"))
+        await asyncio.sleep(0.02)
+        assert (late.status, log) == (FAILED, [1, 4, 5])
+        assert isinstance(late.error, InvalidRequestError)
+        assert "did not arrive" in late.error.message
+
+    asyncio.run(go())
+
+
+def test_patience_begins_anew_with_each_gap_and_a_lane_without_later_work_waits_for_ever() -> None:
+    async def go() -> None:
+        lane, log = make_lane(), []
+        lane.patience_s = 0.1
+        first = lane.submit(make(2, log))
+        await asyncio.sleep(0.06)
+        lane.submit(make(3, log))  # does not buy the gap more time
+        lane.submit(make(1, log))  # fills it just in time
+        await ended(first)
+        await asyncio.sleep(0.15)
+        assert (log, lane.expected) == ([1, 2, 3], 4)
+        behind = lane.submit(make(5, log))
+        await asyncio.sleep(0.06)
+        assert behind.status == "pending"
+        await ended(behind)
+        assert log == [1, 2, 3, 5]
+
+    asyncio.run(go())
+
+
+def test_without_patience_a_gap_is_waited_for() -> None:
+    async def go() -> None:
+        lane, log = make_lane(), []
+        waiting = lane.submit(make(2, log))
+        await asyncio.sleep(0.1)
+        assert (waiting.status, log) == ("pending", [])
+
+    asyncio.run(go())
