@@ -58,7 +58,7 @@ def attach_logger(handler_id: str = "logger", *, level: int = logging.INFO) -> N
     attach(handler_id, lambda event, values: _log.log(level, "%s %s", event, dict(values)))
 
 
-def emit(event: str, **values: Any) -> None:
+def emit(event: str, /, **values: Any) -> None:
     """Tell those who asked."""
     with _lock:
         wanted = [(i, h) for i, (events, h) in _handlers.items() if event.startswith(events)]
@@ -71,14 +71,14 @@ def emit(event: str, **values: Any) -> None:
 
 
 @contextmanager
-def span(name: str, **values: Any) -> Iterator[dict[str, Any]]:
-    """Emit ``name.start``, then ``name.stop`` or ``name.exception``; what is put into the dict goes with the end."""
-    emit(f"{name}.start", **values)
+def span(event: str, /, **values: Any) -> Iterator[dict[str, Any]]:
+    """Emit ``event.start``, then ``event.stop`` or ``event.exception``; the dict goes with the end."""
+    emit(f"{event}.start", **values)
     found: dict[str, Any] = {}
     started = time.monotonic()
     try:
         yield found
     except BaseException as e:
-        emit(f"{name}.exception", **values, error=type(e).__name__, duration_s=time.monotonic() - started)
+        emit(f"{event}.exception", **values, error=type(e).__name__, duration_s=time.monotonic() - started)
         raise
-    emit(f"{name}.stop", **values, **found, duration_s=time.monotonic() - started)
+    emit(f"{event}.stop", **values, **found, duration_s=time.monotonic() - started)
