@@ -50,6 +50,7 @@ from tg_tinker_server.service.operations import OperationService
 from tg_tinker_server.service.passes import PassQueue
 from tg_tinker_server.service.privacy import PrivacyService
 from tg_tinker_server.service.runs import RunRegistry
+from tg_tinker_server.service.samplers import SamplerService
 from tg_tinker_server.service.sampling import SamplingService
 from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.service.training import TrainingService
@@ -129,6 +130,9 @@ class Server:
             config.max_batch_tokens,
         )
         sampling = SamplingService(executors)
+        self._samplers = samplers = SamplerService(
+            db, texts, checkpoints, backend, self._registry.models, executors, config.share_passes
+        )
         signers = TenantSigner(keyring)
         # A folder of this machine means nothing elsewhere.
         hub_ids = {n: s for n, s in config.models.items() if not Path(s).exists()}
@@ -153,7 +157,7 @@ class Server:
             config,
             [
                 TrainingServicer(submitting, training, UpdatesService(training, executors), checkpoints),
-                SamplingServicer(submitting, sampling),
+                SamplingServicer(submitting, sampling, samplers),
                 RunServicer(submitting, privacy, config),
                 FutureServicer(operations),
                 ArtifactServicer(checkpoints, exports, imports, executors),
@@ -183,6 +187,7 @@ class Server:
         self._operations.stopping.set()
         await self._registry.close(grace)
         await self._passes.close()
+        await self._samplers.close()
         await self._grpc.stop(min(grace, 1.0))
         await asyncio.to_thread(self._executors.close)
         await asyncio.to_thread(self._foundation.db.close)

@@ -88,9 +88,11 @@ class SampleQuery:
         prompt_logprobs: also those of the prompt's tokens.
         topk_prompt_logprobs: that many most likely tokens at each position of the prompt; 0: none.
         topk_sample_logprobs: the same for what is sampled.
-        target_prompt_logprobs: log-probabilities of these token ids, int64 [N] or [N, K], row i at position i.
-        prompt_alt_tokens_k: tokens drawn without replacement at each position of the prompt, beside its own.
-        prompt_logprobs_last_n: only the last n positions of the prompt are wanted.
+        target_prompt_logprobs: log-probabilities of these token ids, int64 [N] or [N, K], row i at position i; -1
+            asks for nothing.
+        prompt_alt_tokens_k: tokens drawn at each position of the prompt, independently, from the model's prediction
+            of that position at the request's temperature.
+        prompt_logprobs_last_n: of prompt_logprobs and topk_prompt_logprobs, only the last n positions are wanted.
 
     Raises:
         InvalidRequestError: naming what is out of range.
@@ -164,8 +166,10 @@ class SampleResponse:
         sequences: ``num_samples`` of them.
         prompt_logprobs: untempered, one for each token of the prompt, the first ``None``; ``None`` unless asked for.
         topk_prompt_logprobs: where asked for; the first row is missing values.
-        target_prompt_logprobs: float32, of the shape asked for; NaN in row 0, which nothing precedes.
-        prompt_alt_tokens: where asked for.
+        target_prompt_logprobs: float32, of the shape asked for; NaN in row 0, which nothing precedes, and where the
+            id is -1. Untempered.
+        prompt_alt_tokens: where asked for; row i holds draws for position i and their untempered log-probabilities,
+            in the order drawn; row 0 is missing values.
         prompt_cache_hit_tokens: tokens of the prompt that were not computed again.
     """
 
@@ -175,6 +179,78 @@ class SampleResponse:
     target_prompt_logprobs: npt.NDArray[np.float32] | None = None
     prompt_alt_tokens: TopkLogprobs | None = None
     prompt_cache_hit_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampledTokens:
+    """New tokens of one sequence, as they come.
+
+    Attributes:
+        index: which of the request's sequences.
+        tokens, logprobs, topk_logprobs: as in ``SampledSequence``.
+        stop_reason: set with the sequence's last tokens.
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    topk_logprobs: TopkLogprobs | None = None
+    stop_reason: StopReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PromptFigures:
+    """What was found about the prompt: the last thing that comes. Fields as in ``SampleResponse``."""
+
+    prompt_logprobs: list[float | None] | None = None
+    topk_prompt_logprobs: TopkLogprobs | None = None
+    target_prompt_logprobs: npt.NDArray[np.float32] | None = None
+    prompt_alt_tokens: TopkLogprobs | None = None
+    prompt_cache_hit_tokens: int = 0
+
+
+SampleEvent = SampledTokens | PromptFigures
+
+
+def response_of(events: Sequence[SampleEvent]) -> SampleResponse:
+    """All events of one request as one response.
+
+    Raises:
+        ValueError: the events are not all of a request's: no figures at their end, or a sequence without an end.
+    """
+    *news, figures = events
+    if not isinstance(figures, PromptFigures):
+        raise ValueError("the events end before the request did")
+    parts: dict[int, list[SampledTokens]] = {}
+    for new in news:
+        if not isinstance(new, SampledTokens):
+            raise ValueError("events of two requests")
+        parts.setdefault(new.index, []).append(new)
+    return SampleResponse(
+        sequences=[_sequence_of(parts.get(index, [])) for index in range(len(parts))],
+        prompt_logprobs=figures.prompt_logprobs,
+        topk_prompt_logprobs=figures.topk_prompt_logprobs,
+        target_prompt_logprobs=figures.target_prompt_logprobs,
+        prompt_alt_tokens=figures.prompt_alt_tokens,
+        prompt_cache_hit_tokens=figures.prompt_cache_hit_tokens,
+    )
+
+
+def _sequence_of(parts: Sequence[SampledTokens]) -> SampledSequence:
+    if not parts or parts[-1].stop_reason is None:
+        raise ValueError("a sequence has no end")
+    topk = [part.topk_logprobs for part in parts if part.topk_logprobs is not None]
+    return SampledSequence(
+        stop_reason=parts[-1].stop_reason,
+        tokens=[token for part in parts for token in part.tokens],
+        logprobs=[logprob for part in parts for logprob in part.logprobs],
+        topk_logprobs=TopkLogprobs(
+            token_ids=np.concatenate([t.token_ids for t in topk]),
+            logprobs=np.concatenate([t.logprobs for t in topk]),
+        )
+        if topk
+        else None,
+    )
 
 
 def _is_stop(stop: object) -> bool:

@@ -25,7 +25,7 @@ log = structlog.get_logger()
 STATUS_KEY = "grpc-status-details-bin"
 PUBLIC = "PUBLIC"
 SMALL_REQUEST_BYTES = 4 * 2**20  # reading a request takes the event loop; only tensors are cheap to read
-CARRIES_TENSORS = ("ForwardBackward", "AddUpdates")
+CARRIES_TENSORS = ("ForwardBackward", "AddUpdates", "SampleTokens")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _NOBODY = Caller(tenant="", key_id="", scopes=frozenset())
 

@@ -36,6 +36,9 @@ COLUMNS: Final = (
     SealedColumn(t.results, "sealed", "future_id", "result", False),
     SealedColumn(t.runs, "config_json", "run_id", "run-config", True),
     SealedColumn(t.artifacts, "name", "artifact_id", "artifact-name", True),
+    SealedColumn(t.artifacts, "metadata_json", "artifact_id", "artifact-metadata", True),
+    SealedColumn(t.custom_losses, "graph_json", "loss_id", "custom-loss", True),
+    SealedColumn(t.samplers, "path", "sampler_id", "sampler-path", True),
     SealedColumn(t.gateway_sessions, "sealed", "session_id", "tinker-session", False),
     SealedColumn(t.gateway_requests, "sealed", "entry_id", "tinker-request", False),
 )
@@ -46,7 +49,7 @@ def page_after(tx: Connection, column: SealedColumn, tenant: str, last: str) -> 
     c = column.table.c
     query = (
         select(c[column.context], c[column.column])
-        .where(c.tenant == tenant, c[column.context] > last)
+        .where(c.tenant == tenant, c[column.context] > last, c[column.column].is_not(None))
         .order_by(c[column.context])
         .limit(_PAGE)
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     Dialect,
@@ -57,6 +58,7 @@ api_keys = Table(
     Column("created", UtcTime, nullable=False),
     Column("revoked", UtcTime),
     Column("label", Text, nullable=False),
+    Column("policy", Text),
 )
 
 tenant_keys = Table(
@@ -116,6 +118,41 @@ artifacts = Table(
     Column("name", Text, nullable=False),
     Column("created", UtcTime, nullable=False),
     Column("deleted", UtcTime),
+    Column("purpose", String(24), nullable=False, server_default="weights"),
+    Column("name_mac", LargeBinary),
+    Column("expires", UtcTime),
+    Column("optimizer", Boolean),
+    Column("metadata_json", Text),
+    Index(
+        "uq_artifacts_name",
+        "tenant",
+        "run_id",
+        "purpose",
+        "name_mac",
+        unique=True,
+        sqlite_where=text("deleted IS NULL AND name_mac IS NOT NULL"),
+        postgresql_where=text("deleted IS NULL AND name_mac IS NOT NULL"),
+    ),
+)
+
+custom_losses = Table(
+    "custom_losses",
+    metadata,
+    _key("tenant"),
+    _key("loss_id", length=64),
+    Column("graph_json", Text, nullable=False),
+    Column("created", UtcTime, nullable=False),
+)
+
+samplers = Table(
+    "samplers",
+    metadata,
+    _key("tenant"),
+    _key("sampler_id", length=128),
+    Column("base_model", Text, nullable=False),
+    Column("artifact_id", String(64), nullable=False),
+    Column("path", Text, nullable=False),
+    Column("created", UtcTime, nullable=False),
 )
 
 datasets = Table(

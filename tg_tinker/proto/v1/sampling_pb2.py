@@ -26,7 +26,7 @@ from tg_tinker.proto.v1 import common_pb2 as tg__tinker_dot_proto_dot_v1_dot_com
 from tg_tinker.proto.v1 import training_pb2 as tg__tinker_dot_proto_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tg_tinker/proto/v1/sampling.proto\x12\x0ctg_tinker.v1\x1a\x1ftg_tinker/proto/v1/common.proto\x1a!tg_tinker/proto/v1/training.proto\"\x84\x02\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\x03\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x16\n\x0estop_sequences\x18\x05 \x03(\t\x12\x17\n\x0fnum_completions\x18\x06 \x01(\x03\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\x01\x88\x01\x01\x42\x08\n\x06_top_kB\x07\n\x05_seed\"w\n\rSampleRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12\x0f\n\x07prompts\x18\x02 \x03(\t\x12,\n\x06params\x18\x03 \x01(\x0b\x32\x1c.tg_tinker.v1.SamplingParams\"o\n\nSampleText\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x12\n\ncompletion\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\x03\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x12\n\nlatency_ms\x18\x05 \x01(\x01\"b\n\x0bSampleReply\x12)\n\x07samples\x18\x01 \x03(\x0b\x32\x18.tg_tinker.v1.SampleText\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\x03\x12\x12\n\nlatency_ms\x18\x03 \x01(\x01\"c\n\x13SampleStreamRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12,\n\x06params\x18\x03 \x01(\x0b\x32\x1c.tg_tinker.v1.SamplingParams\"X\n\x0bSampleChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x03\x12\x15\n\ttoken_ids\x18\x03 \x03(\x03\x42\x02\x10\x01\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\x03\x42\x02\x10\x01\".\n\rEncodeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\"2\n\x0b\x45ncodeReply\x12#\n\x03ids\x18\x01 \x03(\x0b\x32\x16.tg_tinker.v1.TokenIds\"D\n\rDecodeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12#\n\x03ids\x18\x02 \x03(\x0b\x32\x16.tg_tinker.v1.TokenIds\"\x1c\n\x0b\x44\x65\x63odeReply\x12\r\n\x05texts\x18\x01 \x03(\t2\xbd\x02\n\x0fSamplingService\x12\x44\n\x06Sample\x12\x1b.tg_tinker.v1.SampleRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x04\x12T\n\x0cSampleStream\x12!.tg_tinker.v1.SampleStreamRequest\x1a\x19.tg_tinker.v1.SampleChunk\"\x04\x88\xe7\x18\x04\x30\x01\x12\x46\n\x06\x45ncode\x12\x1b.tg_tinker.v1.EncodeRequest\x1a\x19.tg_tinker.v1.EncodeReply\"\x04\x88\xe7\x18\x04\x12\x46\n\x06\x44\x65\x63ode\x12\x1b.tg_tinker.v1.DecodeRequest\x1a\x19.tg_tinker.v1.DecodeReply\"\x04\x88\xe7\x18\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tg_tinker/proto/v1/sampling.proto\x12\x0ctg_tinker.v1\x1a\x1ftg_tinker/proto/v1/common.proto\x1a!tg_tinker/proto/v1/training.proto\"\x84\x02\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\x03\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x16\n\x0estop_sequences\x18\x05 \x03(\t\x12\x17\n\x0fnum_completions\x18\x06 \x01(\x03\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\x01\x88\x01\x01\x42\x08\n\x06_top_kB\x07\n\x05_seed\"w\n\rSampleRequest\x12\'\n\x03key\x18\x01 \x01(\x0b\x32\x1a.tg_tinker.v1.OperationKey\x12\x0f\n\x07prompts\x18\x02 \x03(\t\x12,\n\x06params\x18\x03 \x01(\x0b\x32\x1c.tg_tinker.v1.SamplingParams\"o\n\nSampleText\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x12\n\ncompletion\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\x03\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x12\n\nlatency_ms\x18\x05 \x01(\x01\"b\n\x0bSampleReply\x12)\n\x07samples\x18\x01 \x03(\x0b\x32\x18.tg_tinker.v1.SampleText\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\x03\x12\x12\n\nlatency_ms\x18\x03 \x01(\x01\"c\n\x13SampleStreamRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12,\n\x06params\x18\x03 \x01(\x0b\x32\x1c.tg_tinker.v1.SamplingParams\"X\n\x0bSampleChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x03\x12\x15\n\ttoken_ids\x18\x03 \x03(\x03\x42\x02\x10\x01\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\x03\x42\x02\x10\x01\"B\n\rEncodeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x12\n\nsampler_id\x18\x03 \x01(\t\"2\n\x0b\x45ncodeReply\x12#\n\x03ids\x18\x01 \x03(\x0b\x32\x16.tg_tinker.v1.TokenIds\"X\n\rDecodeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12#\n\x03ids\x18\x02 \x03(\x0b\x32\x16.tg_tinker.v1.TokenIds\x12\x12\n\nsampler_id\x18\x03 \x01(\t\"\x1c\n\x0b\x44\x65\x63odeReply\x12\r\n\x05texts\x18\x01 \x03(\t\"L\n\x14\x43reateSamplerRequest\x12\x12\n\nsampler_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\"\'\n\x11GetSamplerRequest\x12\x12\n\nsampler_id\x18\x01 \x01(\t\"*\n\x14\x44\x65leteSamplerRequest\x12\x12\n\nsampler_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65leteSamplerReply\"?\n\x07Sampler\x12\x12\n\nsampler_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\"\x1a\n\tStopTexts\x12\r\n\x05texts\x18\x01 \x03(\t\"\x1d\n\nStopTokens\x12\x0f\n\x03ids\x18\x01 \x03(\x03\x42\x02\x10\x01\"\xa1\x02\n\x13TokenSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x02\x88\x01\x01\x12\x14\n\nsmall_seed\x18\x02 \x01(\x12H\x00\x12\x14\n\nlarge_seed\x18\x03 \x01(\x04H\x00\x12\x13\n\tstop_text\x18\x04 \x01(\tH\x01\x12-\n\nstop_texts\x18\x05 \x01(\x0b\x32\x17.tg_tinker.v1.StopTextsH\x01\x12/\n\x0bstop_tokens\x18\x06 \x01(\x0b\x32\x18.tg_tinker.v1.StopTokensH\x01\x12\x13\n\x0btemperature\x18\x07 \x01(\x01\x12\r\n\x05top_k\x18\x08 \x01(\x03\x12\r\n\x05top_p\x18\t \x01(\x01\x42\x06\n\x04seedB\x06\n\x04stopB\r\n\x0b_max_tokens\"\xe9\x02\n\x13SampleTokensRequest\x12\x12\n\nsampler_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\x0c\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x03\x12\x31\n\x06params\x18\x04 \x01(\x0b\x32!.tg_tinker.v1.TokenSamplingParams\x12\x17\n\x0fprompt_logprobs\x18\x05 \x01(\x08\x12\x1c\n\x14topk_prompt_logprobs\x18\x06 \x01(\x03\x12\x1c\n\x14topk_sample_logprobs\x18\x07 \x01(\x03\x12\x34\n\x16target_prompt_logprobs\x18\x08 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\x12\x1b\n\x13prompt_alt_tokens_k\x18\t \x01(\x03\x12#\n\x16prompt_logprobs_last_n\x18\n \x01(\x03H\x00\x88\x01\x01\x42\x19\n\x17_prompt_logprobs_last_n\"]\n\nTopkTokens\x12\'\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\x12&\n\x08logprobs\x18\x02 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\"\x86\x01\n\rSampledTokens\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12/\n\rtopk_logprobs\x18\x04 \x01(\x0b\x32\x18.tg_tinker.v1.TopkTokens\x12\x13\n\x0bstop_reason\x18\x05 \x01(\t\"\xdf\x01\n\rPromptFigures\x12\x14\n\x0chas_logprobs\x18\x01 \x01(\x08\x12\x10\n\x08logprobs\x18\x02 \x01(\x0c\x12/\n\rtopk_logprobs\x18\x03 \x01(\x0b\x32\x18.tg_tinker.v1.TopkTokens\x12-\n\x0ftarget_logprobs\x18\x04 \x01(\x0b\x32\x14.tg_tinker.v1.Tensor\x12,\n\nalt_tokens\x18\x05 \x01(\x0b\x32\x18.tg_tinker.v1.TopkTokens\x12\x18\n\x10\x63\x61\x63he_hit_tokens\x18\x06 \x01(\x03\"p\n\x11SampleTokensReply\x12.\n\tsequences\x18\x01 \x03(\x0b\x32\x1b.tg_tinker.v1.SampledTokens\x12+\n\x06prompt\x18\x02 \x01(\x0b\x32\x1b.tg_tinker.v1.PromptFigures2\x94\x05\n\x0fSamplingService\x12\x44\n\x06Sample\x12\x1b.tg_tinker.v1.SampleRequest\x1a\x17.tg_tinker.v1.Submitted\"\x04\x88\xe7\x18\x04\x12T\n\x0cSampleStream\x12!.tg_tinker.v1.SampleStreamRequest\x1a\x19.tg_tinker.v1.SampleChunk\"\x04\x88\xe7\x18\x04\x30\x01\x12\x46\n\x06\x45ncode\x12\x1b.tg_tinker.v1.EncodeRequest\x1a\x19.tg_tinker.v1.EncodeReply\"\x04\x88\xe7\x18\x04\x12\x46\n\x06\x44\x65\x63ode\x12\x1b.tg_tinker.v1.DecodeRequest\x1a\x19.tg_tinker.v1.DecodeReply\"\x04\x88\xe7\x18\x04\x12P\n\rCreateSampler\x12\".tg_tinker.v1.CreateSamplerRequest\x1a\x15.tg_tinker.v1.Sampler\"\x04\x88\xe7\x18\x04\x12J\n\nGetSampler\x12\x1f.tg_tinker.v1.GetSamplerRequest\x1a\x15.tg_tinker.v1.Sampler\"\x04\x88\xe7\x18\x04\x12[\n\rDeleteSampler\x12\".tg_tinker.v1.DeleteSamplerRequest\x1a .tg_tinker.v1.DeleteSamplerReply\"\x04\x88\xe7\x18\x04\x12Z\n\x0cSampleTokens\x12!.tg_tinker.v1.SampleTokensRequest\x1a\x1f.tg_tinker.v1.SampleTokensReply\"\x04\x88\xe7\x18\x04\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,6 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLECHUNK'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_TOKENIDS'].fields_by_name['ids']._loaded_options = None
   _globals['_TOKENIDS'].fields_by_name['ids']._serialized_options = b'\020\001'
+  _globals['_STOPTOKENS'].fields_by_name['ids']._loaded_options = None
+  _globals['_STOPTOKENS'].fields_by_name['ids']._serialized_options = b'\020\001'
   _globals['_SAMPLINGSERVICE'].methods_by_name['Sample']._loaded_options = None
   _globals['_SAMPLINGSERVICE'].methods_by_name['Sample']._serialized_options = b'\210\347\030\004'
   _globals['_SAMPLINGSERVICE'].methods_by_name['SampleStream']._loaded_options = None
@@ -45,6 +47,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGSERVICE'].methods_by_name['Encode']._serialized_options = b'\210\347\030\004'
   _globals['_SAMPLINGSERVICE'].methods_by_name['Decode']._loaded_options = None
   _globals['_SAMPLINGSERVICE'].methods_by_name['Decode']._serialized_options = b'\210\347\030\004'
+  _globals['_SAMPLINGSERVICE'].methods_by_name['CreateSampler']._loaded_options = None
+  _globals['_SAMPLINGSERVICE'].methods_by_name['CreateSampler']._serialized_options = b'\210\347\030\004'
+  _globals['_SAMPLINGSERVICE'].methods_by_name['GetSampler']._loaded_options = None
+  _globals['_SAMPLINGSERVICE'].methods_by_name['GetSampler']._serialized_options = b'\210\347\030\004'
+  _globals['_SAMPLINGSERVICE'].methods_by_name['DeleteSampler']._loaded_options = None
+  _globals['_SAMPLINGSERVICE'].methods_by_name['DeleteSampler']._serialized_options = b'\210\347\030\004'
+  _globals['_SAMPLINGSERVICE'].methods_by_name['SampleTokens']._loaded_options = None
+  _globals['_SAMPLINGSERVICE'].methods_by_name['SampleTokens']._serialized_options = b'\210\347\030\004'
   _globals['_SAMPLINGPARAMS']._serialized_start=120
   _globals['_SAMPLINGPARAMS']._serialized_end=380
   _globals['_SAMPLEREQUEST']._serialized_start=382
@@ -60,13 +70,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=907
   _globals['_TOKENIDS']._serialized_end=934
   _globals['_ENCODEREQUEST']._serialized_start=936
-  _globals['_ENCODEREQUEST']._serialized_end=982
-  _globals['_ENCODEREPLY']._serialized_start=984
-  _globals['_ENCODEREPLY']._serialized_end=1034
-  _globals['_DECODEREQUEST']._serialized_start=1036
-  _globals['_DECODEREQUEST']._serialized_end=1104
-  _globals['_DECODEREPLY']._serialized_start=1106
-  _globals['_DECODEREPLY']._serialized_end=1134
-  _globals['_SAMPLINGSERVICE']._serialized_start=1137
-  _globals['_SAMPLINGSERVICE']._serialized_end=1454
+  _globals['_ENCODEREQUEST']._serialized_end=1002
+  _globals['_ENCODEREPLY']._serialized_start=1004
+  _globals['_ENCODEREPLY']._serialized_end=1054
+  _globals['_DECODEREQUEST']._serialized_start=1056
+  _globals['_DECODEREQUEST']._serialized_end=1144
+  _globals['_DECODEREPLY']._serialized_start=1146
+  _globals['_DECODEREPLY']._serialized_end=1174
+  _globals['_CREATESAMPLERREQUEST']._serialized_start=1176
+  _globals['_CREATESAMPLERREQUEST']._serialized_end=1252
+  _globals['_GETSAMPLERREQUEST']._serialized_start=1254
+  _globals['_GETSAMPLERREQUEST']._serialized_end=1293
+  _globals['_DELETESAMPLERREQUEST']._serialized_start=1295
+  _globals['_DELETESAMPLERREQUEST']._serialized_end=1337
+  _globals['_DELETESAMPLERREPLY']._serialized_start=1339
+  _globals['_DELETESAMPLERREPLY']._serialized_end=1359
+  _globals['_SAMPLER']._serialized_start=1361
+  _globals['_SAMPLER']._serialized_end=1424
+  _globals['_STOPTEXTS']._serialized_start=1426
+  _globals['_STOPTEXTS']._serialized_end=1452
+  _globals['_STOPTOKENS']._serialized_start=1454
+  _globals['_STOPTOKENS']._serialized_end=1483
+  _globals['_TOKENSAMPLINGPARAMS']._serialized_start=1486
+  _globals['_TOKENSAMPLINGPARAMS']._serialized_end=1775
+  _globals['_SAMPLETOKENSREQUEST']._serialized_start=1778
+  _globals['_SAMPLETOKENSREQUEST']._serialized_end=2139
+  _globals['_TOPKTOKENS']._serialized_start=2141
+  _globals['_TOPKTOKENS']._serialized_end=2234
+  _globals['_SAMPLEDTOKENS']._serialized_start=2237
+  _globals['_SAMPLEDTOKENS']._serialized_end=2371
+  _globals['_PROMPTFIGURES']._serialized_start=2374
+  _globals['_PROMPTFIGURES']._serialized_end=2597
+  _globals['_SAMPLETOKENSREPLY']._serialized_start=2599
+  _globals['_SAMPLETOKENSREPLY']._serialized_end=2711
+  _globals['_SAMPLINGSERVICE']._serialized_start=2714
+  _globals['_SAMPLINGSERVICE']._serialized_end=3374
 # @@protoc_insertion_point(module_scope)

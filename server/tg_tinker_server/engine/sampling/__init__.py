@@ -1,0 +1,1 @@
+"""Sampling on tokens from frozen weights, many requests at once."""

@@ -1,0 +1,120 @@
+"""The seam between the service and what samples tokens: frozen weights, and a sampler that many requests share.
+
+Every call comes from the compute thread. A request leaves all others as they were, whatever happens to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from tg_tinker.types import TrainingConfig
+from tg_tinker.types.tokens import SampleEvent, SampleQuery
+from tg_tinker_server.engine.backend import EngineState
+
+
+class FrozenWeights(Protocol):
+    """Weights that nothing trains any more: a base model, or a run's state on one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0 to this, exclusive."""
+        ...
+
+    @property
+    def max_positions(self) -> int:
+        """Longest prompt and completion together, in tokens."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that ``close`` gives back."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Text to token ids, as the model's tokenizer does by default."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids to text, special tokens left out."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back. No request may use them any more; closing twice is no error."""
+        ...
+
+
+class Ticket:
+    """One request in a sampler; compared by identity."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Progress:
+    """What one slice did for one request.
+
+    Attributes:
+        events: in their order; the last of a request is ``PromptFigures``.
+        error: why the request failed; nothing follows it.
+    """
+
+    ticket: Ticket
+    events: tuple[SampleEvent, ...] = ()
+    error: Exception | None = None
+
+
+class TokenSampler(Protocol):
+    """Requests under way. Sequences of one model go through it together, and join and leave at every token."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        ...
+
+    def submit(self, weights: FrozenWeights, query: SampleQuery, *, group: Hashable) -> Ticket:
+        """Take a request. No model work yet.
+
+        Args:
+            weights: of the backend whose sampler this is.
+            query: what is asked.
+            group: who may be in one run through the model: requests with equal groups.
+
+        Raises:
+            InvalidRequestError: an unknown token id, an empty prompt, or one longer than the model's context.
+        """
+        ...
+
+    def step(self) -> list[Progress]:
+        """One slice: a piece of the waiting prompts, or one token of each running sequence of one group.
+
+        A request that fails is reported, and fails alone. Log-probabilities and choices do not depend on who else is
+        there, up to float rounding.
+        """
+        ...
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Drop a request and free its rows now. One that ended already is left alone."""
+        ...
+
+
+@runtime_checkable
+class SamplingBackend(Protocol):
+    """A backend that can also sample from frozen weights."""
+
+    def open_weights(self, config: TrainingConfig, state: EngineState | None) -> FrozenWeights:
+        """Make frozen weights, in the precision that training has under this configuration.
+
+        Args:
+            config: of the run whose state it is; without a state only its model and precision count.
+            state: what a run saved; ``None``: the base model as it is.
+
+        Raises:
+            InvalidRequestError: unknown model, or the state does not fit the configuration.
+        """
+        ...
+
+    def token_sampler(self) -> TokenSampler:
+        """A new sampler, for weights of this backend."""
+        ...
