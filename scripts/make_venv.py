@@ -4,6 +4,7 @@ Standard library only, so that a bare machine with Python and pip can run it:
 
     python3 scripts/make_venv.py demo      # the server and the demo's texts
     python3 scripts/make_venv.py dev       # the same, and the tools of `make test` and `make check`
+    python scripts/make_venv.py peers      # only the cookbook and older SDKs, into the environment that runs this
 
 Versions come from constraints.txt. The Makefile calls it only when pyproject.toml or constraints.txt changed.
 """
@@ -23,6 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 OLDEST_PYTHON = (3, 11)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# The recipes that run against our server. Its dependencies are in the group `dev`, but for one (tml-renderers) that
+# cannot be had in the version it asks for, and that these recipes never import.
+COOKBOOK = "tinker-cookbook==0.6.1"
+# SDKs that are tested beside the newest, which is in the group `dev`: each in a folder of its own, to be put before
+# the others on PYTHONPATH. Their dependencies are those of the newest.
+OLDER_SDKS = ("0.30.4", "0.34.0", "0.36.0")
 
 
 def say(text: str) -> None:
@@ -76,19 +83,37 @@ def install(pip: list[str], *, tools: bool, torch_index: str) -> None:
         say(f"no GPU here? TORCH_INDEX={CPU_INDEX} fetches a torch without CUDA")
     started = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603 - pip, with arguments made here
+    if tools:
+        install_peers(pip, VENV / "peers")
     say(f"installed in {time.monotonic() - started:.0f} s")
+
+
+def install_peers(pip: list[str], folder: Path) -> None:
+    """Install the cookbook, and older SDKs each into ``folder/tinker-<version>``; what is there stays."""
+    bare = [*pip, "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
+    subprocess.run([*bare, COOKBOOK], cwd=ROOT, check=True)  # noqa: S603 - pip, with arguments made here
+    for version in OLDER_SDKS:
+        target = folder / f"tinker-{version}"
+        if not (target / f"tinker-{version}.dist-info" / "RECORD").exists():
+            say(f"adding the Tinker SDK {version}")
+            subprocess.run(  # noqa: S603 - as above
+                [*bare, "--upgrade", "--target", str(target), f"tinker=={version}"], cwd=ROOT, check=True
+            )
 
 
 def main() -> int:
     """Parse the arguments, install; exit code 0 when everything is in place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", choices=["demo", "dev"])
+    parser.add_argument("what", choices=["demo", "dev", "peers"])
     parser.add_argument("--torch-index", default=os.environ.get("TORCH_INDEX", ""), help=f"e.g. {CPU_INDEX}")
     args = parser.parse_args()
     if sys.version_info < OLDEST_PYTHON:
         say(f"this is Python {sys.version.split()[0]}; TG-Tinker needs 3.11 or newer: make PYTHON=python3.11 ...")
         return 1
     try:
+        if args.what == "peers":
+            install_peers([sys.executable, "-m", "pip"], Path(sys.prefix) / "peers")
+            return 0
         install(ensure_venv(), tools=args.what == "dev", torch_index=args.torch_index)
     except subprocess.CalledProcessError as e:
         say(f"pip failed with exit code {e.returncode}; what it said stands above")
