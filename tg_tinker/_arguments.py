@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types.datum import Datum
+from tg_tinker.types.optim import AdamParams
 from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.wire.calls import Generate, Save, Updates
 
@@ -51,16 +53,79 @@ def sampling_params(options: Mapping[str, Any]) -> GenerationOptions:
         ) from e
 
 
-def texts(stop_sequences: str | Sequence[str] | None) -> tuple[str, ...]:
+def stops(stop_sequences: str | Sequence[str] | None) -> tuple[str, ...]:
     """Stop sequences; a string is one."""
     return (stop_sequences,) if isinstance(stop_sequences, str) else tuple(stop_sequences or ())
 
 
-def saving(include_optimizer: bool | str, metadata: Mapping[str, Any] | None, name: str | None) -> Save:
-    """The call of ``save_state``; a text in the first place is the name."""
-    if isinstance(include_optimizer, str):
-        return Save(metadata=metadata or {}, name=name or include_optimizer)
-    return Save(include_optimizer=bool(include_optimizer), metadata=metadata or {}, name=name or "")
+def saving(
+    include_optimizer: bool | str,
+    metadata: Mapping[str, Any] | int | None,
+    name: str | None,
+    *,
+    ttl_seconds: int | None = None,
+    overwrite: bool = False,
+) -> Save:
+    """The call of ``save_state``; a text in the first place is the name, a number in the second how long it is kept.
+
+    Raises:
+        InvalidRequestError: something is given twice.
+    """
+    named, lives = isinstance(include_optimizer, str), isinstance(metadata, int)
+    for what, twice in (("name", named and name is not None), ("ttl_seconds", lives and ttl_seconds is not None)):
+        if twice:
+            raise InvalidRequestError(f"{what} is given twice", field=what, constraint="once")
+    return Save(
+        include_optimizer=True if isinstance(include_optimizer, str) else bool(include_optimizer),
+        metadata={} if isinstance(metadata, int) or metadata is None else metadata,
+        name=(include_optimizer if isinstance(include_optimizer, str) else name) or "",
+        ttl_seconds=metadata if isinstance(metadata, int) else ttl_seconds,
+        overwrite=overwrite,
+    )
+
+
+def datums_of(data: Any) -> list[Datum]:
+    """A list of datums.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
+    if isinstance(data, str | bytes) or not isinstance(data, Sequence):
+        raise InvalidRequestError(
+            f"a batch is a BatchData, a dict or a list of Datum, not a {type(data).__name__}",
+            field="batch",
+            constraint="BatchData, dict or list of Datum",
+        )
+    for datum in data:
+        if not isinstance(datum, Datum):
+            hint = (
+                "; give one dict of arrays [records, tokens], or tg_tinker.collate(records)"
+                if isinstance(datum, Mapping)
+                else ""
+            )
+            raise InvalidRequestError(
+                f"the list holds a {type(datum).__name__}, not a Datum{hint}",
+                field="batch",
+                constraint="BatchData, dict or list of Datum",
+            )
+    return list(data)
+
+
+def adam_of(
+    apply_dp_noise: bool | AdamParams, adam_params: AdamParams | None, optim_params: AdamParams | None
+) -> tuple[bool, AdamParams | None]:
+    """Whether noise is applied, and the settings of the step.
+
+    Raises:
+        InvalidRequestError: settings are given twice, or are no AdamParams.
+    """
+    first = None if isinstance(apply_dp_noise, bool | int) else apply_dp_noise
+    given = [p for p in (first, adam_params, optim_params) if p is not None]
+    if len(given) > 1 or not all(isinstance(p, AdamParams) for p in given):
+        raise InvalidRequestError(
+            "optim_step takes AdamParams once", field="adam_params", constraint="one AdamParams, or none"
+        )
+    return (True if first is not None else bool(apply_dp_noise)), given[0] if given else None
 
 
 def updates(key: bytes, vectors: npt.NDArray[np.float32], unit_ids: Sequence[str]) -> Updates:

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
+from tg_tinker.chunking import Joined
 from tg_tinker.errors import FutureTimeoutError, TGTinkerError
 from tg_tinker.operation import Operation
 from tg_tinker.wire.operations import CANCELLED, COMPLETED, FAILED
@@ -29,7 +30,7 @@ class FutureHandle:
     returns the same object, and a restart of the server does not change it.
     """
 
-    def __init__(self, operation: Operation) -> None:
+    def __init__(self, operation: Operation | Joined) -> None:
         self._operation = operation
 
     @property

@@ -16,7 +16,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ from tg_tinker.operation import Operation
 from tg_tinker.types import LoadStateResult, OptimStepOutput, OptimStepResult
 from tg_tinker.types.run import RunInfo
 from tg_tinker.wire import calls
-from tg_tinker.wire.calls import Pass, Position, Step, Updates
+from tg_tinker.wire.calls import LossPass, Pass, Position, Step, Updates
 from tg_tinker.wire.operations import (
     FAILED,
     FutureState,
@@ -110,28 +110,43 @@ class Session:
             InvalidRequestError: it cannot be sent (too large, not JSON), or the handle is closed.
             TGTinkerError: what broke this handle.
         """
+        return self.submit_all([call])[0]
+
+    def submit_all(self, given: Sequence[calls.Call]) -> list[Entry]:
+        """Take several calls, none or all; nothing that another thread submits comes between them.
+
+        Raises:
+            InvalidRequestError: one cannot be sent, or the handle is closed.
+            TGTinkerError: what broke this handle.
+        """
         with self._lock:
             if self._broken is not None:
                 raise self._broken
-            known_size = 0
-            if isinstance(call, Step):
-                known_size = self._guard.known_size
-                call = replace(call, incomplete=self._incomplete, known_log_size=known_size)
+            entries = [self._entry(call, self.next_seq + i) for i, call in enumerate(given)]
+            if any(isinstance(call, Step) for call in given):
                 self._incomplete = ""
-            position = Position(run_id=self.run_id, seq=self.next_seq, handle=self._handle)
-            method, payload = encode(calls.call_to_proto(call, position))
-            if len(payload) > MAX_MESSAGE_BYTES:
-                raise too_large(len(payload), MAX_MESSAGE_BYTES)
-            entry = Entry(self._transport, self, position, calls.OPERATION[type(call)], known=False)
-            entry.request = (method, payload)
-            entry.known_size = known_size
-            entry.effect = calls.has_effect(call)
-            entry.train_pass = isinstance(call, Updates) or (isinstance(call, Pass) and call.train)
-            entry.weights = entry.effect and not isinstance(call, Pass | Updates)
-            if entry.weights:
-                self._unheard.add(entry)
-            self._journal.add(entry)
+            for entry in entries:
+                if entry.weights:
+                    self._unheard.add(entry)
+                self._journal.add(entry)
         self._pump()
+        return entries
+
+    def _entry(self, call: calls.Call, seq: int) -> Entry:
+        known_size = 0
+        if isinstance(call, Step):
+            known_size = self._guard.known_size
+            call = replace(call, incomplete=self._incomplete, known_log_size=known_size)
+        position = Position(run_id=self.run_id, seq=seq, handle=self._handle)
+        method, payload = encode(calls.call_to_proto(call, position))
+        if len(payload) > MAX_MESSAGE_BYTES:
+            raise too_large(len(payload), MAX_MESSAGE_BYTES)
+        entry = Entry(self._transport, self, position, calls.OPERATION[type(call)], known=False)
+        entry.request = (method, payload)
+        entry.known_size = known_size
+        entry.effect = calls.has_effect(call)
+        entry.train_pass = isinstance(call, Updates) or (isinstance(call, Pass | LossPass) and call.train)
+        entry.weights = entry.effect and not isinstance(call, Pass | LossPass | Updates)
         return entry
 
     def saw_run(self, info: RunInfo) -> None:

@@ -50,14 +50,26 @@ def capabilities(client_version: str) -> runs_pb2.GetCapabilitiesRequest:
     return runs_pb2.GetCapabilitiesRequest(client_version=client_version)
 
 
-def encode_texts(run_id: str, texts: list[str]) -> sampling_pb2.EncodeRequest:
-    """Texts to token ids."""
-    return sampling_pb2.EncodeRequest(run_id=run_id, texts=texts)
+def encode_texts(run_id: str, texts: list[str], *, sampler_id: str = "") -> sampling_pb2.EncodeRequest:
+    """Texts to token ids, by the tokenizer of a run or of a sampler."""
+    return sampling_pb2.EncodeRequest(run_id=run_id, texts=texts, sampler_id=sampler_id)
 
 
-def decode_ids(run_id: str, ids: list[list[int]]) -> sampling_pb2.DecodeRequest:
-    """Token ids to texts."""
-    return sampling_pb2.DecodeRequest(run_id=run_id, ids=[sampling_pb2.TokenIds(ids=i) for i in ids])
+def decode_ids(run_id: str, ids: list[list[int]], *, sampler_id: str = "") -> sampling_pb2.DecodeRequest:
+    """Token ids to texts, by the tokenizer of a run or of a sampler."""
+    return sampling_pb2.DecodeRequest(
+        run_id=run_id, ids=[sampling_pb2.TokenIds(ids=i) for i in ids], sampler_id=sampler_id
+    )
+
+
+def create_sampler(sampler_id: str, *, base_model: str = "", path: str = "") -> sampling_pb2.CreateSamplerRequest:
+    """Name frozen weights to sample from; the same ``sampler_id`` again gets the same."""
+    return sampling_pb2.CreateSamplerRequest(sampler_id=sampler_id, base_model=base_model, path=path)
+
+
+def tokenizer_files(base_model: str) -> runs_pb2.GetTokenizerRequest:
+    """Stream the files of a model's tokenizer."""
+    return runs_pb2.GetTokenizerRequest(base_model=base_model)
 
 
 def sample_stream(run_id: str, prompt: str, params: GenerationOptions) -> sampling_pb2.SampleStreamRequest:

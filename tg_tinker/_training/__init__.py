@@ -1,0 +1,1 @@
+"""What a TrainingClient can do, by subject: passes and steps, custom losses, texts, checkpoints."""
