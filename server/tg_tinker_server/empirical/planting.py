@@ -17,7 +17,7 @@ import torch
 
 from tg_tinker.errors import ServerError
 from tg_tinker.types import TrainingConfig
-from tg_tinker_server.engine.backend import Ints, Pass, PassRequest, PassResult, Request, Session
+from tg_tinker_server.engine.backend import Ints, Pass, PassResult, Request, Session
 from tg_tinker_server.engine.bigram import BigramBackend, BigramSession
 from tg_tinker_server.engine.gradients import Form, GradientContribution
 from tg_tinker_server.engine.torch_pass import Part, TorchPass
@@ -48,7 +48,6 @@ def planted_pass(session: Session, request: Request, rows_B: Sequence[Row]) -> P
     if isinstance(session, TorchSession):
         session.ensure_open()
         session.check(request)
-        assert isinstance(request, PassRequest)
         return PlantedTorchPass(session, request, rows_B)
     raise ServerError(f"gradients cannot be planted in a {type(session).__name__}; audit it with mode 'input'")
 
@@ -99,7 +98,7 @@ class PlantingBigramSession(BigramSession):
 class PlantedTorchPass(TorchPass):
     """Overwrites planted records' rows of the per-sample matrix before the engine sums and clips them."""
 
-    def __init__(self, session: TorchSession, request: PassRequest, rows_B: Sequence[Row]) -> None:
+    def __init__(self, session: TorchSession, request: Request, rows_B: Sequence[Row]) -> None:
         super().__init__(session, request)
         self._rows_B = rows_B
         columns = session._columns

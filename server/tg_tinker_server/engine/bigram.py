@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import IGNORE_INDEX, TrainingConfig
 from tg_tinker.types.info import ModelInfo
+from tg_tinker.types.losses import CUSTOM
 from tg_tinker_server.dp.clipping import clip_and_sum
 from tg_tinker_server.engine import numpy_optimizers
 from tg_tinker_server.engine.backend import EngineState, Ints, LossRequest, PassRequest, PassResult, Request
@@ -25,6 +26,8 @@ from tg_tinker_server.engine.gradients import Floats, Form, GradientContribution
 from tg_tinker_server.engine.loss_fns import closed_form
 from tg_tinker_server.engine.loss_fns.values import Array, DatumLoss, joined_metrics, total
 from tg_tinker_server.engine.requests import units_of
+from tg_tinker_server.engine.sampling.bigram_rows import BigramRows, BigramWeights
+from tg_tinker_server.engine.sampling.token_sampler import BatchedSampler
 from tg_tinker_server.engine.session_core import SessionCore, derived_seed, ensure_finite, ensure_finite_pass
 from tg_tinker_server.engine.state import OPTIMIZER, WEIGHTS, checked_optimizer, checked_weights
 from tg_tinker_server.engine.tokenizers import ByteTokenizer
@@ -53,12 +56,7 @@ class BigramBackend:
 
     def open(self, *, run_id: str, config: TrainingConfig) -> BigramSession:  # noqa: ARG002 - part of the seam
         """See ``backend.Backend``."""
-        if config.model_ref != MODEL_NAME:
-            raise InvalidRequestError(
-                f"model {config.model_ref!r} is not offered here; offered: {MODEL_NAME}",
-                field="model_ref",
-                constraint=f"one of: {MODEL_NAME}",
-            )
+        _require_model(config)
         targets = config.lora_config.target_modules if config.lora_config else []
         unknown = [t for t in targets if t not in TARGET_MODULES] if targets != "all-linear" else []
         if unknown:
@@ -75,6 +73,17 @@ class BigramBackend:
                 constraint=f"none for {MODEL_NAME}",
             )
         return BigramSession(self._base_VV, config)
+
+    def open_weights(self, config: TrainingConfig, state: EngineState | None) -> BigramWeights:
+        """See ``sampling.seam.SamplingBackend``."""
+        _require_model(config)
+        layout = ParamLayout({_TABLE: (_V, _V)})
+        table_VV = None if state is None else checked_weights(state, layout)[_TABLE]
+        return BigramWeights(self._base_VV, table_VV, max_positions=_POSITIONS)
+
+    def token_sampler(self) -> BatchedSampler:
+        """See ``sampling.seam.SamplingBackend``."""
+        return BatchedSampler(BigramRows(), most_rows=64, prefix_bytes=2**20)
 
 
 class BigramSession(SessionCore):
@@ -173,7 +182,11 @@ class BigramSession(SessionCore):
         )
 
     def _loss_of(self, request: LossRequest, logprobs: Floats, inputs: Mapping[str, Array]) -> DatumLoss:
-        return closed_form.evaluate(request.loss, logprobs, inputs, train=request.train)
+        if request.loss.name != CUSTOM:
+            return closed_form.evaluate(request.loss, logprobs, inputs, train=request.train)
+        from tg_tinker_server.engine.loss_fns.graph import compiled  # torch: not where only NumPy is wanted
+
+        return compiled(request.graph).evaluate(logprobs, inputs, train=request.train)
 
     def export_state(self, *, optimizer: bool) -> EngineState:
         """See ``backend.Session``."""
@@ -280,6 +293,15 @@ class BigramDecoder:
     def advance(self, tokens: Sequence[int], keep: Sequence[int]) -> npt.NDArray[Any]:  # noqa: ARG002
         """Logits after each token."""
         return self._session.next_logits(tokens)
+
+
+def _require_model(config: TrainingConfig) -> None:
+    if config.model_ref != MODEL_NAME:
+        raise InvalidRequestError(
+            f"model {config.model_ref!r} is not offered here; offered: {MODEL_NAME}",
+            field="model_ref",
+            constraint=f"one of: {MODEL_NAME}",
+        )
 
 
 def _log_sum_exp(logits: Floats) -> Floats:

@@ -18,8 +18,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tg_tinker_server.engine.chunked_head import chunked_cross_entropy
-from tg_tinker_server.engine.losses import RecordLosses, Targets, record_losses
+from tg_tinker_server.engine.chunked_head import chunked_cross_entropy, chunked_log_probabilities
+from tg_tinker_server.engine.losses import RecordLosses, Targets, log_probabilities, record_losses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,19 @@ class CausalLM:
         hidden_ND = targets.select(_hidden(self.model, ids_BT, mask_BT))
         losses_N = chunked_cross_entropy(hidden_ND, head.weight, head.bias, targets.token_N)
         return RecordLosses.of_tokens(losses_N, targets, len(labels_BT))
+
+    def logprobs(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, targets: Targets) -> torch.Tensor:
+        """Log-probability of each alternative of each target, at least float32 [N, K].
+
+        Args:
+            ids_BT, mask_BT: as for ``losses``.
+            targets: with K alternatives; its position is the one that predicts.
+        """
+        head = _plain_head(self.model)
+        if not self.shortcuts.split_head or head is None:
+            return log_probabilities(self.logits(ids_BT, mask_BT), targets)
+        hidden_ND = targets.select(_hidden(self.model, ids_BT, mask_BT))
+        return chunked_log_probabilities(hidden_ND, head.weight, head.bias, targets.token_N)
 
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:

@@ -3,11 +3,12 @@
 The mean over a batch's tokens couples records: removing one changes the weight of all others. Here each record is
 averaged over its own targets, and records are summed.
 
-Shape suffixes: B records, T tokens, V vocabulary, N targets.
+Shape suffixes: B records, T tokens, V vocabulary, N targets, K alternatives of a target.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class Targets:
 
     row_N: torch.Tensor  # noqa: N815 - shape suffix; which record
     position_N: torch.Tensor  # noqa: N815 - from which position of it: one before the label's
-    token_N: torch.Tensor  # noqa: N815 - what should follow
+    token_N: torch.Tensor  # noqa: N815 - what should follow; of datums [N, K]
 
     @classmethod
     def of(cls, labels_BT: torch.Tensor) -> Targets:
@@ -43,6 +44,13 @@ class RecordLosses:
     mean_B: torch.Tensor  # noqa: N815 - shape suffix; 0 for a record without targets
     sum_B: torch.Tensor  # noqa: N815
     targets_B: torch.Tensor  # noqa: N815
+
+    def start(self, scales: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where a backward pass starts, and with what, to get the gradient of means times ``scales``.
+
+        ``None`` where no record has a target.
+        """
+        return (self.mean_B, self.mean_B.new_tensor(scales)) if bool(self.targets_B.any()) else None
 
     @classmethod
     def of_tokens(cls, losses_N: torch.Tensor, targets: Targets, records: int) -> RecordLosses:
@@ -65,3 +73,9 @@ def record_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> RecordLo
         at_least_float32(targets.select(logits_BTV)), targets.token_N, reduction="none"
     )
     return RecordLosses.of_tokens(losses_N, targets, len(labels_BT))
+
+
+def log_probabilities(logits_BTV: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Of each alternative of each target [N, K], from all logits."""
+    logprobs_NV = functional.log_softmax(at_least_float32(targets.select(logits_BTV)), dim=-1)
+    return logprobs_NV.gather(1, targets.token_N)

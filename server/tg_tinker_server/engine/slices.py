@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from tg_tinker_server.engine.datum_slice import DatumLosses, datum_losses
 from tg_tinker_server.engine.grad_rows import GradRows
 from tg_tinker_server.engine.losses import RecordLosses
+from tg_tinker_server.engine.pass_rows import BatchRows
 from tg_tinker_server.engine.session_core import derived_seed
 
 if TYPE_CHECKING:
     from tg_tinker_server.engine.torch_pass import TorchPass
 
 Gradients = list[torch.Tensor | None]
+SliceLosses = RecordLosses | DatumLosses
 
 
 def run_slice(passes: Sequence[TorchPass]) -> None:
@@ -75,18 +78,27 @@ def _randomness(one: TorchPass) -> Iterator[None]:
         yield
 
 
-def _losses(passes: Sequence[TorchPass]) -> RecordLosses:
+def _losses(passes: Sequence[TorchPass]) -> SliceLosses:
     session = passes[0].session
     width = max(p.width for p in passes)
     masked = not session.lm.shortcuts.maskless or any(p.needs_mask() for p in passes)
+    if passes[0].of_datums:
+        return datum_losses(passes, width, masked=masked)
+    parts = [(*r.tokens(p.index, width), r.labels(p.index, width)) for p, r in _batches(passes)]
     ids_NT, mask_NT, labels_NT = (
-        torch.from_numpy(np.ascontiguousarray(np.concatenate(parts))).to(session.device)
-        for parts in zip(*(p.tokens(width) for p in passes), strict=True)
+        torch.from_numpy(np.ascontiguousarray(np.concatenate(arrays))).to(session.device)
+        for arrays in zip(*parts, strict=True)
     )
     return session.lm.losses(ids_NT, mask_NT if masked else None, labels_NT)
 
 
-def _per_sample(passes: Sequence[TorchPass], counts: Sequence[int]) -> tuple[RecordLosses, Gradients]:
+def _batches(passes: Sequence[TorchPass]) -> Iterator[tuple[TorchPass, BatchRows]]:
+    for one in passes:
+        assert isinstance(one.rows, BatchRows), "passes on batches and on datums do not share a slice"
+        yield one, one.rows
+
+
+def _per_sample(passes: Sequence[TorchPass], counts: Sequence[int]) -> tuple[SliceLosses, Gradients]:
     """A backward pass that leaves per-sample gradients; without privacy they are summed for each pass."""
     session = passes[0].session
     adapters = [p.session.adapter for p in passes]
@@ -106,25 +118,23 @@ def _per_sample(passes: Sequence[TorchPass], counts: Sequence[int]) -> tuple[Rec
     return losses, gradients
 
 
-def _backward(losses: RecordLosses, scales: Sequence[float], rows: GradRows) -> None:
-    if not bool(losses.targets_B.any()):
+def _backward(losses: SliceLosses, scales: Sequence[float], rows: GradRows) -> None:
+    start = losses.start(scales)
+    if start is None:
         rows.zero()
-        return
-    scale_N = losses.mean_B.new_tensor(scales)
-    total = (losses.mean_B * scale_N).sum()
-    if total.requires_grad:  # otherwise nothing trained was reached, which is found out by what is missing
-        total.backward()  # type: ignore[no-untyped-call]
+    elif start[0].requires_grad:  # otherwise nothing trained was reached, which is found out by what is missing
+        torch.autograd.backward(*start)
 
 
-def _summed(one: TorchPass) -> tuple[RecordLosses, Gradients]:
+def _summed(one: TorchPass) -> tuple[SliceLosses, Gradients]:
     """An ordinary backward pass: the sum over records."""
     session = one.session
     with session.base.computing(session.adapter):
         losses = _losses([one])
         parameters = list(session.parameters.values())
-        total = losses.mean_B.sum() * session.scale
+        start = losses.start([session.scale] * len(one.index))
         grads: Sequence[torch.Tensor | None] = [None] * len(parameters)
-        if bool(losses.targets_B.any()):
-            grads = torch.autograd.grad(total, parameters, allow_unused=True)
+        if start is not None:
+            grads = torch.autograd.grad(start[0], parameters, start[1], allow_unused=True)
     parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
     return losses, [torch.cat([g.reshape(-1).float() for g in parts])]

@@ -17,13 +17,15 @@ import numpy.typing as npt
 import torch
 
 from tg_tinker.errors import DPUnsupportedError
-from tg_tinker.types import IGNORE_INDEX
-from tg_tinker_server.engine.backend import Ints, Pass, PassRequest, PassResult
+from tg_tinker_server.engine.backend import Ints, Pass, PassResult, Request
+from tg_tinker_server.engine.datum_slice import DatumLosses
 from tg_tinker_server.engine.dp_optimizer import ClippedRows
-from tg_tinker_server.engine.gradients import Floats, GradientContribution
+from tg_tinker_server.engine.gradients import Floats, Form, GradientContribution
+from tg_tinker_server.engine.loss_fns.values import DatumLoss, joined_metrics, total
 from tg_tinker_server.engine.losses import RecordLosses
-from tg_tinker_server.engine.microbatch import joins, plan, rung, used_lengths
-from tg_tinker_server.engine.requests import units_of, without_leading_padding
+from tg_tinker_server.engine.microbatch import joins, plan, rung
+from tg_tinker_server.engine.pass_rows import DatumRows, rows_of
+from tg_tinker_server.engine.requests import units_of
 from tg_tinker_server.engine.session_core import ensure_finite_pass
 from tg_tinker_server.engine.slices import run_slice
 
@@ -54,12 +56,12 @@ class TorchPass:
         request: checked already.
     """
 
-    def __init__(self, session: TorchSession, request: PassRequest) -> None:
+    def __init__(self, session: TorchSession, request: Request) -> None:
         self.session = session
+        self.request = request
         self._units, self._unit_of_B = units_of(request)
-        self.request = request = without_leading_padding(request)
-        self._masked_B = _needs_mask(request)
-        self._lengths_B = used_lengths(request)
+        self.rows = rows_of(request)
+        self._lengths_B, self._masked_B = self.rows.lengths_B, self.rows.masked_B
         limits = session.limits(train=request.train)
         kind_of_B = None
         if session.private:
@@ -73,6 +75,7 @@ class TorchPass:
         self._next = 0
         records = len(self._unit_of_B)
         self._means_B, self._sums_B, self._targets_B = (np.zeros(records) for _ in range(3))
+        self._datums: dict[int, tuple[DatumLoss, npt.NDArray[np.float32]]] = {}
         self._sum_P = torch.zeros(0, dtype=torch.float64)
         # The raw sum of a unit too large for one slice, until its last one.
         self._open_W: torch.Tensor | None = None
@@ -98,6 +101,11 @@ class TorchPass:
         return self._next == len(self._batches)
 
     @property
+    def of_datums(self) -> bool:
+        """Whether its records are datums, with losses of their own."""
+        return isinstance(self.rows, DatumRows)
+
+    @property
     def index(self) -> Ints:
         """Records of the next slice [N]."""
         return self._batches[self._next].index
@@ -116,7 +124,7 @@ class TorchPass:
     def share_key(self) -> Hashable | None:
         """Passes with equal keys can go through the model together; ``None`` goes alone."""
         key = self.session.share_key
-        return None if key is None else (key, self.request.train, self.session.private)
+        return None if key is None else (key, self.request.train, self.session.private, self.of_datums)
 
     def advance(self, others: Sequence[Pass] = ()) -> list[Pass]:
         """See ``backend.Pass``."""
@@ -158,20 +166,6 @@ class TorchPass:
             sessions.add(id(other.session))
         return joined
 
-    def tokens(self, width: int) -> tuple[Ints, Ints, Ints]:
-        """Token ids, mask and labels of the next slice, filled up to ``width`` columns with padding."""
-        own = min(self.width, self.request.input_ids_BT.shape[1])
-        fill = width - own
-        parts = []
-        for array, padding in (
-            (self.request.input_ids_BT, 0),
-            (self.request.attention_mask_BT, 0),
-            (self.request.labels_BT, IGNORE_INDEX),
-        ):
-            part = array[self.index, :own]
-            parts.append(np.pad(part, ((0, 0), (0, fill)), constant_values=padding) if fill else part)
-        return parts[0], parts[1], parts[2]
-
     def needs_mask(self) -> bool:
         """Whether the next slice has masked tokens that a later one could see, or that predict something."""
         return bool(self._masked_B[self.index].any())
@@ -198,11 +192,16 @@ class TorchPass:
         clipped = clipper.clip_and_sum(gradient, unit_of_N, scale=self.session.scale)
         return Part(sum_P=clipped.sum_P, clipped=clipped)
 
-    def fold(self, losses: RecordLosses, rows: slice, part: Part | None) -> None:
+    def fold(self, losses: RecordLosses | DatumLosses, rows: slice, part: Part | None) -> None:
         """Take in the next slice: ``rows`` of its losses and what ``part`` returned."""
-        means_N, sums_N, targets_N = (
-            values_B[rows].detach().cpu().numpy() for values_B in (losses.mean_B, losses.sum_B, losses.targets_B)
-        )
+        index = self.index
+        if isinstance(losses, DatumLosses):
+            found = zip(losses.losses[rows], losses.logprobs[rows], strict=True)
+            self._datums.update(zip(index.tolist(), found, strict=True))
+        else:
+            self._means_B[index], self._sums_B[index], self._targets_B[index] = (
+                values_B[rows].detach().cpu().numpy() for values_B in (losses.mean_B, losses.sum_B, losses.targets_B)
+            )
         if part is not None:
             if part.sum_P is not None and len(self._sum_P):
                 self._sum_P += part.sum_P
@@ -214,13 +213,13 @@ class TorchPass:
                 self._norms.append(part.clipped.norms_U)
                 if part.clipped.grads_UP is not None:
                     self._kept.append(part.clipped.grads_UP)
-        index = self.index
-        self._means_B[index], self._sums_B[index], self._targets_B[index] = means_N, sums_N, targets_N
         self._next += 1
 
     def result(self) -> PassResult:
         """See ``backend.Pass``."""
         assert self.finished, "the pass is not finished"
+        if self.of_datums:
+            return self._result_of_datums()
         records = len(self._unit_of_B)
         contribution = self._contribution() if self.request.train else None
         loss = math.fsum(self._means_B) / max(1, records)
@@ -230,32 +229,45 @@ class TorchPass:
             loss=loss,
             loss_sum=math.fsum(self._sums_B),
             num_targets=int(self._targets_B.sum()),
-            num_tokens=int(self.request.attention_mask_BT.sum()),
+            num_tokens=self.rows.num_tokens,
             num_records=records,
             contribution=contribution,
+        )
+
+    def _result_of_datums(self) -> PassResult:
+        found = [self._datums[i] for i in range(len(self._unit_of_B))]
+        losses = [loss for loss, _ in found]
+        logprobs = tuple(own for _, own in found)
+        contribution = self._contribution() if self.request.train else None
+        loss_sum = total([loss.value for loss in losses])
+        if not self.session.private:
+            ensure_finite_pass(loss_sum, contribution.sum_P if contribution else None)
+        return PassResult(
+            loss=loss_sum,
+            loss_sum=loss_sum,
+            num_targets=sum(own.size for own in logprobs),
+            num_tokens=self.rows.num_tokens,
+            num_records=len(found),
+            contribution=contribution,
+            logprobs=logprobs,
+            metrics=joined_metrics(losses),
         )
 
     def _contribution(self) -> GradientContribution:
         layout = self.session.layout
         sum_P: Floats = self._sum_P.cpu().numpy() if len(self._sum_P) else np.zeros(layout.size)
+        form: Form = "sum" if self.of_datums else "mean"
+        records = len(self._unit_of_B)
         if not self.session.private:
-            return GradientContribution(layout=layout, num_records=len(self._unit_of_B), sum_P=sum_P, private=False)
+            return GradientContribution(layout=layout, num_records=records, sum_P=sum_P, private=False, form=form)
         empty = np.zeros((0, layout.size), dtype=np.float32)
         return GradientContribution(
             layout=layout,
             units=tuple(self._units[i] for i in self._folded),
-            num_records=len(self._unit_of_B),
+            num_records=records,
             sum_P=sum_P,
             norms_U=np.concatenate([np.zeros(0), *self._norms]),
             grads_UP=np.concatenate([empty, *self._kept]) if self.session.keeps_units else None,
             private=True,
+            form=form,
         )
-
-
-def _needs_mask(request: PassRequest) -> npt.NDArray[np.bool_]:
-    """Which records have masked tokens that a later one could see, or that predict something [B]."""
-    mask_BT, labels_BT = request.attention_mask_BT, request.labels_BT
-    holes_B = (mask_BT[:, 1:] > mask_BT[:, :-1]).any(axis=1)
-    predicts_B = ((labels_BT[:, 1:] != IGNORE_INDEX) & (mask_BT[:, :-1] == 0)).any(axis=1)
-    needed: npt.NDArray[np.bool_] = holes_B | predicts_B
-    return needed

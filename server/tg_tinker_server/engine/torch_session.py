@@ -17,7 +17,7 @@ import torch
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import TrainingConfig
 from tg_tinker_server.engine import optimizers
-from tg_tinker_server.engine.backend import EngineState, LossRequest, Request
+from tg_tinker_server.engine.backend import EngineState, Request
 from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
 from tg_tinker_server.engine.grad_rows import GradRows
 from tg_tinker_server.engine.gradients import ParamLayout
@@ -168,8 +168,6 @@ class TorchSession(SessionCore):
         """See ``backend.Session``."""
         self.ensure_open()
         self.check(request)
-        if isinstance(request, LossRequest):
-            raise InvalidRequestError("datums are not offered on this model yet", field="data", constraint="a batch")
         return TorchPass(self, request)
 
     @contextmanager
