@@ -31,6 +31,8 @@ _LINEAR = (nn.Linear, Conv1D)
 _ADAPTER = re.compile(r"\.(adapter\d+)(?:\.|$)")
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.(adapter\d+)(?:\.|$)")
 
+_NO_ADAPTER = "none"  # no adapter's name
+
 
 class AdaptedBase:
     """One base model and the adapters on it. Adapter names are made here and appear nowhere else."""
@@ -177,6 +179,22 @@ class AdaptedBase:
         self._rows = Rows(names, counts, grads) if names else None
         try:
             yield
+        finally:
+            self._rows = before
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Within it the model computes without any adapter, also where there are some."""
+        before = self._rows
+        self._rows = Rows((_NO_ADAPTER,))
+        try:
+            if self._peft is None or not self._unfused:
+                yield
+                return
+            with self._peft.disable_adapter():
+                yield
+            self._switched = None
+            self._keep_as_configured()
         finally:
             self._rows = before
 

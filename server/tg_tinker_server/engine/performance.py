@@ -21,6 +21,7 @@ class PerformanceConfig:
         activation_bytes: most memory for what a pass keeps for its backward pass.
         per_sample_bytes: most memory for the per-sample gradients of one micro-batch.
         generation_rows: most sequences generated at once.
+        prefix_bytes: most memory for what was kept of prompts, for others that begin alike.
     """
 
     device: str = "cpu"
@@ -29,9 +30,10 @@ class PerformanceConfig:
     activation_bytes: int = 2**30
     per_sample_bytes: int = 512 * 2**20
     generation_rows: int = 64
+    prefix_bytes: int = 512 * 2**20
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_tokens", "activation_bytes", "per_sample_bytes", "generation_rows"):
+        for name in ("micro_batch_tokens", "activation_bytes", "per_sample_bytes", "generation_rows", "prefix_bytes"):
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

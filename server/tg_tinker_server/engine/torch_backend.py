@@ -9,10 +9,14 @@ import torch
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import TrainingConfig
 from tg_tinker.types.info import ModelInfo
+from tg_tinker_server.engine.backend import EngineState
 from tg_tinker_server.engine.lora import AdaptedBase
 from tg_tinker_server.engine.models import BUNDLED_MODELS, BaseModels, ModelSource
 from tg_tinker_server.engine.performance import PerformanceConfig
 from tg_tinker_server.engine.precision import bfloat16_pays
+from tg_tinker_server.engine.sampling.token_sampler import BatchedSampler
+from tg_tinker_server.engine.sampling.torch_rows import TorchRows
+from tg_tinker_server.engine.sampling.torch_weights import TorchWeights, put_state
 from tg_tinker_server.engine.torch_session import TorchSession
 
 WIDE = 512
@@ -62,6 +66,39 @@ class TorchBackend:
         except BaseException:
             base.remove(adapter)
             raise
+
+    def open_weights(self, config: TrainingConfig, state: EngineState | None) -> TorchWeights:
+        """See ``sampling.seam.SamplingBackend``."""
+        dtype = self._dtype(config)
+        if state is None:
+            base = self._base(config.model_ref, dtype, shared=True)
+            return TorchWeights(base, None, size_bytes=0, on_close=lambda: None)
+        lora = config.lora_config
+        if lora is None:
+            own = AdaptedBase(self._models.load(config.model_ref, torch.float32))
+            own.module.requires_grad_(True)
+            size = put_state(own, None, state)
+            own.module.requires_grad_(False)
+            return TorchWeights(own, None, size_bytes=size, on_close=lambda: None)
+        shared = lora.bias == "none" and not lora.modules_to_save
+        base = self._base(config.model_ref, dtype, shared=shared)
+        adapter = base.add(lora, seed=0)
+        try:
+            size = put_state(base, adapter, state)
+            if not shared:
+                size += sum(p.numel() * p.element_size() for p in base.module.parameters())
+            return TorchWeights(base, adapter, size_bytes=size, on_close=lambda: base.remove(adapter))
+        except BaseException:
+            base.remove(adapter)
+            raise
+
+    def token_sampler(self) -> BatchedSampler:
+        """See ``sampling.seam.SamplingBackend``."""
+        return BatchedSampler(
+            TorchRows(),
+            most_rows=self._performance.generation_rows,
+            prefix_bytes=self._performance.prefix_bytes,
+        )
 
     def _dtype(self, config: TrainingConfig) -> torch.dtype:
         """Precision of the base. Private runs have float32: in bfloat16 the rounding of every record depends on the

@@ -28,6 +28,16 @@ class FrozenWeights(Protocol):
         ...
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        ...
+
+    @property
     def size_bytes(self) -> int:
         """Memory that ``close`` gives back."""
         ...

@@ -1,0 +1,158 @@
+"""Requests and sequences under way, as the sampler keeps them."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types.tokens import SampledTokens, SampleEvent, SampleQuery, StopReason, TopkLogprobs
+from tg_tinker_server.engine.sampling.choosing import Chooser
+from tg_tinker_server.engine.sampling.prompt_scores import PromptScores
+from tg_tinker_server.engine.sampling.rows import Memory
+from tg_tinker_server.engine.sampling.seam import FrozenWeights, Ticket
+from tg_tinker_server.engine.text import TextStream
+
+
+def check_query(weights: FrozenWeights, query: SampleQuery) -> None:
+    """Refuse what does not fit the model.
+
+    Raises:
+        InvalidRequestError: naming the field.
+    """
+    size, room, targets = weights.vocab_size, weights.max_positions, query.target_prompt_logprobs
+    if not query.prompt:
+        raise InvalidRequestError(
+            "the prompt is empty; begin with the model's start token, or any other",
+            field="prompt",
+            constraint="at least one token",
+        )
+    if min(query.prompt) < 0 or max(query.prompt) >= size:
+        raise InvalidRequestError(
+            f"the prompt holds token ids outside the model's vocabulary of {size}",
+            field="prompt",
+            constraint=f"0 <= id < {size}",
+        )
+    if len(query.prompt) > room:
+        raise InvalidRequestError(
+            f"the prompt has {len(query.prompt)} tokens; this model takes {room} in all",
+            field="prompt",
+            constraint=f"at most {room} tokens",
+        )
+    if targets is not None and targets.size and (targets.min() < -1 or targets.max() >= size):
+        raise InvalidRequestError(
+            f"target_prompt_logprobs hold token ids outside the model's vocabulary of {size}",
+            field="target_prompt_logprobs",
+            constraint=f"-1 <= id < {size}",
+        )
+
+
+class Request(Ticket):
+    """One request under way.
+
+    Attributes:
+        memory: what was read of the prompt so far.
+        logits: those of its end, once all of it is read.
+        ready: sequences that wait for a place in a batch: parked ones first, then those not begun.
+        unfinished: sequences without an end.
+        hits: tokens of the prompt that were known when its reading began; ``None``: it has not.
+        over: nothing may come of it any more.
+    """
+
+    __slots__ = (
+        "events",
+        "group",
+        "hits",
+        "logits",
+        "memory",
+        "over",
+        "prompt",
+        "query",
+        "ready",
+        "scores",
+        "unfinished",
+        "weights",
+    )
+
+    def __init__(self, weights: FrozenWeights, query: SampleQuery, group: Hashable) -> None:
+        check_query(weights, query)
+        seed = secrets.randbits(63) if query.params.seed is None else query.params.seed
+        self.weights, self.query, self.group = weights, query, group
+        self.prompt = np.array(query.prompt, dtype=np.int64)
+        self.scores = PromptScores(query, seed)
+        self.memory: Memory | None = None
+        self.logits: npt.NDArray[Any] | None = None
+        self.hits: int | None = None
+        self.ready = deque(Sampling(self, index, seed) for index in range(query.num_samples))
+        self.unfinished = query.num_samples
+        self.events: list[SampleEvent] = []
+        self.over = False
+
+    @property
+    def reusable(self) -> int:
+        """Most tokens of the prompt that need not be read: the logits before its first wanted position are needed."""
+        return min(self.prompt.size, self.scores.first) - 1
+
+
+class Sampling:
+    """One sequence under way.
+
+    Attributes:
+        memory: of its beginning, while it waits; ``None``: not begun, or running.
+        pending: its last token, which the model has not read yet.
+        since: tokens since it joined a batch.
+    """
+
+    __slots__ = ("chooser", "index", "left", "memory", "pending", "request", "since", "stops", "text", "tokens")
+
+    def __init__(self, request: Request, index: int, seed: int) -> None:
+        query, weights = request.query, request.weights
+        params = query.params
+        # The last token is never read, so it may lie behind the model's last position.
+        room = weights.max_positions - len(query.prompt) + 1
+        self.request, self.index = request, index
+        self.left = room if params.max_tokens is None else min(room, params.max_tokens)
+        self.chooser = Chooser(params, (seed, index), topk=query.topk_sample_logprobs)
+        stops = params.stop_tokens
+        self.stops = frozenset(weights.eos_token_ids if stops is None else stops)
+        self.text = (
+            TextStream(weights.decode, stop_sequences=params.stop_texts, context=query.prompt)
+            if params.stop_texts
+            else None
+        )
+        self.tokens: list[int] = []
+        self.memory: Memory | None = None
+        self.pending = 0
+        self.since = 0
+
+    def take(self, logits_V: npt.NDArray[Any]) -> bool:
+        """Choose the next token and report it; says whether the sequence has ended.
+
+        Raises:
+            InvalidRequestError: the logits are not finite.
+        """
+        choice = self.chooser.choose(logits_V)
+        self.pending = choice.token
+        self.tokens.append(choice.token)
+        self.left -= 1
+        self.since += 1
+        if self.text is not None:
+            self.text.push(choice.token)
+        stopped = choice.token in self.stops or (self.text is not None and self.text.stopped)
+        reason: StopReason | None = "stop" if stopped else "length" if self.left == 0 else None
+        topk = choice.topk
+        self.request.events.append(
+            SampledTokens(
+                index=self.index,
+                tokens=(choice.token,),
+                logprobs=(choice.logprob,),
+                topk_logprobs=None if topk is None else TopkLogprobs(token_ids=topk[0][None], logprobs=topk[1][None]),
+                stop_reason=reason,
+            )
+        )
+        return reason is not None
