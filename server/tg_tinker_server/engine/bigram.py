@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.types import IGNORE_INDEX, TrainingConfig
+from tg_tinker.types import IGNORE_INDEX, OptimizerConfig, TrainingConfig
 from tg_tinker.types.info import ModelInfo
 from tg_tinker.types.losses import CUSTOM
 from tg_tinker_server.dp.clipping import clip_and_sum
@@ -254,10 +254,10 @@ class BigramSession(SessionCore):
             form=form,
         )
 
-    def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float) -> None:
+    def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float, optimizer: OptimizerConfig) -> None:
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
             weights, state = numpy_optimizers.update(
-                self._config.optimizer,
+                optimizer,
                 self._weights_VV,
                 grad_P.reshape(_V, _V),
                 self._optimizer_state,

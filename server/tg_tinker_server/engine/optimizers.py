@@ -41,6 +41,21 @@ def make_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) 
     )
 
 
+def configure(optimizer: torch.optim.Optimizer, config: OptimizerConfig, *, learning_rate: float) -> None:
+    """Settings of the next step; what the optimizer remembers of earlier ones stays.
+
+    Args:
+        optimizer: made by ``make_optimizer``.
+        config: of an Adam its betas, eps and weight decay, decoupled for "adamw"; of others nothing is read.
+        learning_rate: of the step.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+            group["betas"], group["eps"], group["weight_decay"] = config.betas, config.eps, config.weight_decay
+            group["decoupled_weight_decay"] = config.name == "adamw"
+
+
 def state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> OptimizerState:
     """Copies of every tensor the optimizer keeps, by parameter name; empty before the first step."""
     return {

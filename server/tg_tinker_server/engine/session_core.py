@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker.errors import DPUnsupportedError, InvalidRequestError, ServerError
-from tg_tinker.types import TrainingConfig
+from tg_tinker.types import OptimizerConfig, TrainingConfig
 from tg_tinker_server.engine.backend import (
     Contribution,
     EngineState,
@@ -125,13 +125,34 @@ class SessionCore(ABC):
                 field="learning_rate",
                 constraint="0 or more, and within float32",
             )
+        optimizer = self._optimizer_of(request)
         release = self._pending.release(request)
         grad_P = self._with_proximal_term(release.grad_P)
         if not np.isfinite(grad_P).all():
             raise diverged("the mean gradient is not finite")
-        self._apply(grad_P, request.learning_rate)
+        self._apply(grad_P, request.learning_rate, optimizer)
         self._pending.clear()
         return release.result
+
+    def _optimizer_of(self, request: StepRequest) -> OptimizerConfig:
+        """The run's, or as the step wants it: AdamW, whose decay is decoupled, on the same moments as ever."""
+        config, adam = self._config.optimizer, request.adam
+        if adam is None:
+            return config
+        if config.name not in ("adam", "adamw"):
+            raise InvalidRequestError(
+                f"this run's optimizer is {config.name}, which has no betas and no eps; leave adam_params out, or "
+                'make a run with OptimizerConfig(name="adamw")',
+                field="adam_params",
+                constraint="a run with the optimizer adamw or adam",
+            )
+        changes = {
+            "name": "adamw",
+            "betas": (adam.beta1, adam.beta2),
+            "eps": adam.eps,
+            "weight_decay": adam.weight_decay,
+        }
+        return config.model_copy(update=changes)
 
     def _with_proximal_term(self, grad_P: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The gradient of F(w) + mu/2 |w - anchor|^2 [P] (Li et al. 2020). Only released weights enter: free."""
@@ -179,8 +200,8 @@ class SessionCore(ABC):
         return self._tokenizer.decode(ids)
 
     @abstractmethod
-    def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float) -> None:
-        """Step the optimizer with this gradient [P], all or nothing.
+    def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float, optimizer: OptimizerConfig) -> None:
+        """Step the optimizer with this gradient [P] and these settings, all or nothing.
 
         Raises:
             InvalidRequestError: the new weights would not be finite.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.types import TrainingConfig
+from tg_tinker.types import OptimizerConfig, TrainingConfig
 from tg_tinker_server.engine import optimizers
 from tg_tinker_server.engine.backend import EngineState, Request
 from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
@@ -262,14 +262,13 @@ class TorchSession(SessionCore):
         with torch.no_grad(), self.base.computing(self.adapter):
             yield
 
-    def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float) -> None:
+    def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float, optimizer: OptimizerConfig) -> None:
         before = {name: p.detach().clone() for name, p in self.parameters.items()}
         state = optimizers.state_of(self._torch_optimizer, self.parameters)
         try:
             for name, grad in self._layout.split(grad_P).items():
                 self.parameters[name].grad = torch.from_numpy(grad).to(self.device)
-            for group in self._torch_optimizer.param_groups:
-                group["lr"] = learning_rate
+            optimizers.configure(self._torch_optimizer, optimizer, learning_rate=learning_rate)
             self._optimizer.step()
             ensure_finite([p.detach().cpu().numpy() for p in self.parameters.values()])
         except BaseException as e:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.types import TrainingConfig
+from tg_tinker.types import OptimizerConfig, TrainingConfig
 from tg_tinker.types.info import ModelInfo
 from tg_tinker_server.dp.clipping import clip_and_sum
 from tg_tinker_server.engine import numpy_optimizers
@@ -206,10 +206,10 @@ class VectorSession(SessionCore):
         self._closed = True
         self.discard_pending()
 
-    def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float) -> None:
+    def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float, optimizer: OptimizerConfig) -> None:
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
             vector_P, state = numpy_optimizers.update(
-                self._config.optimizer, self._vector_P, grad_P, self._optimizer_state, learning_rate=learning_rate
+                optimizer, self._vector_P, grad_P, self._optimizer_state, learning_rate=learning_rate
             )
         ensure_finite([vector_P])
         self._vector_P, self._optimizer_state = vector_P, state
