@@ -37,6 +37,7 @@ MODEL_NAME = "bigram"
 _TABLE = "table"
 # Its one table answers to the usual names of a transformer's layers, so that default configurations run on it.
 TARGET_MODULES = (_TABLE, "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGET_GROUPS = ("@attention", "@mlp", "@unembed")
 _V = ByteTokenizer.vocab_size
 _POSITIONS = 4096
 _UNITS_AT_ONCE = 16
@@ -58,7 +59,8 @@ class BigramBackend:
         """See ``backend.Backend``."""
         _require_model(config)
         targets = config.lora_config.target_modules if config.lora_config else []
-        unknown = [t for t in targets if t not in TARGET_MODULES] if targets != "all-linear" else []
+        known = (*TARGET_MODULES, *TARGET_GROUPS)
+        unknown = [t for t in targets if t not in known] if targets != "all-linear" else []
         if unknown:
             raise InvalidRequestError(
                 f"target module {unknown[0]!r} does not exist in {MODEL_NAME}; it has {', '.join(TARGET_MODULES)}",
