@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from tg_tinker._transport import Transport
-from tg_tinker.errors import InvalidRequestError, ServerError
+from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError
 from tg_tinker.wire import requests
 
 _KEPT = 4096
@@ -83,7 +83,10 @@ def tokenizer(transport: Transport, base_model: str, *, run_id: str = "", sample
 
     def ask() -> Any:
         with TemporaryDirectory(prefix="tg-tinker-tokenizer-") as folder:
-            names = _fetch(transport, base_model, Path(folder)) if transformers else set()
+            try:
+                names = _fetch(transport, base_model, Path(folder)) if transformers else set()
+            except ResourceNotFoundError:
+                names = set()
             if not names:
                 return ServerTokenizer(transport, run_id=run_id, sampler_id=sampler_id)
             return transformers.AutoTokenizer.from_pretrained(folder)

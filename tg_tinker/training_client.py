@@ -6,14 +6,15 @@ import asyncio
 from types import TracebackType
 
 from tg_tinker._training.checkpoints import Checkpoints
+from tg_tinker._training.custom_loss import CustomLoss
 from tg_tinker._training.generation import Generation
-from tg_tinker._training.passes import Batch, Passes
+from tg_tinker._training.passes import Batch
 from tg_tinker.types.run import RunInfo
 from tg_tinker.wire import requests
 from tg_tinker.wire.runs import run_info_from_proto
 
 
-class TrainingClient(Passes, Generation, Checkpoints):
+class TrainingClient(CustomLoss, Generation, Checkpoints):
     """One run. Made by ``ServiceClient``; threads may share it.
 
     Calls are executed in the order they were made. ``forward_backward`` and ``optim_step`` return at once
