@@ -16,6 +16,7 @@ from tg_tinker.types.configs import CountOrAuto
 
 ENVIRONMENT_PREFIX = "TG_TINKER_SERVER_"
 SharePasses = Literal["tenant", "everyone", "off"]
+DEFAULT_TINKER_PORT = 8000
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -43,6 +44,10 @@ class ServerConfig(BaseModel):
             trust each other), or nobody's.
         kept_results: results kept per run for ``get_future``.
         drain_s: seconds given to running work on SIGTERM.
+        tinker_port: where to serve the Tinker protocol over HTTP, on ``host`` and with the same TLS files; port 0
+            takes a free one, ``None`` serves none.
+        tinker_gap_s: seconds that later requests of a model wait there for one that does not arrive.
+        tinker_zstd: whether clients there shall compress their batches.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +77,9 @@ class ServerConfig(BaseModel):
     share_passes: SharePasses = "tenant"
     kept_results: int = Field(1000, ge=10)
     drain_s: float = Field(30.0, ge=0)
+    tinker_port: int | None = Field(None, ge=0, le=65535)
+    tinker_gap_s: float = Field(60.0, gt=0, allow_inf_nan=False)
+    tinker_zstd: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "console"
 

@@ -130,7 +130,7 @@ def adapter_config(source: Source) -> dict[str, Any]:
     """PEFT's configuration. Target modules given as names are PEFT's own rule; otherwise every path is listed."""
     lora = source.state["config"]["lora_config"]
     targets = lora["target_modules"]
-    if isinstance(targets, str):
+    if isinstance(targets, str) or any(t.startswith("@") for t in targets):  # groups of modules are ours, not PEFT's
         targets = sorted(
             {n.removeprefix(PEFT_PREFIX).split(p)[0] for n in source.weight_names for p in _LORA if p in n}
         )

@@ -27,7 +27,7 @@ _PATTERNS: dict[str, re.Pattern[str]] = {
     "create": re.compile(f"(?P<owner>{_MODEL}):create"),
     "operation": re.compile(f"(?P<owner>{_MODEL}):op:(?P<seq>{_NUMBER})(:sampler:(?P<sampler>{_NUMBER}))?"),
     "sample": re.compile(f"(?P<owner>{_SAMPLER}):req:(?P<seq>{_NUMBER})"),
-    "loss": re.compile(f"(?P<owner>[0-9a-f]{{32}}):loss:(?P<seq>{_NUMBER})"),
+    "loss": re.compile(f"(?P<owner>[0-9a-f]{{32}}):loss:(?P<seq>{_NUMBER}):(?P<loss>loss_[0-9a-f]{{1,64}})"),
     "refused": re.compile("(?P<owner>refused):(?P<seq>[0-9a-f]{32})"),
 }
 Kind = Literal["create", "operation", "sample", "loss", "refused"]
@@ -41,12 +41,14 @@ class RequestName:
         owner: the model, the sampler or the session that the request belongs to.
         seq: its number there; 0 of a creation.
         sampler: full id of the sampler that is made of what the operation saves; empty: none.
+        loss: id of the custom loss that was made.
     """
 
     kind: Kind
     owner: str
     seq: int
     sampler: str = ""
+    loss: str = ""
 
 
 def new_session() -> str:
@@ -84,9 +86,9 @@ def sample_request(sampler: str, seq: int) -> str:
     return f"{sampler}:req:{seq}"
 
 
-def loss_request(session: str, n: int) -> str:
+def loss_request(session: str, n: int, loss: str) -> str:
     """The request that makes a custom loss."""
-    return f"{session}:loss:{n}"
+    return f"{session}:loss:{n}:{loss}"
 
 
 def session_of(text: str) -> str:
@@ -113,7 +115,7 @@ def parse_request(text: str) -> RequestName:
         parts = found.groupdict()
         sampler = sampler_id(parts["session"], int(parts["sampler"])) if parts.get("sampler") else ""
         seq = int(parts.get("seq") or 0) if kind != "refused" else 0
-        return RequestName(kind=kind, owner=parts["owner"], seq=seq, sampler=sampler)  # type: ignore[arg-type]
+        return RequestName(kind=kind, owner=parts["owner"], seq=seq, sampler=sampler, loss=parts.get("loss") or "")  # type: ignore[arg-type]
     raise not_found("request", text)
 
 

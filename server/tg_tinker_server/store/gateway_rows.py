@@ -9,6 +9,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from tg_tinker_server.store import tables as t
+from tg_tinker_server.store.run_rows import RunRow
 
 _S, _J = t.gateway_sessions.c, t.gateway_requests.c
 
@@ -94,3 +95,25 @@ def drop_requests(tx: Connection, tenant: str, model_id: str, *, upto: int, seqs
 def forget_model(tx: Connection, tenant: str, model_id: str) -> None:
     """Forget everything kept for a model."""
     tx.execute(delete(t.gateway_requests).where(_J.tenant == tenant, _J.model_id == model_id))
+
+
+def list_models(
+    tx: Connection, tenant: str, *, prefix: str, dataset_id: str | None, limit: int, offset: int
+) -> tuple[list[RunRow], int]:
+    """Runs whose request_id begins with a prefix, newest first, and how many there are; of one dataset if given."""
+    r = t.runs.c
+    where = (r.tenant == tenant) & (r.status != "deleted") & r.request_id.startswith(prefix, autoescape=True)
+    if dataset_id is not None:
+        where &= r.dataset_id == dataset_id
+    total = tx.execute(select(func.count()).select_from(t.runs).where(where)).scalar_one()
+    query = select(t.runs).where(where).order_by(r.created.desc(), r.run_id).limit(limit).offset(offset)
+    return [RunRow(**row._mapping) for row in tx.execute(query)], int(total)
+
+
+def samplers_of_session(tx: Connection, tenant: str, prefix: str) -> list[str]:
+    """Ids of the samplers that begin with a prefix, oldest first."""
+    c = t.samplers.c
+    where = (c.tenant == tenant) & c.sampler_id.startswith(prefix, autoescape=True)
+    return [
+        i for (i,) in tx.execute(select(c.sampler_id).where(where).order_by(c.created, c.sampler_id).limit(10_000))
+    ]

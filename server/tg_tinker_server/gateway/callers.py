@@ -1,0 +1,33 @@
+"""On whose behalf the server goes on after a restart with what a key had sent before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tg_tinker_server.service.caller import SCOPES_OF_ROLE, Caller
+from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.policy import KeyPolicy
+from tg_tinker_server.store import key_rows
+from tg_tinker_server.store.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class Callers:
+    """Callers made of key ids that were verified when their requests were acknowledged."""
+
+    db: Database
+    executors: Executors
+
+    async def of(self, tenant: str, key_id: str) -> Caller:
+        """The caller that a key stands for, with its policy. A key revoked since still ends what it began."""
+        row = await self.executors.io(self.db.read, lambda tx: key_rows.get_api_key(tx, key_id))
+        if row is None or row.tenant != tenant:
+            return Caller(tenant=tenant, key_id=key_id, scopes=frozenset())
+        scopes = frozenset().union(*(SCOPES_OF_ROLE.get(r, frozenset()) for r in row.roles))
+        policy = None if row.policy is None else KeyPolicy.from_json(row.policy)
+        return Caller(tenant=tenant, key_id=key_id, scopes=scopes, policy=policy)
+
+    @staticmethod
+    def server(tenant: str) -> Caller:
+        """The server itself, for a tenant: only to find what is the tenant's."""
+        return Caller(tenant=tenant, key_id="", scopes=frozenset())
