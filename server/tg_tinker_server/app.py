@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tg_tinker.errors import ServerError
+from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.reports.verdicts import MAX_BYTES
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.crypto import api_keys
 from tg_tinker_server.crypto.signing import TenantSigner
 from tg_tinker_server.engine.backend import Backend
 from tg_tinker_server.engine.vector import WithVectors
-from tg_tinker_server.foundation import DEFAULT_ROLES, Foundation
+from tg_tinker_server.foundation import DEFAULT_ROLES, SYSTEM_TENANT, Foundation
+from tg_tinker_server.gateway.application import Gateway, Services
 from tg_tinker_server.ledger.audit import AuditLog
 from tg_tinker_server.ledger.log import TransparencyLog
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
@@ -34,8 +36,10 @@ from tg_tinker_server.rpc.submitting import Submitting
 from tg_tinker_server.rpc.training import TrainingServicer
 from tg_tinker_server.service.caller import Authenticator
 from tg_tinker_server.service.checkpoints import CheckpointService
+from tg_tinker_server.service.custom_losses import CustomLosses
 from tg_tinker_server.service.dataset_keys import DatasetKeys
 from tg_tinker_server.service.datasets import DatasetService
+from tg_tinker_server.service.dispatch import Dispatch
 from tg_tinker_server.service.draws import DrawService
 from tg_tinker_server.service.durability import Durability, now
 from tg_tinker_server.service.executors import Executors
@@ -48,11 +52,16 @@ from tg_tinker_server.service.intake import Intake
 from tg_tinker_server.service.log import LogService
 from tg_tinker_server.service.operations import OperationService
 from tg_tinker_server.service.passes import PassQueue
+from tg_tinker_server.service.paths import Paths
+from tg_tinker_server.service.policy import KeyPolicy
 from tg_tinker_server.service.privacy import PrivacyService
+from tg_tinker_server.service.run_info import RunInfos
 from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.service.samplers import SamplerService
 from tg_tinker_server.service.sampling import SamplingService
 from tg_tinker_server.service.sealed_text import SealedText
+from tg_tinker_server.service.sweeper import Sweeper
+from tg_tinker_server.service.tokenizers import Tokenizers
 from tg_tinker_server.service.training import TrainingService
 from tg_tinker_server.service.updates import UpdatesService
 from tg_tinker_server.service.uploads import Uploads
@@ -66,14 +75,38 @@ def build_backend(config: ServerConfig) -> Backend:
         from tg_tinker_server.engine.bigram import BigramBackend
 
         return BigramBackend()
-    from tg_tinker_server.engine.models import BUNDLED_MODELS
     from tg_tinker_server.engine.performance import PerformanceConfig
     from tg_tinker_server.engine.torch_backend import TorchBackend
 
     performance = PerformanceConfig(
         device=config.device, base_dtype=config.base_dtype, micro_batch_tokens=config.micro_batch_tokens
     )
-    return TorchBackend({**BUNDLED_MODELS, **config.models}, performance)
+    return TorchBackend(model_sources(config), performance)
+
+
+def _loss_parser(config: ServerConfig) -> Callable[[str], object]:
+    """Reads graphs of callers' losses; only torch computes them."""
+
+    def parse(graph_json: str) -> object:
+        if config.backend == "bigram":
+            raise InvalidRequestError(
+                "this server computes no graphs: its backend is bigram", field="graph_json", constraint="torch"
+            )
+        from tg_tinker_server.engine.loss_fns.graph import parse_graph
+
+        return parse_graph(graph_json)
+
+    return parse
+
+
+def model_sources(config: ServerConfig) -> dict[str, str | Path]:
+    """Folders and hub ids of the models that the configuration offers; the bigram backend needs none."""
+    if config.backend == "bigram":
+        return {}
+    from tg_tinker_server.engine.models import BUNDLED_MODELS
+
+    bundled = {name: source for name, source in BUNDLED_MODELS.items() if isinstance(source, str | Path)}
+    return {**bundled, **config.models}
 
 
 class Server:
@@ -91,7 +124,9 @@ class Server:
         log = LogService(db, tree, executors)
         texts = SealedText(keyring)
         durability = Durability(db, vault, keyring, executors, config.kept_results)
-        checkpoints = CheckpointService(db, vault, ledger, durability, executors, texts)
+        paths = Paths(db, keyring, texts, now)
+        checkpoints = CheckpointService(db, vault, ledger, durability, executors, texts, paths)
+        self._sweeper = Sweeper(checkpoints)
         self._registry = RunRegistry(
             db,
             WithVectors(backend),
@@ -113,6 +148,7 @@ class Server:
         self._datasets = datasets = DatasetService(
             db, ledger, dataset_keys, max_bytes=config.max_dataset_bytes, max_records=config.max_dataset_records
         )
+        losses = CustomLosses(db, keyring, texts, executors, _loss_parser(config))
         training = TrainingService(
             ledger,
             log,
@@ -125,6 +161,7 @@ class Server:
                 executors,
                 PassLimits(max_records=config.max_batch_records, max_tokens=config.max_batch_tokens),
             ),
+            losses,
             config.share_passes,
             config.max_batch_records,
             config.max_batch_tokens,
@@ -150,15 +187,20 @@ class Server:
         )
         intake = Intake(db, vault, audit, texts, Uploads(executors))
         imports = ImportService(ledger, signers, intake)
-        weights = WeightsService(self._registry, audit, executors, intake)
-        submitting = Submitting(self._registry, operations)
-        endpoint = Endpoint(Authenticator(db, foundation.desk.pepper), executors)
+        weights = WeightsService(self._registry, audit, executors, intake, checkpoints)
+        updates = UpdatesService(training, executors)
+        dispatch = Dispatch(operations, training, updates, checkpoints, sampling)
+        submitting = Submitting(self._registry, operations, dispatch)
+        tokenizers = Tokenizers(model_sources(config))
+        infos = RunInfos(self._registry, privacy, tokenizers, operations.epoch)
+        authenticator = Authenticator(db, foundation.desk.pepper)
+        endpoint = Endpoint(authenticator, executors)
         self._grpc = GrpcServer(
             config,
             [
-                TrainingServicer(submitting, training, UpdatesService(training, executors), checkpoints),
+                TrainingServicer(submitting, losses),
                 SamplingServicer(submitting, sampling, samplers),
-                RunServicer(submitting, privacy, config),
+                RunServicer(submitting, infos, config),
                 FutureServicer(operations),
                 ArtifactServicer(checkpoints, exports, imports, executors),
                 DatasetServicer(datasets, executors),
@@ -167,24 +209,58 @@ class Server:
             ],
             endpoint,
         )
+        self._gateway: Gateway | None = None
+        if config.tinker_port is not None:
+            self._gateway = Gateway(
+                config,
+                Services(
+                    db=db,
+                    keyring=keyring,
+                    executors=executors,
+                    authenticator=authenticator,
+                    registry=self._registry,
+                    operations=operations,
+                    dispatch=dispatch,
+                    training=training,
+                    checkpoints=checkpoints,
+                    samplers=samplers,
+                    losses=losses,
+                    infos=infos,
+                    audit=audit,
+                    system_tenant=SYSTEM_TENANT,
+                    hub_ids=hub_ids,
+                    scratch=scratch,
+                ),
+            )
 
     @property
     def address(self) -> str:
         """Where it listens, host:port."""
         return self._grpc.address
 
+    @property
+    def tinker_url(self) -> str:
+        """Where the Tinker API is; empty where it is not served."""
+        return self._gateway.url if self._gateway else ""
+
     async def start(self) -> None:
         """Clear what a crash left over, then accept calls."""
         await self._executors.io(self._sweep)
         await self._grpc.start()
+        if self._gateway is not None:
+            await self._gateway.start()
         self._watch = asyncio.create_task(self._stop_accepting_when_unhealthy())
+        self._sweeping = asyncio.create_task(self._sweeper.run(), name="sweeper")
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Drain: say so, let running operations end, close everything."""
         grace = self.config.drain_s if grace_s is None else grace_s
         self._watch.cancel()
+        self._sweeping.cancel()
         await self._grpc.stop_accepting()
         self._operations.stopping.set()
+        if self._gateway is not None:
+            await self._gateway.stop(min(grace, 2.0))
         await self._registry.close(grace)
         await self._passes.close()
         await self._samplers.close()
@@ -203,6 +279,7 @@ class Server:
         """Delete what a crash left: ciphertexts no row points to, and older pages with keys destroyed since."""
         db = self._foundation.db
         db.forget_deleted()
+        self._sweeper.sweep()
         wanted = db.read(run_rows.referenced_states) | db.read(artifact_rows.live_artifact_ids)
         self._foundation.vault.sweep(wanted)
         self._datasets.sweep()
@@ -232,9 +309,18 @@ class EmbeddedServer:
             raise ServerError("the embedded server is not running; use it in a with statement")
         return self._server.address
 
-    def mint_key(self, tenant: str = "default", roles: tuple[str, ...] = DEFAULT_ROLES) -> str:
-        """Create an API key for this server."""
-        return self._foundation.desk.mint(tenant, roles)
+    @property
+    def tinker_url(self) -> str:
+        """Where the Tinker API is; needs a configuration with ``tinker_port``."""
+        if self._server is None or not self._server.tinker_url:
+            raise ServerError("the Tinker API is not served; set ServerConfig.tinker_port, and use a with statement")
+        return self._server.tinker_url
+
+    def mint_key(
+        self, tenant: str = "default", roles: tuple[str, ...] = DEFAULT_ROLES, policy: KeyPolicy | None = None
+    ) -> str:
+        """Create an API key for this server; with a policy it is bound to one dataset and its privacy."""
+        return self._foundation.desk.mint(tenant, roles, policy=policy)
 
     def revoke_key(self, key: str) -> None:
         """Revoke an API key; it stops working within a second."""

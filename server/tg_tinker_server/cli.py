@@ -11,10 +11,11 @@ import click
 
 from tg_tinker.commands.plugins import PluginGroup
 from tg_tinker.errors import TGTinkerError
-from tg_tinker_server.config import ServerConfig
+from tg_tinker_server.config import DEFAULT_TINKER_PORT, ServerConfig
 from tg_tinker_server.crypto.keys import create_key_file
 from tg_tinker_server.foundation import DEFAULT_ROLES, Foundation
 from tg_tinker_server.logs import configure_logging
+from tg_tinker_server.service.policy import KeyPolicy
 
 config_option = click.option(
     "--config", "config_path", type=click.Path(path_type=Path, dir_okay=False), help="TOML file."
@@ -37,12 +38,28 @@ def plain_errors():  # type: ignore[no-untyped-def]
 @click.option("--host", help="Address to listen on (default 127.0.0.1).")
 @click.option("--port", type=int, help="Port to listen on (default 50051, 0 for a free one).")
 @click.option("--backend", type=click.Choice(["torch", "bigram"]), help="Model backend (default torch).")
+@click.option(
+    "--tinker-api",
+    "tinker_port",
+    type=click.IntRange(0, 65535),
+    is_flag=False,
+    flag_value=DEFAULT_TINKER_PORT,
+    metavar="[PORT]",
+    help=f"Also serve the Tinker API over HTTP, on this port (default {DEFAULT_TINKER_PORT}, 0 for a free one).",
+)
 def serve(
-    config_path: Path | None, data_dir: Path | None, host: str | None, port: int | None, backend: str | None
+    config_path: Path | None,
+    data_dir: Path | None,
+    host: str | None,
+    port: int | None,
+    backend: str | None,
+    tinker_port: int | None,
 ) -> None:
     """Run a server until SIGTERM or Ctrl-C; running operations are finished first."""
     with plain_errors():
-        config = ServerConfig.load(config_path, data_dir=data_dir, host=host, port=port, backend=backend)
+        config = ServerConfig.load(
+            config_path, data_dir=data_dir, host=host, port=port, backend=backend, tinker_port=tinker_port
+        )
         configure_logging(level=config.log_level, style=config.log_format)
         foundation = Foundation.open(config)
         asyncio.run(_serve(config, foundation))
@@ -58,6 +75,8 @@ async def _serve(config: ServerConfig, foundation: Foundation) -> None:
         asyncio.get_running_loop().add_signal_handler(sig, stop.set)
     tls = "TLS" if config.tls_cert else "plaintext"
     click.echo(f"tg-tinker serves on {server.address} ({tls}), data in {config.data_dir.resolve()}")
+    if server.tinker_url:
+        click.echo(f"the Tinker API is at {server.tinker_url}; TINKER_API_KEY is tml- and an API key")
     if not foundation.desk.list():
         click.echo("no API key exists yet: create one with `tg-tinker keys create` in another terminal")
     await stop.wait()
@@ -83,11 +102,25 @@ def keys() -> None:
 @click.option("--tenant", default="default", show_default=True, help="Whose key it is.")
 @click.option("--role", "roles", multiple=True, default=DEFAULT_ROLES, show_default=True, help="Repeatable.")
 @click.option("--label", default="", help="To recognise the key by.")
-def create(config_path: Path | None, data_dir: Path | None, tenant: str, roles: tuple[str, ...], label: str) -> None:
+@click.option(
+    "--policy",
+    "policy_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="TOML file: the one dataset and the privacy that the key is bound to.",
+)
+def create(
+    config_path: Path | None,
+    data_dir: Path | None,
+    tenant: str,
+    roles: tuple[str, ...],
+    label: str,
+    policy_path: Path | None,
+) -> None:
     """Create a key. It is shown once and stored nowhere."""
     with plain_errors():
+        policy = None if policy_path is None else KeyPolicy.of_toml(policy_path)
         foundation = Foundation.open(ServerConfig.load(config_path, data_dir=data_dir))
-        text = foundation.desk.mint(tenant, tuple(roles), label)
+        text = foundation.desk.mint(tenant, tuple(roles), label, policy=policy)
         foundation.db.close()
     click.echo(f"# tenant {tenant}, roles {', '.join(roles)}; shown once, keep it", err=True)
     click.echo(f"export TG_TINKER_API_KEY={text}")

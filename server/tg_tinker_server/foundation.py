@@ -16,6 +16,7 @@ from tg_tinker_server.crypto import api_keys
 from tg_tinker_server.crypto.envelope import TenantKeyring
 from tg_tinker_server.crypto.keys import create_key_file, key_provider
 from tg_tinker_server.service.caller import check_roles
+from tg_tinker_server.service.policy import KeyPolicy
 from tg_tinker_server.service.tenant_keys import StoredKeyRows
 from tg_tinker_server.store import key_rows
 from tg_tinker_server.store.database import Database
@@ -36,8 +37,15 @@ class KeyDesk:
     keyring: TenantKeyring
     pepper: bytes
 
-    def mint(self, tenant: str, roles: tuple[str, ...] = DEFAULT_ROLES, label: str = "") -> str:
-        """Create a key and return its text, which is stored nowhere."""
+    def mint(
+        self,
+        tenant: str,
+        roles: tuple[str, ...] = DEFAULT_ROLES,
+        label: str = "",
+        *,
+        policy: KeyPolicy | None = None,
+    ) -> str:
+        """Create a key and return its text, which is stored nowhere; a policy is all that it may see and do."""
         check_roles(roles)
         if not tenant or tenant == SYSTEM_TENANT:
             raise InvalidRequestError("name a tenant", field="tenant", constraint="not empty")
@@ -51,6 +59,7 @@ class KeyDesk:
             created=_now(),
             revoked=None,
             label=label,
+            policy=None if policy is None else policy.to_json(),
         )
         self.db.write(lambda tx: key_rows.insert_api_key(tx, row))
         return key.text

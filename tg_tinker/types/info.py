@@ -38,7 +38,15 @@ class TrainingClientInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactInfo:
-    """One encrypted checkpoint in the store."""
+    """One encrypted checkpoint in the store.
+
+    Attributes:
+        kind: "weights", "sampler_weights" (without an optimizer) or "external_weights".
+        path: ``tg://<run>/<kind>/<name or id>``; an id will do wherever a path will.
+        expires: from then on it is missing; ``None``: kept until it is deleted.
+        optimizer: whether the optimizer's state is in it.
+        metadata: of its writer; empty where that was over 4 KiB.
+    """
 
     artifact_id: str
     training_client_id: str
@@ -49,6 +57,11 @@ class ArtifactInfo:
     key_id: str
     timestamp: datetime
     name: str = ""
+    kind: str = "weights"
+    path: str = ""
+    expires: datetime | None = None
+    optimizer: bool = True
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +76,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What the server can do."""
+    """What the server can do; ``api`` names every method, as ``<service>/<name>``."""
 
     server_version: str
     api_version: str
@@ -77,6 +90,7 @@ class Capabilities:
     dp_sampling_modes: list[str]
     dp_accountants: list[str]
     tenant_id: str
+    api: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,10 @@ class RunInfo:
         privacy: ``None`` without differential privacy.
         base_dtype: precision of the frozen base that the service chose.
         unit_key: key of the HMAC that hides privacy unit ids from the server; empty in lists.
+        family: architecture of the base model, such as "llama".
+        tokenizer_id: hub id of its tokenizer, or the name under which the server hands it out; empty: neither.
+        request_id: that made the run.
+        updated: when its durable state last changed.
     """
 
     run_id: str
@@ -55,3 +59,22 @@ class RunInfo:
     trainable_parameters: int = 0
     base_dtype: str = ""
     unit_key: bytes = field(default=b"", repr=False)
+    family: str = ""
+    tokenizer_id: str = ""
+    request_id: str = ""
+    updated: datetime | None = None
+
+    @property
+    def model_name(self) -> str:
+        """Of the base model."""
+        return self.config.model_ref
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether an adapter is trained, and not every parameter."""
+        return self.config.lora_config is not None
+
+    @property
+    def lora_rank(self) -> int | None:
+        """Of the adapter."""
+        return None if self.config.lora_config is None else self.config.lora_config.rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tg_tinker.proto.v1 import artifacts_pb2
 from tg_tinker.types import ArtifactInfo
+from tg_tinker.wire.calls import json_from_text, json_to_text
 from tg_tinker.wire.times import time_from_proto, time_to_proto
 
 
@@ -19,6 +20,11 @@ def artifact_to_proto(info: ArtifactInfo) -> artifacts_pb2.ArtifactInfo:
         encryption_key_id=info.key_id,
         timestamp=time_to_proto(info.timestamp),
         name=info.name,
+        kind=info.kind,
+        path=info.path,
+        expires=None if info.expires is None else time_to_proto(info.expires),
+        optimizer=info.optimizer,
+        metadata_json=json_to_text(info.metadata, field="metadata"),
     )
 
 
@@ -34,4 +40,9 @@ def artifact_from_proto(message: artifacts_pb2.ArtifactInfo) -> ArtifactInfo:
         key_id=message.encryption_key_id,
         timestamp=time_from_proto(message.timestamp),
         name=message.name,
+        kind=message.kind,
+        path=message.path,
+        expires=time_from_proto(message.expires) if message.HasField("expires") else None,
+        optimizer=message.optimizer,
+        metadata=json_from_text(message.metadata_json, field="metadata"),
     )

@@ -126,7 +126,7 @@ class Save:
     """One save_state.
 
     Attributes:
-        kind: "state"; "sampler": weights for sampling, never the optimizer.
+        kind: "state"; "sampler": weights for sampling, "external": weights to hand out; never with the optimizer.
         name: unique for the run and kind, unless ``overwrite``; empty: none.
         ttl_seconds: after which it is deleted; ``None``: never.
     """
@@ -134,7 +134,7 @@ class Save:
     include_optimizer: bool = True
     metadata: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
-    kind: Literal["state", "sampler"] = "state"
+    kind: Literal["state", "sampler", "external"] = "state"
     ttl_seconds: int | None = None
     overwrite: bool = False
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2, sampling_pb2
+from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2, sampling_pb2, training_pb2
 from tg_tinker.types import TrainingConfig
 from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.wire.calls import json_to_text, sampling_to_proto
@@ -21,7 +21,7 @@ def create_run(
 ) -> runs_pb2.CreateTrainingClientRequest:
     """Make a run; the same ``request_id`` again gets the same run."""
     return runs_pb2.CreateTrainingClientRequest(
-        request_id=request_id, config_json=config_to_json(config), checkpoint_id=checkpoint_id or ""
+        request_id=request_id, config_json=config_to_json(config, as_asked=True), checkpoint_id=checkpoint_id or ""
     )
 
 
@@ -30,9 +30,9 @@ def get_run(run_id: str) -> runs_pb2.GetTrainingClientRequest:
     return runs_pb2.GetTrainingClientRequest(run_id=run_id)
 
 
-def list_runs(status: str | None, limit: int) -> runs_pb2.ListTrainingClientsRequest:
-    """The newest ``limit`` runs, of one status or of all."""
-    return runs_pb2.ListTrainingClientsRequest(status=status or "", limit=limit)
+def list_runs(status: str | None, limit: int, offset: int = 0) -> runs_pb2.ListTrainingClientsRequest:
+    """The newest ``limit`` runs after the first ``offset``, of one status or of all."""
+    return runs_pb2.ListTrainingClientsRequest(status=status or "", limit=limit, offset=offset)
 
 
 def delete_run(run_id: str) -> runs_pb2.DeleteTrainingClientRequest:
@@ -84,9 +84,26 @@ def pull_artifact(artifact_id: str) -> artifacts_pb2.PullArtifactRequest:
     return artifacts_pb2.PullArtifactRequest(artifact_id=artifact_id)
 
 
-def list_artifacts(run_id: str | None, limit: int) -> artifacts_pb2.ListArtifactsRequest:
-    """The newest ``limit`` checkpoints, of one run or of all."""
-    return artifacts_pb2.ListArtifactsRequest(run_id=run_id or "", limit=limit)
+def list_artifacts(
+    run_id: str | None, limit: int, offset: int = 0, *, kind: str = ""
+) -> artifacts_pb2.ListArtifactsRequest:
+    """The newest ``limit`` checkpoints after the first ``offset``, of one run or of all, of one kind or of any."""
+    return artifacts_pb2.ListArtifactsRequest(run_id=run_id or "", limit=limit, offset=offset, kind=kind)
+
+
+def get_artifact(artifact_id: str) -> artifacts_pb2.GetArtifactRequest:
+    """Describe a checkpoint, by id or path."""
+    return artifacts_pb2.GetArtifactRequest(artifact_id=artifact_id)
+
+
+def set_artifact_ttl(artifact_id: str, ttl_seconds: int | None) -> artifacts_pb2.SetArtifactTTLRequest:
+    """Say how long from now a checkpoint is kept; ``None``: until it is deleted."""
+    return artifacts_pb2.SetArtifactTTLRequest(artifact_id=artifact_id, ttl_seconds=ttl_seconds)
+
+
+def create_custom_loss(graph_json: str) -> training_pb2.CreateCustomLossRequest:
+    """Have the server keep a traced loss."""
+    return training_pb2.CreateCustomLossRequest(graph_json=graph_json)
 
 
 def delete_artifact(artifact_id: str) -> artifacts_pb2.DeleteArtifactRequest:

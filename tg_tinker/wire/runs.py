@@ -17,14 +17,20 @@ from tg_tinker.wire.times import time_from_proto, time_to_proto
 API_VERSION = "1.0"
 
 
-def config_to_json(config: TrainingConfig) -> str:
+def config_to_json(config: TrainingConfig, *, as_asked: bool = False) -> str:
     """A configuration as JSON text; infinities stay infinities.
+
+    Args:
+        as_asked: without what was not set in its ``dp_config``: a server whose policy fills that in can then tell.
 
     Raises:
         InvalidRequestError: metadata or model_kwargs hold something that is not JSON.
     """
     try:
-        return json.dumps(config.model_dump(), separators=(",", ":"))
+        values = config.model_dump()
+        if as_asked and config.dp_config is not None:
+            values["dp_config"] = config.dp_config.model_dump(exclude_unset=True)
+        return json.dumps(values, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as e:
         raise InvalidRequestError(
             f"the configuration holds something that is not JSON (metadata and model_kwargs must be): {e}",
@@ -90,6 +96,10 @@ def run_info_to_proto(info: RunInfo) -> runs_pb2.RunInfo:
         base_dtype=info.base_dtype,
         model_ref=info.config.model_ref,
         unit_key=info.unit_key,
+        family=info.family,
+        tokenizer_id=info.tokenizer_id,
+        request_id=info.request_id,
+        updated=None if info.updated is None else time_to_proto(info.updated),
     )
 
 
@@ -107,6 +117,10 @@ def run_info_from_proto(message: runs_pb2.RunInfo) -> RunInfo:
         trainable_parameters=message.trainable_parameters,
         base_dtype=message.base_dtype,
         unit_key=message.unit_key,
+        family=message.family,
+        tokenizer_id=message.tokenizer_id,
+        request_id=message.request_id,
+        updated=time_from_proto(message.updated) if message.HasField("updated") else None,
     )
 
 
@@ -131,6 +145,7 @@ def capabilities_to_proto(capabilities: Capabilities) -> runs_pb2.Capabilities:
         dp_sampling_modes=capabilities.dp_sampling_modes,
         dp_accountants=capabilities.dp_accountants,
         tenant_id=capabilities.tenant_id,
+        api=capabilities.api,
     )
 
 
@@ -153,4 +168,5 @@ def capabilities_from_proto(message: runs_pb2.Capabilities) -> Capabilities:
         dp_sampling_modes=list(message.dp_sampling_modes),
         dp_accountants=list(message.dp_accountants),
         tenant_id=message.tenant_id,
+        api=list(message.api),
     )

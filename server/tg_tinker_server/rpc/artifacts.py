@@ -10,7 +10,7 @@ from tg_tinker.proto.v1 import artifacts_pb2
 from tg_tinker.types import ArtifactInfo
 from tg_tinker.wire.artifacts import artifact_to_proto
 from tg_tinker_server.rpc.endpoint import Call
-from tg_tinker_server.service.checkpoints import CheckpointService
+from tg_tinker_server.service.checkpoints import CheckpointService, Described
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.exports import ExportService, Sealing
 from tg_tinker_server.service.imports import ImportService
@@ -21,7 +21,7 @@ MAX_LISTED = 1000
 
 @dataclass(frozen=True, slots=True)
 class ArtifactServicer:
-    """pull, list, delete, export, import."""
+    """pull, list, get, delete, set a lifetime, export, import."""
 
     checkpoints: CheckpointService
     exports: ExportService
@@ -32,23 +32,42 @@ class ArtifactServicer:
         self, call: Call, request: artifacts_pb2.PullArtifactRequest
     ) -> AsyncIterator[artifacts_pb2.ArtifactChunk]:
         """Stream the ciphertext."""
-        pieces = await self.checkpoints.pull(call.tenant, request.artifact_id)
+        pieces = await self.checkpoints.pull(call.caller, request.artifact_id)
         while (piece := await self.executors.io(next, pieces, None)) is not None:
             yield artifacts_pb2.ArtifactChunk(data=piece)
 
     async def ListArtifacts(  # noqa: N802
         self, call: Call, request: artifacts_pb2.ListArtifactsRequest
     ) -> artifacts_pb2.ListArtifactsReply:
-        """The tenant's checkpoints, newest first."""
+        """The caller's checkpoints, newest first."""
         limit = min(max(1, request.limit or 100), MAX_LISTED)
-        rows = await self.checkpoints.list(call.tenant, request.run_id, limit)
-        return artifacts_pb2.ListArtifactsReply(artifacts=[artifact_to_proto(info_of(r)) for r in rows])
+        found, total = await self.checkpoints.list(
+            call.caller, run_id=request.run_id, purpose=request.kind, limit=limit, offset=request.offset
+        )
+        return artifacts_pb2.ListArtifactsReply(artifacts=[artifact_to_proto(info_of(d)) for d in found], total=total)
+
+    async def GetArtifact(  # noqa: N802
+        self, call: Call, request: artifacts_pb2.GetArtifactRequest
+    ) -> artifacts_pb2.ArtifactInfo:
+        """Describe a checkpoint."""
+        return await self._described(await self.checkpoints.row(call.caller, request.artifact_id))
+
+    async def SetArtifactTTL(  # noqa: N802
+        self, call: Call, request: artifacts_pb2.SetArtifactTTLRequest
+    ) -> artifacts_pb2.ArtifactInfo:
+        """Let a checkpoint expire, or keep it."""
+        row = await self.checkpoints.row(call.caller, request.artifact_id)
+        ttl = request.ttl_seconds if request.HasField("ttl_seconds") else None
+        return await self._described(await self.checkpoints.set_ttl(call.caller, row, ttl))
+
+    async def _described(self, row: ArtifactRow) -> artifacts_pb2.ArtifactInfo:
+        return artifact_to_proto(info_of(await self.checkpoints.describe(row)))
 
     async def DeleteArtifact(  # noqa: N802
         self, call: Call, request: artifacts_pb2.DeleteArtifactRequest
     ) -> artifacts_pb2.DeleteArtifactReply:
         """Delete a checkpoint."""
-        await self.checkpoints.delete(call.tenant, request.artifact_id)
+        await self.checkpoints.delete(call.caller, request.artifact_id)
         return artifacts_pb2.DeleteArtifactReply()
 
     async def ExportArtifact(  # noqa: N802
@@ -80,12 +99,13 @@ class ArtifactServicer:
 
         row, manifest = await self.imports.take(call.caller, first.signer, data())
         return artifacts_pb2.ImportArtifactReply(
-            artifact=artifact_to_proto(info_of(row)), manifest_json=manifest.payload().decode()
+            artifact=await self._described(row), manifest_json=manifest.payload().decode()
         )
 
 
-def info_of(row: ArtifactRow) -> ArtifactInfo:
-    """A checkpoint's row, as callers see it."""
+def info_of(described: Described) -> ArtifactInfo:
+    """A checkpoint, as callers see it."""
+    row = described.row
     return ArtifactInfo(
         artifact_id=row.artifact_id,
         training_client_id=row.run_id,
@@ -95,5 +115,10 @@ def info_of(row: ArtifactRow) -> ArtifactInfo:
         algorithm=row.algorithm,
         key_id=row.key_id,
         timestamp=row.created,
-        name=row.name,
+        name=described.name,
+        kind=row.purpose,
+        path=described.path,
+        expires=row.expires,
+        optimizer=row.optimizer is not False,
+        metadata=dict(described.metadata),
     )

@@ -52,7 +52,8 @@ class FederationServicer:
                 yield request.data
 
         row = await self.weights.take(call.caller, new_weights_from_proto(first.head), data())
-        return federation_pb2.ImportWeightsReply(artifact=artifact_to_proto(info_of(row)))
+        described = await self.weights.checkpoints.describe(row)
+        return federation_pb2.ImportWeightsReply(artifact=artifact_to_proto(info_of(described)))
 
     async def NoteFederation(  # noqa: N802
         self, call: Call, request: federation_pb2.NoteFederationRequest

@@ -59,5 +59,5 @@ class FutureServicer:
             raise ResourceNotFoundError(
                 "no such future for this tenant", resource_type="future", resource_id=str(asked)
             )
-        run, operation = await self.operations.find(call.tenant, *position)
+        run, operation = await self.operations.find(call.caller, *position)
         return run, position[1], operation

@@ -28,13 +28,13 @@ class SamplingServicer:
         self, call: Call, request: sampling_pb2.SampleRequest
     ) -> training_pb2.Submitted:
         """Complete prompts, in order with the run's other operations."""
-        return await self.submitting.submit(call, request, "sample", self.sampling.sample, effect=False)
+        return await self.submitting.submit(call, request, "sample", effect=False)
 
     async def SampleStream(  # noqa: N802
         self, call: Call, request: sampling_pb2.SampleStreamRequest
     ) -> AsyncIterator[sampling_pb2.SampleChunk]:
         """Stream one completion."""
-        run = await self.submitting.registry.get(call.tenant, request.run_id)
+        run = await self.submitting.registry.get(call.caller, request.run_id)
         params, completions = sampling_from_proto(request.params)
         value = Generate(prompts=(request.prompt,), params=params, num_completions=completions)
         check(value)
@@ -48,7 +48,7 @@ class SamplingServicer:
         if request.sampler_id:
             rows = await self.samplers.encode(call.caller, request.sampler_id, list(request.texts))
         else:
-            run = await self.submitting.registry.get(call.tenant, request.run_id)
+            run = await self.submitting.registry.get(call.caller, request.run_id)
             rows = await self.sampling.encode(run, list(request.texts))
         return sampling_pb2.EncodeReply(ids=[sampling_pb2.TokenIds(ids=row) for row in rows])
 
@@ -60,7 +60,7 @@ class SamplingServicer:
         if request.sampler_id:
             texts = await self.samplers.decode(call.caller, request.sampler_id, ids)
         else:
-            run = await self.submitting.registry.get(call.tenant, request.run_id)
+            run = await self.submitting.registry.get(call.caller, request.run_id)
             texts = await self.sampling.decode(run, ids)
         return sampling_pb2.DecodeReply(texts=texts)
 

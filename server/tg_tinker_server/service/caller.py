@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tg_tinker.errors import AuthenticationError, AuthorizationError, InvalidRequestError
+from tg_tinker.types import TrainingConfig
 from tg_tinker_server.crypto import api_keys
+from tg_tinker_server.service.policy import KeyPolicy, refuse_by_policy
 from tg_tinker_server.store import key_rows
 from tg_tinker_server.store.database import Database
 
@@ -25,11 +27,25 @@ _CACHE_S = 0.5  # a revoked key stops working within a second
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """An authenticated key. ``tenant`` is part of every key in every table."""
+    """An authenticated key. ``tenant`` is part of every key in every table; ``policy`` is all that it may see."""
 
     tenant: str
     key_id: str
     scopes: frozenset[str]
+    policy: KeyPolicy | None = None
+
+    def sees(self, config: TrainingConfig) -> bool:
+        """Whether a run of this configuration exists for the key."""
+        return self.policy is None or self.policy.admits(config)
+
+    def refuse_policy(self, what: str) -> None:
+        """Refuse what a key with a policy may not do at all.
+
+        Raises:
+            AuthorizationError: it has one.
+        """
+        if self.policy is not None:
+            raise refuse_by_policy(what)
 
     def require(self, scope: str) -> None:
         """Refuse a call that the key's roles do not allow.
@@ -99,4 +115,5 @@ class Authenticator:
         if tenant is not None and tenant != row.tenant:
             raise AuthorizationError("this API key belongs to another tenant; leave tenant_id out or correct it")
         scopes = frozenset().union(*(SCOPES_OF_ROLE.get(r, frozenset()) for r in row.roles))
-        return Caller(tenant=row.tenant, key_id=row.key_id, scopes=scopes)
+        policy = None if row.policy is None else KeyPolicy.from_json(row.policy)
+        return Caller(tenant=row.tenant, key_id=row.key_id, scopes=scopes, policy=policy)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
-from tg_tinker.errors import DPUnsupportedError, InvalidRequestError, ResourceNotFoundError
+from tg_tinker.errors import DPUnsupportedError, InvalidRequestError
 from tg_tinker.exports.manifest import is_attested
 from tg_tinker.types import EncryptionInfo, LoadStateResult, SavedState
+from tg_tinker.wire.calls import MAX_TTL_S, Load, Save
 from tg_tinker.wire.runs import config_to_json
 from tg_tinker_server.artifacts.vault import Vault
 from tg_tinker_server.engine.backend import EngineState
 from tg_tinker_server.engine.state import checkpoint_of
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
+from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.durability import CHECKPOINT, Durability, new_id, now
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
@@ -25,25 +27,39 @@ from tg_tinker_server.service.lineage import (
     lineage_after,
     refuse_one_name_for_two_datasets,
 )
+from tg_tinker_server.service.paths import NAME, PURPOSES, Paths, check_name, is_path, not_found, path_of
 from tg_tinker_server.service.run import ACTIVE, DONE, Run
 from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.store import artifact_rows
 from tg_tinker_server.store.database import Database, Transaction
 
-NAME = "artifact-name"
+METADATA = "artifact-metadata"
 MAX_METADATA_BYTES = 1 << 20
+MAX_LISTED_METADATA_BYTES = 1 << 12
+_PURPOSE_OF_KIND = {"state": "weights", "sampler": "sampler_weights", "external": "external_weights"}
 
 
-def not_found(artifact_id: str) -> ResourceNotFoundError:
-    """The one answer for a missing artifact and for another tenant's."""
-    return ResourceNotFoundError(
-        "no such artifact for this tenant", resource_type="artifact", resource_id=artifact_id
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """A checkpoint as its owner may see it.
+
+    Attributes:
+        metadata: of its writer; empty when it was over 4 KiB.
+    """
+
+    row: artifact_rows.ArtifactRow
+    name: str
+    path: str
+    metadata: Mapping[str, Any]
+
+
+Page = tuple[list[Described], int]
+Rows = tuple[list[artifact_rows.ArtifactRow], int]
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointService:
-    """Encrypted checkpoints of runs."""
+    """Encrypted checkpoints of runs. Names are unique for a run and purpose; what has expired is missing."""
 
     db: Database
     vault: Vault
@@ -51,28 +67,33 @@ class CheckpointService:
     durability: Durability
     executors: Executors
     texts: SealedText
+    paths: Paths
 
-    async def save(
-        self,
-        run: Run,
-        operation: Operation,
-        *,
-        include_optimizer: bool,
-        metadata: Mapping[str, Any],
-        name: str,
-    ) -> SavedState:
+    async def save(self, run: Run, operation: Operation, request: Save) -> SavedState:
         """Write trainable weights, step, configuration, metadata and the ledger's head, encrypted.
 
-        Pending gradients and the state of the noise generator are never part of it.
+        Pending gradients and the state of the noise generator are never part of it. Nor is the optimizer, where it is
+        for sampling.
+
+        Raises:
+            InvalidRequestError: the name cannot be, or is taken and ``overwrite`` is off.
         """
         run.require_intact()
+        metadata, purpose = dict(request.metadata), _PURPOSE_OF_KIND[request.kind]
+        include_optimizer = request.include_optimizer and request.kind == "state"
+        check_name(request.name)
+        expires = expiry_after(request.ttl_seconds)
         operation.commit()  # from here on a cancellation comes too late: the checkpoint will exist
-        if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
+        metadata_json = json.dumps(metadata)
+        if len(metadata_json) > MAX_METADATA_BYTES:
             raise InvalidRequestError(
                 "metadata is over 1 MiB; keep large things elsewhere",
                 field="metadata",
                 constraint="<= 1 MiB of JSON",
             )
+        name_mac = None
+        if request.name:
+            name_mac = await self.executors.io(self.paths.name_mac, run.tenant, run.run_id, purpose, request.name)
         engine = checkpoint_of(await self.executors.compute(run.session.export_state, optimizer=include_optimizer))
         artifact_id, when = new_id("ckpt"), now()
         head = await self._ledger_head(run)
@@ -94,15 +115,7 @@ class CheckpointService:
                 "provenance": list(run.lineage),
             },
         )
-        result = SavedState(
-            artifact_id=artifact_id,
-            size_bytes=sealed.size_bytes,
-            encryption=EncryptionInfo(algorithm=sealed.algorithm, key_id=sealed.key_id),
-            metadata=dict(metadata),
-            timestamp=when,
-            path=f"tg://{run.run_id}/{name or artifact_id}",
-            content_hash=sealed.content_hash,
-        )
+        listed = metadata_json if len(metadata_json) <= MAX_LISTED_METADATA_BYTES else "{}"
         row = artifact_rows.ArtifactRow(
             tenant=run.tenant,
             artifact_id=artifact_id,
@@ -113,27 +126,70 @@ class CheckpointService:
             content_hash=sealed.content_hash,
             algorithm=sealed.algorithm,
             key_id=sealed.key_id,
-            name=await self.executors.io(self.texts.seal, run.tenant, NAME, name, artifact_id),
+            name=await self.executors.io(self.texts.seal, run.tenant, NAME, request.name, artifact_id),
             created=when,
+            purpose=purpose,
+            name_mac=name_mac,
+            expires=expires,
+            optimizer=include_optimizer,
+            metadata_json=await self.executors.io(self.texts.seal, run.tenant, METADATA, listed, artifact_id),
         )
-        await self.durability.keep_result(
-            run, operation, result, also=lambda tx: artifact_rows.insert_artifact(tx, row)
+        result = SavedState(
+            artifact_id=artifact_id,
+            size_bytes=sealed.size_bytes,
+            encryption=EncryptionInfo(algorithm=sealed.algorithm, key_id=sealed.key_id),
+            metadata=metadata,
+            timestamp=when,
+            path=path_of(row, request.name),
+            content_hash=sealed.content_hash,
         )
+        replaced: list[str] = []
+        try:
+            await self.durability.keep_result(
+                run,
+                operation,
+                result,
+                also=lambda tx: replaced.extend(self._insert(tx, row, overwrite=request.overwrite)),
+            )
+        except InvalidRequestError:  # of any other failure the row may be on disk; the next start sweeps if it is not
+            await self.executors.io(self.vault.delete, tenant=run.tenant, artifact_id=artifact_id)
+            raise
+        for old in replaced:
+            self.executors.io_later(self.durability.delete_state, run.tenant, old)
         return result
 
-    async def load(
-        self, run: Run, operation: Operation, *, artifact_id: str, optimizer: bool | None
-    ) -> LoadStateResult:
-        """Verify, decrypt and load a checkpoint. Budgets never go back: the ledger is not part of it."""
+    def _insert(self, tx: Transaction, row: artifact_rows.ArtifactRow, *, overwrite: bool) -> list[str]:
+        """Add a row; returns which artifact it took the name of. One transaction: a name never stands for two."""
+        replaced = []
+        if row.name_mac is not None:
+            there = artifact_rows.find_named(tx, row.tenant, row.run_id, row.purpose, row.name_mac)
+            if there is not None:
+                if self.paths.live(there) and not overwrite:
+                    raise InvalidRequestError(
+                        "this run has a checkpoint of that name; choose another, delete it, or save with "
+                        "overwrite=True",
+                        field="name",
+                        constraint="unique for the run and kind",
+                    )
+                artifact_rows.mark_deleted(tx, row.tenant, there.artifact_id, now())
+                replaced.append(there.artifact_id)
+        artifact_rows.insert_artifact(tx, row)
+        return replaced
+
+    async def load(self, caller: Caller, run: Run, operation: Operation, request: Load) -> LoadStateResult:
+        """Verify, decrypt and load a checkpoint. Budgets never go back: the ledger is not part of it.
+
+        By id all that was saved is loaded, by path the weights; ``optimizer`` says otherwise.
+
+        Raises:
+            ResourceNotFoundError: there is none for this caller.
+            InvalidRequestError: it was altered, or does not fit the run.
+        """
+        row = await self.row(caller, request.artifact_id)
+        artifact_id = row.artifact_id
         opened, state = await self.open(run.tenant, artifact_id)
         self.check_fits(run, state)
-        if optimizer and not state["optimizer"]:
-            raise InvalidRequestError(
-                "this checkpoint was saved without optimizer state; load it with optimizer=False or leave it out",
-                field="optimizer",
-                constraint="saved with include_optimizer=True",
-            )
-        with_optimizer = bool(state["optimizer"]) if optimizer is None else optimizer
+        with_optimizer = takes_optimizer(request.artifact_id, request.optimizer, state)
         operation.commit()
         async with run.weights:
             await self.executors.compute(run.session.import_state, opened, optimizer=with_optimizer)
@@ -166,45 +222,99 @@ class CheckpointService:
         return result
 
     async def open(self, tenant: str, artifact_id: str) -> tuple[EngineState, Mapping[str, Any]]:
-        """A tenant's checkpoint, verified to its end before anything of it is used.
+        """A tenant's checkpoint whose `row` was found, verified to its end before anything of it is used.
 
         Raises:
-            ResourceNotFoundError: there is none for this tenant.
-            InvalidRequestError: it was altered.
+            InvalidRequestError: it was altered, or was deleted just now.
         """
-        await self.row(tenant, artifact_id)
         opened = await self.executors.io(self.vault.open, tenant=tenant, artifact_id=artifact_id, kind=CHECKPOINT)
         return EngineState(tensors=opened.tensors, scalars=opened.state["engine"]), opened.state
 
-    async def row(self, tenant: str, artifact_id: str) -> artifact_rows.ArtifactRow:
-        """The index row of a tenant's checkpoint."""
-        row = await self.executors.io(self.db.read, lambda tx: artifact_rows.get_artifact(tx, tenant, artifact_id))
-        if row is None:
-            raise not_found(artifact_id)
-        return row
+    async def row(self, caller: Caller, path_or_id: str) -> artifact_rows.ArtifactRow:
+        """The index row of a checkpoint that the caller may see, by address or id.
 
-    async def list(self, tenant: str, run_id: str, limit: int) -> list[artifact_rows.ArtifactRow]:
-        """A tenant's checkpoints, newest first."""
+        Raises:
+            ResourceNotFoundError: there is none.
+        """
+        return await self.executors.io(self.paths.resolve, caller, path_or_id)
 
-        def read(tx: Transaction) -> list[artifact_rows.ArtifactRow]:
-            return artifact_rows.list_artifacts(tx, tenant, run_id=run_id or None, limit=limit)
+    async def describe(self, row: artifact_rows.ArtifactRow) -> Described:
+        """A checkpoint with what is sealed in its row."""
+        return await self.executors.io(self._described, row)
 
-        def opened() -> list[artifact_rows.ArtifactRow]:
-            rows = self.db.read(read)
-            return [replace(r, name=self.texts.open(tenant, NAME, r.name, r.artifact_id)) for r in rows]
+    async def list(self, caller: Caller, *, run_id: str = "", purpose: str = "", limit: int, offset: int = 0) -> Page:
+        """A page of the checkpoints that the caller may see, newest first, and how many there are in all."""
+        if purpose and purpose not in PURPOSES:
+            raise InvalidRequestError("unknown kind of checkpoint", field="kind", constraint=", ".join(PURPOSES))
+        check_page(limit, offset)
+        return await self.executors.io(self._list, caller, run_id or None, purpose or None, limit, offset)
 
-        return await self.executors.io(opened)
+    def _list(self, caller: Caller, run_id: str | None, purpose: str | None, limit: int, offset: int) -> Page:
+        at, everything = now(), caller.policy is None
 
-    async def pull(self, tenant: str, artifact_id: str) -> Iterator[bytes]:
+        def read(tx: Transaction) -> Rows:
+            rows = artifact_rows.list_artifacts(
+                tx,
+                caller.tenant,
+                run_id=run_id,
+                purpose=purpose,
+                at=at,
+                limit=limit if everything else None,
+                offset=offset if everything else 0,
+            )
+            if not everything:
+                return rows, 0
+            return rows, artifact_rows.count_artifacts(tx, caller.tenant, run_id=run_id, purpose=purpose, at=at)
+
+        rows, total = self.db.read(read)
+        if not everything:
+            admitted = {run: self.paths.visible(caller, row) for run, row in {r.run_id: r for r in rows}.items()}
+            rows = [r for r in rows if admitted[r.run_id]]
+            rows, total = rows[offset : offset + limit], len(rows)
+        return [self._described(r) for r in rows], total
+
+    def _described(self, row: artifact_rows.ArtifactRow) -> Described:
+        name = self.texts.open(row.tenant, NAME, row.name, row.artifact_id)
+        sealed = row.metadata_json
+        text = "{}" if sealed is None else self.texts.open(row.tenant, METADATA, sealed, row.artifact_id)
+        # A name from before names were unique is no address.
+        path = path_of(row, name if row.name_mac is not None else "")
+        return Described(row=row, name=name, path=path, metadata=json.loads(text))
+
+    async def pull(self, caller: Caller, path_or_id: str) -> Iterator[bytes]:
         """The ciphertext, in pieces of at most 1 MiB; iterate it off the event loop."""
-        await self.row(tenant, artifact_id)
-        return self.vault.stream(tenant=tenant, artifact_id=artifact_id)
+        row = await self.row(caller, path_or_id)
+        return self.vault.stream(tenant=row.tenant, artifact_id=row.artifact_id)
 
-    async def delete(self, tenant: str, artifact_id: str) -> None:
+    async def set_ttl(
+        self, caller: Caller, row: artifact_rows.ArtifactRow, ttl_seconds: int | None
+    ) -> artifact_rows.ArtifactRow:
+        """Let a checkpoint expire so many seconds from now; ``None`` keeps it until it is deleted.
+
+        Raises:
+            ResourceNotFoundError: it is gone meanwhile.
+            InvalidRequestError: no such time.
+        """
+        expires = expiry_after(ttl_seconds)
+
+        def write(tx: Transaction) -> None:
+            there = artifact_rows.get_artifact(tx, row.tenant, row.artifact_id)
+            if there is None or not self.paths.live(there):  # what has expired does not come back
+                raise not_found(row.artifact_id)
+            artifact_rows.set_expiry(tx, row.tenant, row.artifact_id, expires)
+
+        await self.executors.io(self.db.write, write)
+        return await self.row(caller, row.artifact_id)
+
+    async def delete(self, caller: Caller, path_or_id: str) -> None:
         """Delete a checkpoint. What it cost stays in the ledger."""
-        await self.row(tenant, artifact_id)
-        await self.executors.io(self.db.write, lambda tx: artifact_rows.mark_deleted(tx, tenant, artifact_id, now()))
-        await self.executors.io(self.vault.delete, tenant=tenant, artifact_id=artifact_id)
+        row = await self.row(caller, path_or_id)
+        await self.executors.io(self.erase, row.tenant, row.artifact_id)
+
+    def erase(self, tenant: str, artifact_id: str) -> None:
+        """Delete a checkpoint: first it is missing, then its ciphertext goes. Call it off the event loop."""
+        self.db.write(lambda tx: artifact_rows.mark_deleted(tx, tenant, artifact_id, now()))
+        self.vault.delete(tenant=tenant, artifact_id=artifact_id)
 
     @staticmethod
     def lineage(run: Run, artifact_id: str, state: Mapping[str, Any]) -> Lineage:
@@ -266,6 +376,49 @@ class CheckpointService:
                 field="artifact_id",
                 constraint="same base model and adapter",
             )
+
+
+def takes_optimizer(asked_for: str, optimizer: bool | None, state: Mapping[str, Any]) -> bool:
+    """Whether a load takes the optimizer over: what was said, or else of an id what was saved, of a path nothing.
+
+    Raises:
+        InvalidRequestError: it was asked for and not saved.
+    """
+    saved = bool(state["optimizer"])
+    if optimizer and not saved:
+        raise InvalidRequestError(
+            "this checkpoint was saved without optimizer state; load it with optimizer=False or leave it out",
+            field="optimizer",
+            constraint="saved with include_optimizer=True",
+        )
+    return (saved and not is_path(asked_for)) if optimizer is None else optimizer
+
+
+def expiry_after(ttl_seconds: int | None) -> datetime | None:
+    """When something expires that lives so many seconds from now.
+
+    Raises:
+        InvalidRequestError: no such time.
+    """
+    if ttl_seconds is None:
+        return None
+    if not 1 <= ttl_seconds <= MAX_TTL_S:
+        raise InvalidRequestError(
+            f"ttl_seconds={ttl_seconds} is not possible", field="ttl_seconds", constraint=f"1 to {MAX_TTL_S}"
+        )
+    return now() + timedelta(seconds=ttl_seconds)
+
+
+def check_page(limit: int, offset: int) -> None:
+    """Refuse a page that cannot be.
+
+    Raises:
+        InvalidRequestError: it cannot.
+    """
+    if limit < 1 or not 0 <= offset < 2**62:
+        raise InvalidRequestError(
+            f"limit={limit}, offset={offset}: no such page", field="offset", constraint="limit from 1, offset from 0"
+        )
 
 
 def _shape(config: Mapping[str, Any]) -> Mapping[str, Any]:

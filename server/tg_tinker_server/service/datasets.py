@@ -18,6 +18,7 @@ from tg_tinker.wire.runs import config_from_json, config_to_json
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import DatasetScope
 from tg_tinker_server.ledger.terms import terms_of
+from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.dataset_keys import DatasetKeys
 from tg_tinker_server.service.durability import now
 from tg_tinker_server.store import dataset_rows as rows
@@ -193,13 +194,23 @@ class DatasetService:
             rows.update_store(tx, tenant, upload_id, status=rows.SEALED, created=now(), updated=now())
             return row.dataset_id
 
-        return self.get(tenant, self.db.write(write))
+        return self._info(self.row(tenant, self.db.write(write)))
 
     # Datasets.
 
-    def get(self, tenant: str, dataset_id: str) -> DatasetInfo:
-        """Describe a dataset."""
-        return self._info(self.row(tenant, dataset_id))
+    @staticmethod
+    def refuse_policy(caller: Caller) -> None:
+        """A key with a policy changes no dataset, its own neither.
+
+        Raises:
+            AuthorizationError: it has one.
+        """
+        caller.refuse_policy("register or change datasets")
+
+    def get(self, caller: Caller, dataset_id: str) -> DatasetInfo:
+        """Describe a dataset that the caller may see."""
+        self._require_visible(caller, dataset_id)
+        return self._info(self.row(caller.tenant, dataset_id))
 
     def row(self, tenant: str, dataset_id: str) -> rows.StoreRow:
         """The row of a dataset whose records are there.
@@ -216,12 +227,22 @@ class DatasetService:
         """The row of a dataset, also of a deleted one; ``None`` if the name was never registered."""
         return self.db.read(lambda tx: rows.find_dataset(tx, tenant, dataset_id))
 
-    def listed(self, tenant: str, limit: int) -> list[DatasetInfo]:
-        """A tenant's datasets, newest first."""
-        return [self._info(r) for r in self.db.read(lambda tx: rows.list_datasets(tx, tenant, limit=limit))]
+    def listed(self, caller: Caller, limit: int) -> list[DatasetInfo]:
+        """The datasets that the caller may see, newest first."""
+        if caller.policy is not None:
+            row = self.find(caller.tenant, caller.policy.dataset_id)
+            return [] if row is None or row.status != rows.SEALED else [self._info(row)]
+        return [self._info(r) for r in self.db.read(lambda tx: rows.list_datasets(tx, caller.tenant, limit=limit))]
 
-    def record_ids(self, tenant: str, dataset_id: str, position: int) -> tuple[list[bytes], int]:
+    @staticmethod
+    def _require_visible(caller: Caller, dataset_id: str) -> None:
+        if caller.policy is not None and caller.policy.dataset_id != dataset_id:
+            raise dataset_not_found(dataset_id)
+
+    def record_ids(self, caller: Caller, dataset_id: str, position: int) -> tuple[list[bytes], int]:
         """Ids of the records from a position on, and where to go on (0: these were the last)."""
+        self._require_visible(caller, dataset_id)
+        tenant = caller.tenant
         row = self.row(tenant, dataset_id)
         found = self.db.read(lambda tx: rows.ids_from(tx, tenant, row.upload_id, position, LISTED_IDS))
         return [i for *_, i in found], found[-1][0] + 1 if len(found) == LISTED_IDS else 0
@@ -245,7 +266,7 @@ class DatasetService:
 
         self.db.write(write)
         self.db.forget_deleted()
-        return self.get(tenant, dataset_id)
+        return self._info(self.row(tenant, dataset_id))
 
     def delete(self, tenant: str, dataset_id: str, actor: str) -> None:
         """Erase every record. The ledger stays, what was spent stays, and the name is never free again.

@@ -103,7 +103,8 @@ class ExportService:
             InvalidRequestError: it was altered, or cannot be exported.
         """
         started = now()
-        row = await self.checkpoints.row(caller.tenant, artifact_id)
+        row = await self.checkpoints.row(caller, artifact_id)
+        artifact_id = row.artifact_id
         # Not on the threads that steps wait for, and only so many at once: each keeps a core busy.
         async with self.places:
             state, names = await asyncio.to_thread(self._inspect, row)

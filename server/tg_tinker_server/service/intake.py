@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Generic, TypeVar
 
@@ -13,9 +13,10 @@ from tg_tinker_server.artifacts.tensors import Bytes
 from tg_tinker_server.artifacts.vault import SealedArtifact, Vault
 from tg_tinker_server.ledger.audit import AuditLog, AuditRecord
 from tg_tinker_server.service.caller import Caller
-from tg_tinker_server.service.checkpoints import NAME
+from tg_tinker_server.service.checkpoints import METADATA
 from tg_tinker_server.service.durability import CHECKPOINT, new_id, now
 from tg_tinker_server.service.lineage import IMPORTED
+from tg_tinker_server.service.paths import NAME
 from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.service.uploads import Uploads, refuse_given_up
 from tg_tinker_server.store import artifact_rows
@@ -71,6 +72,8 @@ class Intake:
             facts: for the audit log, also where it fails.
         """
 
+        caller.refuse_policy(f"import {what}")
+
         def work(pieces: Iterator[bytes], given_up: threading.Event) -> tuple[artifact_rows.ArtifactRow, T]:
             started, artifact_id = now(), new_id("ckpt")
             try:
@@ -97,7 +100,7 @@ class Intake:
             # A write that failed may still be on disk: then its ciphertext is needed. If not, the next start
             # deletes it.
             self.db.write(write)
-            return replace(row, name=""), opened.about
+            return row, opened.about
 
         return await self.uploads.take(caller.tenant, data, work, what=what)
 
@@ -114,6 +117,8 @@ class Intake:
             key_id=sealed.key_id,
             name=self.texts.seal(tenant, NAME, "", sealed.artifact_id),
             created=now(),
+            optimizer=False,
+            metadata_json=self.texts.seal(tenant, METADATA, "{}", sealed.artifact_id),
         )
 
 

@@ -18,6 +18,7 @@ from tg_tinker.errors import (
     TGTinkerError,
 )
 from tg_tinker_server.ledger.audit import AuditLog, AuditRecord
+from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.durability import Durability, now
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation, parse_future_id
@@ -97,9 +98,10 @@ class OperationService:
         run.lane.skip(finished)
         return run.lane.expected
 
-    async def find(self, tenant: str, run_id: str, seq: int) -> tuple[Run, Operation | None]:
-        """The operation at a position of a tenant's run; ``None`` if this process never received it."""
-        run = await self.registry.get(tenant, run_id)
+    async def find(self, caller: Caller, run_id: str, seq: int) -> tuple[Run, Operation | None]:
+        """The operation at a position of a run; ``None`` if this process never received it."""
+        tenant = caller.tenant
+        run = await self.registry.get(caller, run_id)
         operation = run.lane.get(seq)
         if operation is None and seq < run.lane.expected:
             operation = await self._kept(tenant, run_id, seq)
@@ -109,12 +111,12 @@ class OperationService:
                 )
         return run, operation
 
-    async def find_by_id(self, tenant: str, future_id: str) -> tuple[Run, Operation | None]:
+    async def find_by_id(self, caller: Caller, future_id: str) -> tuple[Run, Operation | None]:
         """The same by public id; a foreign or impossible id gives the same answer as a missing one."""
         position = parse_future_id(future_id)
         if position is not None:
             with contextlib.suppress(ResourceNotFoundError):
-                return await self.find(tenant, *position)
+                return await self.find(caller, *position)
         raise ResourceNotFoundError("no such future for this tenant", resource_type="future", resource_id=future_id)
 
     async def wait(self, operation: Operation, wait_s: float) -> None:

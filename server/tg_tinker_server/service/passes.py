@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from tg_tinker_server.config import SharePasses
-from tg_tinker_server.engine.backend import Pass, PassRequest, PassResult, Session
+from tg_tinker_server.engine.backend import LossRequest, Pass, PassRequest, PassResult, Session
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.run import Run
 
@@ -38,7 +38,7 @@ class _Waiting:
     """One pass under way. ``work`` belongs to the compute thread, the rest to the event loop."""
 
     session: Session
-    request: PassRequest
+    request: PassRequest | LossRequest
     group: Hashable | None
     ensure_wanted: Callable[[], None]
     outcome: asyncio.Future[PassResult]
@@ -71,7 +71,7 @@ class PassQueue:
     async def run(
         self,
         session: Session,
-        request: PassRequest,
+        request: PassRequest | LossRequest,
         *,
         group: Hashable | None = None,
         ensure_wanted: Callable[[], None] = lambda: None,

@@ -15,6 +15,7 @@ from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, S
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.report import ReportWriter
 from tg_tinker_server.ledger.reservation import DatasetScope, Spent
+from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.run import PrivateRun, Run
 from tg_tinker_server.store import run_rows
@@ -103,14 +104,15 @@ class PrivacyService:
             return None
         return limit - await self.executors.io(self.ledger.participation, private.scope, run_id)
 
-    async def entries(self, tenant: str, dataset_id: str) -> tuple[list[LedgerEntry], Spent]:
-        """The whole ledger of a tenant's dataset.
+    async def entries(self, caller: Caller, dataset_id: str) -> tuple[list[LedgerEntry], Spent]:
+        """The whole ledger of a dataset that the caller may see.
 
         Raises:
             ResourceNotFoundError: there is no such dataset.
             InvalidRequestError: it is larger than one answer.
         """
-        scope = DatasetScope(tenant=tenant, dataset_id=dataset_id)
+        _require_visible(caller, dataset_id)
+        scope = DatasetScope(tenant=caller.tenant, dataset_id=dataset_id)
         count, size = await self.executors.io(self.ledger.weight, scope)
         size += _LINE * count
         if size > self.reports.most_bytes:
@@ -128,7 +130,7 @@ class PrivacyService:
             )
         return entries, await self.executors.io(self.ledger.spent, scope)
 
-    async def attach_audit(self, tenant: str, dataset_id: str, result_json: str, actor: str) -> None:
+    async def attach_audit(self, caller: Caller, dataset_id: str, result_json: str) -> None:
         """Note an empirical audit in the dataset's ledger.
 
         Raises:
@@ -137,8 +139,21 @@ class PrivacyService:
         if len(result_json) > MAX_BYTES:
             raise InvalidRequestError("the result is over 1 MiB", field="result", constraint="at most 1 MiB of JSON")
         summary = summary_of(json_from_text(result_json, field="result"))
-        scope = DatasetScope(tenant=tenant, dataset_id=dataset_id)
-        await self.executors.io(partial(self.ledger.note_audit, scope, result=summary, actor=actor))
+        _require_visible(caller, dataset_id)
+        scope = DatasetScope(tenant=caller.tenant, dataset_id=dataset_id)
+        await self.executors.io(partial(self.ledger.note_audit, scope, result=summary, actor=caller.key_id))
+
+    async def report_for(self, caller: Caller, dataset_or_run: str) -> bytes:
+        """The signed report on a dataset that the caller may see, or on the dataset of a run.
+
+        Raises:
+            ResourceNotFoundError: there is none for this caller.
+            InvalidRequestError: the run has no differential privacy.
+        """
+        if caller.policy is not None:
+            scope = await self.executors.io(self._scope_of, caller.tenant, dataset_or_run)
+            _require_visible(caller, scope.dataset_id)
+        return await self.report(caller.tenant, dataset_or_run)
 
     async def report(self, tenant: str, dataset_or_run: str) -> bytes:
         """The signed report on a tenant's dataset, or on the dataset of a run. It leaves an entry of its own.
@@ -166,3 +181,10 @@ class PrivacyService:
                 ) from None
             return DatasetScope(tenant=tenant, dataset_id=run.dataset_id)
         return scope
+
+
+def _require_visible(caller: Caller, dataset_id: str) -> None:
+    if caller.policy is not None and caller.policy.dataset_id != dataset_id:
+        raise ResourceNotFoundError(
+            "no such dataset for this tenant", resource_type="dataset", resource_id=dataset_id
+        )

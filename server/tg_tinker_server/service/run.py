@@ -10,6 +10,7 @@ from datetime import datetime
 
 from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.types import DPConfig, TrainingConfig
+from tg_tinker.wire.calls import LossPass, Pass
 from tg_tinker_server.dp.events import Event, SampledGaussian
 from tg_tinker_server.dp.rng import SecureNormal
 from tg_tinker_server.engine.backend import Session
@@ -54,6 +55,7 @@ class Run:
         state_id: the encrypted snapshot to restart from.
         passes: training passes since the last step; with ``step`` it seeds dropout.
         lineage: what its weights owe to other data than its own.
+        pending: what the passes since the last step were made of.
         poison: why the pending gradient is incomplete; the next step is refused.
         secret: key of this run's own MACs.
         weights: held while weights are between two settled states, so that nobody samples what is not settled.
@@ -74,6 +76,7 @@ class Run:
     passes: int = 0
     lineage: Lineage = ()
     poison: str | None = None
+    pending: type[Pass | LossPass] | None = None
     weights: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     def mac(self, purpose: str, data: bytes) -> bytes:
@@ -120,4 +123,5 @@ class Run:
         """Forget gradients that were not stepped."""
         self.session.discard_pending()
         self.passes = 0
+        self.pending = None
         self.poison = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import json
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -17,12 +18,15 @@ from tg_tinker_server.dp.rng import SecureNormal
 from tg_tinker_server.engine.backend import Backend, Session
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import DatasetScope
-from tg_tinker_server.service.checkpoints import CheckpointService
+from tg_tinker_server.service.caller import Caller
+from tg_tinker_server.service.checkpoints import CheckpointService, check_page, takes_optimizer
 from tg_tinker_server.service.crashes import crash_to_error
 from tg_tinker_server.service.datasets import with_dataset
 from tg_tinker_server.service.durability import Durability, new_id, now
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Lane
+from tg_tinker_server.service.lineage import IMPORTED
+from tg_tinker_server.service.paths import CONFIG
 from tg_tinker_server.service.privacy import release_event, resolve_noise_multiplier
 from tg_tinker_server.service.run import ACTIVE, DONE, PrivateRun, Run
 from tg_tinker_server.service.sealed_text import SealedText
@@ -30,7 +34,7 @@ from tg_tinker_server.store import dataset_rows, run_rows
 from tg_tinker_server.store.database import Database, Transaction
 
 T = TypeVar("T")
-CONFIG = "run-config"
+Page = tuple[list[run_rows.RunRow], int]
 MAX_REQUEST_ID = 128
 MAX_OPERATION_S = 600.0
 
@@ -66,65 +70,144 @@ class RunRegistry:
             self._models[:] = await self.executors.compute(self.backend.models)
         return self._models
 
-    async def create(self, tenant: str, request_id: str, config_json: str, checkpoint_id: str) -> Run:
-        """Make a run; a repeated request gets the run that the first one made."""
-        if not 1 <= len(request_id) <= MAX_REQUEST_ID:
-            raise InvalidRequestError(
-                f"request_id must have 1 to {MAX_REQUEST_ID} characters",
-                field="request_id",
-                constraint=f"1 to {MAX_REQUEST_ID} characters",
-            )
-        return await _whole(self._create_once(tenant, request_id, config_json, checkpoint_id))
+    async def create(
+        self,
+        caller: Caller,
+        request_id: str,
+        config: TrainingConfig,
+        checkpoint_id: str = "",
+        optimizer: bool | None = None,
+    ) -> Run:
+        """Make a run; a repeated request gets the run that the first one made.
 
-    async def _create_once(self, tenant: str, request_id: str, config_json: str, checkpoint_id: str) -> Run:
+        Args:
+            caller: whose policy, if there is one, fills in the privacy of the run.
+            checkpoint_id: id or path to start from; with an id goes all that was saved, with a path the weights.
+            optimizer: says otherwise.
+
+        Raises:
+            InvalidRequestError: the configuration cannot be, or is looser than the policy; or the request made
+                another run.
+            ResourceNotFoundError: no such checkpoint for this caller.
+        """
+        _check_request_id(request_id)
+        if caller.policy is not None:
+            config = caller.policy.apply(config)
+        return await _whole(self._create_once(caller, request_id, config, checkpoint_id, optimizer))
+
+    async def create_from(
+        self,
+        caller: Caller,
+        request_id: str,
+        path: str,
+        *,
+        optimizer: bool | None = None,
+        base_model: str = "",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Run:
+        """Make a run that goes on where a checkpoint was saved: its configuration, its dataset, its step.
+
+        A repeated request gets the run that the first one made, also where the checkpoint is gone meanwhile.
+
+        Args:
+            path: of the checkpoint, or its id.
+            optimizer: whether its optimizer goes on as well; ``None`` as in `create`.
+            base_model: refused if it is not the checkpoint's.
+            metadata: of the new run; ``None``: as the old one's.
+
+        Raises:
+            ResourceNotFoundError: no such checkpoint for this caller.
+            InvalidRequestError: another base model; or it came from elsewhere, without a configuration.
+        """
+        _check_request_id(request_id)
+        made = await self.executors.io(
+            self.db.read, lambda tx: run_rows.find_run_by_request(tx, caller.tenant, request_id)
+        )
+        if made is not None:
+            return await self.get(caller, made.run_id)
+        row = await self.checkpoints.row(caller, path)
+        _, state = await self.checkpoints.open(caller.tenant, row.artifact_id)
+        config = _configuration(state, base_model, metadata)
+        return await self.create(caller, request_id, config, path, optimizer)
+
+    async def _create_once(
+        self, caller: Caller, request_id: str, config: TrainingConfig, checkpoint_id: str, optimizer: bool | None
+    ) -> Run:
         # One create of a tenant at a time: neither a repeated request nor the limit of runs can be raced.
+        tenant = caller.tenant
         async with self._locks.setdefault((tenant, ""), asyncio.Lock()):
             made = await self.executors.io(
                 self.db.read, lambda tx: run_rows.find_run_by_request(tx, tenant, request_id)
             )
-            config = await self.executors.io(self._with_dataset, tenant, config_from_json(config_json))
+            config = await self.executors.io(self._with_dataset, tenant, config)
             if made is not None:
-                if await self.executors.io(self.config_of, made) != config:
+                run = await self.get(caller, made.run_id)
+                if run.config.model_dump() != config.model_dump():
                     raise InvalidRequestError(
                         "this request_id made a training client with another configuration",
                         field="request_id",
                         constraint="one configuration per request_id",
                     )
-                return await self.get(tenant, made.run_id)
-            return await self._create(tenant, request_id, config, checkpoint_id)
+                return run
+            return await self._create(caller, request_id, config, checkpoint_id, optimizer)
 
-    async def get(self, tenant: str, run_id: str) -> Run:
-        """A tenant's run, restored from its last settled state if this process does not hold it yet.
+    async def get(self, caller: Caller, run_id: str) -> Run:
+        """A run that the caller may see, restored from its last settled state if this process does not hold it yet.
 
         Raises:
-            ResourceNotFoundError: there is none for this tenant.
+            ResourceNotFoundError: there is none for this caller.
         """
-        run = self._runs.get((tenant, run_id))
-        if run is not None:
-            return run
-        await self.row(tenant, run_id)
-        return await _whole(self._get_once(tenant, run_id))
+        run = self._runs.get((caller.tenant, run_id))
+        if run is None:
+            await self.row(caller, run_id)
+            return await _whole(self._get_once(caller, run_id))
+        if not caller.sees(run.config):
+            raise run_not_found(run_id)
+        return run
+
+    async def find(self, caller: Caller, request_id: str) -> run_rows.RunRow:
+        """The row of the run that a create request made.
+
+        Raises:
+            ResourceNotFoundError: it made none for this caller.
+        """
+        made = await self.executors.io(
+            self.db.read, lambda tx: run_rows.find_run_by_request(tx, caller.tenant, request_id)
+        )
+        if made is None:
+            raise run_not_found(request_id)
+        return await self.row(caller, made.run_id)
 
     def in_memory(self, tenant: str, run_id: str) -> bool:
         """Whether a run is loaded."""
         return (tenant, run_id) in self._runs
 
-    async def _get_once(self, tenant: str, run_id: str) -> Run:
+    async def _get_once(self, caller: Caller, run_id: str) -> Run:
+        tenant = caller.tenant
         async with self._locks.setdefault((tenant, run_id), asyncio.Lock()):
             run = self._runs.get((tenant, run_id))
             if run is None:
                 await self._make_room(tenant)
-                run = await self._restore(await self.row(tenant, run_id))
+                run = await self._restore(await self.row(caller, run_id))
                 self._runs[(tenant, run_id)] = run
         self._locks.pop((tenant, run_id), None)
         return run
 
-    async def row(self, tenant: str, run_id: str) -> run_rows.RunRow:
-        """The durable row of a tenant's run."""
-        row = await self.executors.io(self.db.read, lambda tx: run_rows.get_run(tx, tenant, run_id))
-        if row is None:
+    async def row(self, caller: Caller, run_id: str) -> run_rows.RunRow:
+        """The durable row of a run that the caller may see.
+
+        Raises:
+            ResourceNotFoundError: there is none for this caller.
+        """
+        row = await self.executors.io(self.db.read, lambda tx: run_rows.get_run(tx, caller.tenant, run_id))
+        if row is None or not await self.executors.io(self._visible, caller, row):
             raise run_not_found(run_id)
         return row
+
+    def _visible(self, caller: Caller, row: run_rows.RunRow) -> bool:
+        """Whether a run exists for the caller: a policy admits those that it could have made."""
+        policy = caller.policy
+        return policy is None or (row.dataset_id == policy.dataset_id and policy.admits(self.config_of(row)))
 
     async def highest_seq(self, row: run_rows.RunRow) -> int:
         """The number of the last operation that a run which is not in memory knows of."""
@@ -140,31 +223,47 @@ class RunRegistry:
             return run.config
         return config_from_json(self.texts.open(row.tenant, CONFIG, row.config_json, row.run_id))
 
-    async def list(self, tenant: str, status: str, limit: int) -> list[run_rows.RunRow]:
-        """A tenant's runs, newest first."""
+    async def list(self, caller: Caller, *, status: str = "", limit: int, offset: int = 0) -> Page:
+        """A page of the runs that the caller may see, newest first, and how many there are in all."""
         if status and status not in (ACTIVE, DONE, "failed"):
             raise InvalidRequestError(
                 f"unknown status {status!r}", field="status", constraint="active, completed or failed"
             )
+        check_page(limit, offset)
+        return await self.executors.io(self._list, caller, status or None, limit, offset)
 
-        def read(tx: Transaction) -> list[run_rows.RunRow]:
-            return run_rows.list_runs(tx, tenant, status=status or None, limit=limit)
+    def _list(self, caller: Caller, status: str | None, limit: int, offset: int) -> Page:
+        policy, tenant = caller.policy, caller.tenant
+        if policy is None:
+            return self.db.read(
+                lambda tx: (
+                    run_rows.list_runs(tx, tenant, status=status, dataset_id=None, limit=limit, offset=offset),
+                    run_rows.count_runs(tx, tenant, status=status),
+                )
+            )
+        rows = self.db.read(
+            lambda tx: run_rows.list_runs(
+                tx, tenant, status=status, dataset_id=policy.dataset_id, limit=None, offset=0
+            )
+        )
+        rows = [row for row in rows if self._visible(caller, row)]
+        return rows[offset : offset + limit], len(rows)
 
-        return await self.executors.io(self.db.read, read)
-
-    async def unload(self, tenant: str, run_id: str) -> run_rows.RunRow:
+    async def unload(self, caller: Caller, run_id: str) -> run_rows.RunRow:
         """Free the run's memory and complete it. Checkpoints, the ledger and the results stay."""
-        await self.row(tenant, run_id)
+        await self.row(caller, run_id)
+        tenant = caller.tenant
 
         def write(tx: Transaction) -> None:
             run_rows.update_run(tx, tenant, run_id, status=DONE, updated=now())
 
         await _whole(self._end(tenant, run_id, write))
-        return await self.row(tenant, run_id)
+        return await self.row(caller, run_id)
 
-    async def delete(self, tenant: str, run_id: str) -> None:
+    async def delete(self, caller: Caller, run_id: str) -> None:
         """Forget the run and its results. Checkpoints stay, and so does what was spent."""
-        row = await self.row(tenant, run_id)
+        row = await self.row(caller, run_id)
+        tenant = caller.tenant
 
         def write(tx: Transaction) -> None:
             run_rows.update_run(tx, tenant, run_id, status="deleted", state_artifact_id=None, updated=now())
@@ -179,7 +278,10 @@ class RunRegistry:
         await asyncio.gather(*(r.lane.close(None, grace_s=grace_s) for r in self._runs.values()))
         self._runs.clear()
 
-    async def _create(self, tenant: str, request_id: str, config: TrainingConfig, checkpoint_id: str) -> Run:
+    async def _create(
+        self, caller: Caller, request_id: str, config: TrainingConfig, checkpoint_id: str, optimizer: bool | None
+    ) -> Run:
+        tenant = caller.tenant
         active = await self.executors.io(self.db.read, lambda tx: run_rows.count_active(tx, tenant))
         if active >= self.max_runs_per_tenant:
             raise RateLimitedError(
@@ -188,7 +290,10 @@ class RunRegistry:
             )
         await self._make_room(tenant)
         run_id = new_id("run")
-        start = await self.checkpoints.open(tenant, checkpoint_id) if checkpoint_id else None
+        start = None
+        if checkpoint_id:
+            artifact_id = (await self.checkpoints.row(caller, checkpoint_id)).artifact_id
+            start = await self.checkpoints.open(tenant, artifact_id)
         session = await self.executors.compute(self.backend.open, run_id=run_id, config=config)
         try:
             private = await self._open_budget(tenant, run_id, config)
@@ -210,9 +315,10 @@ class RunRegistry:
             if start is not None:
                 engine, state = start
                 self.checkpoints.check_fits(run, state)
-                await self.executors.compute(session.import_state, engine, optimizer=bool(state["optimizer"]))
+                with_optimizer = takes_optimizer(checkpoint_id, optimizer, state)
+                await self.executors.compute(session.import_state, engine, optimizer=with_optimizer)
                 run.step = int(state["step"])
-                run.lineage = self.checkpoints.lineage(run, checkpoint_id, state)
+                run.lineage = self.checkpoints.lineage(run, artifact_id, state)
             engine = await self.executors.compute(session.export_state, optimizer=True)
             run.state_id = await self.durability.write_state(run, engine, step=run.step)
             values = {k: getattr(row, k) for k in row.__dataclass_fields__}
@@ -372,6 +478,40 @@ class RunRegistry:
         """Its client need not send again what ended only in memory, and would not: the server is the same."""
         rows = self.durability.unkept_rows(run)()
         self.db.write(lambda tx: run_rows.put_results(tx, rows))
+
+
+def _check_request_id(request_id: str) -> None:
+    if not 1 <= len(request_id) <= MAX_REQUEST_ID:
+        raise InvalidRequestError(
+            f"request_id must have 1 to {MAX_REQUEST_ID} characters",
+            field="request_id",
+            constraint=f"1 to {MAX_REQUEST_ID} characters",
+        )
+
+
+def _configuration(state: Mapping[str, Any], base_model: str, metadata: Mapping[str, Any] | None) -> TrainingConfig:
+    """The configuration of the run that goes on from a checkpoint; what the old one spent, the new one shares."""
+    if state["run_id"] == IMPORTED:
+        raise InvalidRequestError(
+            "this checkpoint came from elsewhere, without the configuration of its run; create a run with a "
+            "configuration, starting from it",
+            field="path",
+            constraint="a checkpoint of this server",
+        )
+    config = config_from_json(json.dumps(state["config"]))
+    if base_model and base_model != config.model_ref:
+        raise InvalidRequestError(
+            f"the checkpoint was trained on {config.model_ref}, not on {base_model}",
+            field="base_model",
+            constraint=config.model_ref,
+        )
+    dp = config.dp_config
+    if dp is not None and dp.enabled and state["ledger"] is not None:
+        dp = dp.model_copy(update={"dataset_id": state["ledger"]["dataset_id"]})
+    changes: dict[str, Any] = {"dp_config": dp}
+    if metadata is not None:
+        changes["metadata"] = dict(metadata)
+    return config.model_copy(update=changes)
 
 
 async def _whole(work: Coroutine[Any, Any, T]) -> T:

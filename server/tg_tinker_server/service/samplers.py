@@ -240,12 +240,12 @@ class SamplerService:
         if row is None:
             raise sampler_not_found(sampler_id)
         if row.artifact_id:  # deleted since, or not for this key
-            await self._checkpoints.row(caller.tenant, row.artifact_id)
+            await self._checkpoints.row(caller, row.artifact_id)
         return row
 
     async def _saved(self, caller: Caller, path: str) -> tuple[str, str]:
         """Artifact and base model of a path."""
-        artifact = await self._checkpoints.row(caller.tenant, path)
+        artifact = await self._checkpoints.row(caller, path)
         _, state = await self._checkpoints.open(caller.tenant, artifact.artifact_id)
         return artifact.artifact_id, str(state["config"]["model_ref"])
 

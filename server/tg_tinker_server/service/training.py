@@ -23,15 +23,25 @@ from tg_tinker.types import (
     OptimStepOutput,
     batch_digest,
 )
-from tg_tinker.wire.calls import Pass, Step
+from tg_tinker.wire.calls import LossPass, Pass, Step
 from tg_tinker_server.config import SharePasses
 from tg_tinker_server.dp.events import Unnoised
 from tg_tinker_server.dp.mechanism import GaussianMechanism
-from tg_tinker_server.engine.backend import EngineState, PassRequest, PassResult, Session, StepRequest, StepResult
+from tg_tinker_server.engine.backend import (
+    EngineState,
+    LossRequest,
+    PassRequest,
+    PassResult,
+    Session,
+    StepRequest,
+    StepResult,
+)
 from tg_tinker_server.engine.schedules import learning_rate_at
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import Reservation
 from tg_tinker_server.service.crashes import log_crash
+from tg_tinker_server.service.custom_losses import CustomLosses
+from tg_tinker_server.service.datums import check_datums, outputs_of, prepare_datums, tokens_of
 from tg_tinker_server.service.draws import DrawService, require_drawable
 from tg_tinker_server.service.durability import Durability
 from tg_tinker_server.service.executors import Executors
@@ -55,15 +65,24 @@ class TrainingService:
     executors: Executors
     passes: PassQueue
     draws: DrawService
+    losses: CustomLosses
     share_passes: SharePasses
     max_batch_records: int
     max_batch_tokens: int
 
-    async def forward_backward(self, run: Run, operation: Operation, request: Pass) -> ForwardBackwardOutput:
-        """Add one batch to the logical batch, or only evaluate it; or draw the logical batch from a dataset."""
+    async def forward_backward(
+        self, run: Run, operation: Operation, request: Pass | LossPass
+    ) -> ForwardBackwardOutput:
+        """Add one batch to the logical batch, or only evaluate it; or draw the logical batch from a dataset.
+
+        A logical batch is made of batches or of datums: a mean over records and a sum over datums cannot be added.
+        """
         run.require_intact()
         if request.train:
             run.require_active()
+            _refuse_mixture(run, request)
+        if isinstance(request, LossPass):
+            return await self._forward_backward_datums(run, operation, request)
         if request.dataset_id:
             return await self._draw(run, operation, request)
         self._check(run, request)
@@ -81,15 +100,47 @@ class TrainingService:
         if request.train and run.private is not None:
             await self.refuse_if_unaffordable(run, run.private)
         result = await self._pass(run, operation, engine_request)
+        return await self._take(run, operation, request, digest, result)
+
+    async def _forward_backward_datums(
+        self, run: Run, operation: Operation, request: LossPass
+    ) -> ForwardBackwardOutput:
+        if request.train:
+            refuse_if_drawn_here(run, field="data")
+        self.refuse_too_many(len(request.data), "forward_backward", field="data")
+        check_datums(run, request, max_tokens=self.max_batch_tokens)
+        self._check_units(run, request, len(request.data))
+        graph = await self.losses.graph(run.tenant, request.loss.loss_id) if request.loss.loss_id else ""
+        if tokens_of(request.data) < LARGE_BATCH:
+            digest, engine_request = prepare_datums(run, request, graph)
+        else:
+            digest, engine_request = await self.executors.io(prepare_datums, run, request, graph)
+        if request.train and run.private is not None:
+            await self.refuse_if_unaffordable(run, run.private)
+        result = await self._pass(run, operation, engine_request)
+        output = await self._take(run, operation, request, digest, result)
+        shown = run.private is None or run.private.config.diagnostics == "owner"
+        return replace(
+            output,
+            metrics={"loss:sum": result.loss_sum, **result.metrics} if shown else {"loss:sum": NAN},
+            loss_fn_output_type="ArrayRecord",
+            loss_fn_outputs=outputs_of(request, result.logprobs if shown else None),
+        )
+
+    async def _take(
+        self, run: Run, operation: Operation, request: Pass | LossPass, digest: bytes, result: PassResult
+    ) -> ForwardBackwardOutput:
+        """Add what a pass computed to the logical batch, if it is for training, and describe it."""
         describing = asyncio.ensure_future(self.describe(run, digest, result, operation))  # hashes on a disk thread
         try:
             if request.train:
                 await self.accumulate(run, operation, result)
+                run.pending = type(request)
             return await describing
         finally:
             describing.cancel()
 
-    async def _pass(self, run: Run, operation: Operation, request: PassRequest) -> PassResult:
+    async def _pass(self, run: Run, operation: Operation, request: PassRequest | LossRequest) -> PassResult:
         return await self.passes.run(
             run.session,
             request,
@@ -109,6 +160,7 @@ class TrainingService:
             assert result.contribution is not None
             gradients.update(await self.executors.io(result.contribution.digest))
             await self.accumulate(run, operation, result)
+            run.pending = Pass
             results.append(replace(result, contribution=None))
             digest.update(part_digest)
         output = self._output_of_pass(run, digest.digest(), _together(results), gradients.digest(), operation)
@@ -156,23 +208,22 @@ class TrainingService:
                 field="batch.input_ids",
                 constraint=f"at most {run.config.max_sequence_length} tokens",
             )
-        units = request.units
+        self._check_units(run, request, records)
+
+    @staticmethod
+    def _check_units(run: Run, request: Pass | LossPass, records: int) -> None:
+        units, private = request.units, run.private
         if units is not None and len(units) != records:
             raise InvalidRequestError(
                 f"{len(units)} privacy_unit_ids for {records} records",
                 field="privacy_unit_ids",
                 constraint="one per record",
             )
-        needs_units = (
-            private is not None
-            and request.train
-            and (private.config.privacy_unit != "datum" or private.config.sampling == "max_participation")
-        )
+        needs_units = private is not None and request.train and private.config.privacy_unit != "datum"
         if needs_units and units is None and records:
             assert private is not None
             raise InvalidRequestError(
-                f"privacy_unit={private.config.privacy_unit!r} with sampling={private.config.sampling!r} needs "
-                "privacy_unit_ids: say whose each record is",
+                f"privacy_unit={private.config.privacy_unit!r} needs privacy_unit_ids: say whose each record is",
                 field="privacy_unit_ids",
                 constraint="one per record",
             )
@@ -279,14 +330,23 @@ class TrainingService:
                 field="optim_step",
                 constraint="at least one forward_backward or add_updates",
             )
+        if request.adam is not None and run.config.optimizer.name not in ("adam", "adamw"):
+            raise InvalidRequestError(
+                f"adam_params are for adam and adamw; this run has {run.config.optimizer.name}. Leave them out, or "
+                "create the run with OptimizerConfig(name='adamw')",
+                field="adam_params",
+                constraint="an Adam optimizer",
+            )
         operation.commit()
         rate = learning_rate_at(run.config.optimizer, step=run.step, max_steps=run.config.max_steps)
+        if request.adam is not None:
+            rate = request.adam.learning_rate
         paid = None
         if run.private is not None:
             self._refuse_unlikely_draw(run, run.private)
             paid = await self._charge(run, run.private, operation, request.apply_dp_noise)
         async with run.weights:
-            return await self._release(run, operation, rate, paid, request.known_log_size)
+            return await self._release(run, operation, request, rate, paid)
 
     async def _charge(self, run: Run, private: PrivateRun, operation: Operation, apply_dp_noise: bool) -> Reservation:
         config = private.config
@@ -312,15 +372,16 @@ class TrainingService:
         )
 
     async def _release(
-        self, run: Run, operation: Operation, rate: float, paid: Reservation | None, known_log_size: int
+        self, run: Run, operation: Operation, step: Step, rate: float, paid: Reservation | None
     ) -> OptimStepOutput:
         private = run.private
-        proving = None if paid is None else asyncio.ensure_future(self.log.receipt(paid, known_log_size))
+        proving = None if paid is None else asyncio.ensure_future(self.log.receipt(paid, step.known_log_size))
         mechanism = None
         if paid is not None and private is not None and not isinstance(paid.event, Unnoised):
             # The scale comes from what the ledger recorded, never from the configuration.
             mechanism = GaussianMechanism(paid.event.noise_multiplier, private.config.max_grad_norm, private.noise)
-        request = StepRequest(learning_rate=rate, mechanism=mechanism, global_clip=run.config.optimizer.max_grad_norm)
+        clip = run.config.optimizer.max_grad_norm if step.adam is None else step.adam.grad_clip_norm or None
+        request = StepRequest(learning_rate=rate, mechanism=mechanism, global_clip=clip, adam=step.adam)
         try:
             done, engine = await self.executors.compute(_step, run.session, request)
             output = self._output(run, done, rate, paid, operation)
@@ -410,6 +471,7 @@ class TrainingService:
                 grad_norm_after_clip=done.norm_after_clip if shown else NAN,
                 num_clipped=done.num_clipped if shown else -1,
             )
+            metrics.update(_privacy_metrics(run.private, paid, dp))
             if shown:
                 metrics["nonfinite_units"] = float(done.nonfinite_units)
         return OptimStepOutput(
@@ -420,6 +482,30 @@ class TrainingService:
             latency_ms=operation.elapsed_ms(),
             metrics=metrics,
         )
+
+
+def _refuse_mixture(run: Run, request: Pass | LossPass) -> None:
+    if run.pending is not None and run.pending is not type(request):
+        raise InvalidRequestError(
+            "a logical batch is made of batches or of datums, not of both: the loss of a batch is a mean over "
+            "records, that of datums a sum. Call optim_step between them",
+            field="data",
+            constraint="one form per optim_step",
+        )
+
+
+def _privacy_metrics(private: PrivateRun, paid: Reservation, dp: DPMetrics) -> dict[str, float]:
+    """What a step cost, by names that land in a user's own metrics file. All of it is public."""
+    noise = 0.0 if isinstance(paid.event, Unnoised) else paid.event.noise_multiplier
+    metrics = {
+        "privacy/epsilon": dp.total_epsilon,
+        "privacy/epsilon_spent": dp.epsilon_spent,
+        "privacy/delta": dp.delta,
+        "privacy/noise_multiplier": noise,
+    }
+    if private.config.target_epsilon is not None and private.config.finite_target:
+        metrics["privacy/target_epsilon"] = private.config.target_epsilon
+    return metrics
 
 
 def refuse_if_drawn_here(run: Run, *, field: str) -> None:

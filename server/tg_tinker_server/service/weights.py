@@ -14,6 +14,7 @@ from tg_tinker.wire.federation import NewWeights, weights_file
 from tg_tinker_server.artifacts.weights import put_plain_weights, weights_of
 from tg_tinker_server.ledger.audit import AuditLog, AuditRecord
 from tg_tinker_server.service.caller import Caller
+from tg_tinker_server.service.checkpoints import CheckpointService
 from tg_tinker_server.service.durability import now
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.intake import Intake, Opened
@@ -37,6 +38,7 @@ class WeightsService:
     audit: AuditLog
     executors: Executors
     intake: Intake
+    checkpoints: CheckpointService
     places: Places = field(default_factory=Places)
 
     @asynccontextmanager
@@ -50,7 +52,7 @@ class WeightsService:
             ServerError: an operation of the run failed half-way, so there are no settled weights in memory.
         """
         started = now()
-        run = await self.registry.get(caller.tenant, run_id)
+        run = await self.registry.get(caller, run_id)
         async with self.places.of(caller.tenant):
             async with run.weights:
                 run.require_intact()

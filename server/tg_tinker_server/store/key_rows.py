@@ -13,7 +13,7 @@ from tg_tinker_server.store import tables as t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKeyRow:
-    """One API key: whose it is and what it may do. The secret is kept only as a MAC."""
+    """One API key: whose it is and what it may do. The secret is kept only as a MAC; ``policy`` is JSON."""
 
     key_id: str
     tenant: str
@@ -22,6 +22,7 @@ class ApiKeyRow:
     created: datetime
     revoked: datetime | None
     label: str
+    policy: str | None = None
 
 
 def insert_api_key(tx: Connection, row: ApiKeyRow) -> None:
@@ -35,6 +36,7 @@ def insert_api_key(tx: Connection, row: ApiKeyRow) -> None:
             created=row.created,
             revoked=row.revoked,
             label=row.label,
+            policy=row.policy,
         )
     )
 

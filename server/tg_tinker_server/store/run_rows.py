@@ -71,18 +71,40 @@ def get_run(tx: Connection, tenant: str, run_id: str) -> RunRow | None:
     return _run(found) if found else None
 
 
+def get_run_of_any_status(tx: Connection, tenant: str, run_id: str) -> RunRow | None:
+    """A tenant's run, deleted ones included: its checkpoints outlive it."""
+    found = tx.execute(select(t.runs).where(t.runs.c.tenant == tenant, t.runs.c.run_id == run_id)).first()
+    return _run(found) if found else None
+
+
 def find_run_by_request(tx: Connection, tenant: str, request_id: str) -> RunRow | None:
     """The run that a create request made, if it did."""
     found = tx.execute(select(t.runs).where(t.runs.c.tenant == tenant, t.runs.c.request_id == request_id)).first()
     return _run(found) if found else None
 
 
-def list_runs(tx: Connection, tenant: str, *, status: str | None, limit: int) -> list[RunRow]:
-    """A tenant's runs, newest first, deleted ones excepted."""
-    query = select(t.runs).where(t.runs.c.tenant == tenant, t.runs.c.status != "deleted")
+def list_runs(
+    tx: Connection, tenant: str, *, status: str | None, dataset_id: str | None, limit: int | None, offset: int
+) -> list[RunRow]:
+    """A tenant's runs, newest first, deleted ones excepted; those of one dataset, or of all."""
+    query = select(t.runs).where(_listed(tenant, status, dataset_id))
+    order = (t.runs.c.created.desc(), t.runs.c.run_id)  # a total order: pages are disjoint
+    return [_run(r) for r in tx.execute(query.order_by(*order).limit(limit).offset(offset))]
+
+
+def count_runs(tx: Connection, tenant: str, *, status: str | None) -> int:
+    """How many `list_runs` has."""
+    where = _listed(tenant, status, None)
+    return int(tx.execute(select(func.count()).select_from(t.runs).where(where)).scalar_one())
+
+
+def _listed(tenant: str, status: str | None, dataset_id: str | None) -> Any:
+    where = (t.runs.c.tenant == tenant) & (t.runs.c.status != "deleted")
     if status:
-        query = query.where(t.runs.c.status == status)
-    return [_run(r) for r in tx.execute(query.order_by(t.runs.c.created.desc()).limit(limit))]
+        where &= t.runs.c.status == status
+    if dataset_id is not None:
+        where &= t.runs.c.dataset_id == dataset_id
+    return where
 
 
 def count_active(tx: Connection, tenant: str) -> int:

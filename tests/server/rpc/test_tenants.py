@@ -49,6 +49,9 @@ def requests_on(run_id: str, artifact_id: str, dataset_id: str, upload_id: str) 
         artifacts_pb2.PullArtifactRequest(artifact_id=artifact_id),
         federation_pb2.PullWeightsRequest(run_id=run_id),
         artifacts_pb2.DeleteArtifactRequest(artifact_id=artifact_id),
+        artifacts_pb2.GetArtifactRequest(artifact_id=artifact_id),
+        artifacts_pb2.SetArtifactTTLRequest(artifact_id=artifact_id, ttl_seconds=1),
+        runs_pb2.CreateTrainingClientRequest(like=artifact_id),
         artifacts_pb2.ExportArtifactRequest(artifact_id=artifact_id, recipients=[RECIPIENT]),
         privacy_pb2.GetLedgerRequest(dataset_id=dataset_id),
         privacy_pb2.GetPrivacyReportRequest(dataset_id=dataset_id),
@@ -81,7 +84,9 @@ def register(client: RawClient, dataset_id: str, upload_id: str) -> None:
 
 
 WITHOUT_IDS = {
-    "CreateTrainingClient",
+    "CreateCustomLoss",
+    "GetTokenizer",
+    "CreateSampler",
     "ListTrainingClients",
     "GetCapabilities",
     "ListArtifacts",

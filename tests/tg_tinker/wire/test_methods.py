@@ -15,6 +15,7 @@ def test_a_method_knows_its_path_messages_and_direction():
     assert not method.client_streaming
     assert {m.name for m in methods() if m.server_streaming} == {
         "SampleStream",
+        "GetTokenizer",
         "SampleTokens",
         "PullArtifact",
         "ExportArtifact",
