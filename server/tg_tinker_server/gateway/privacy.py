@@ -131,7 +131,7 @@ def training_config(
     name, by_name = model_and_request(base_model)
     asked = _together(by_name, _of_optimizer(optimizer))
     adapter, seed = _adapter(lora or {})
-    policy: Any = getattr(caller, "policy", None)
+    policy = caller.policy
     dp: dict[str, Any] | None = None
     max_steps: int | None = None
     if asked is not None:

@@ -11,6 +11,7 @@ from tg_tinker.errors import DPUnsupportedError, InvalidRequestError
 from tg_tinker.types import TrainingConfig
 from tg_tinker_server.gateway.privacy import PLANNED_STEPS, DPRequest, model_and_request, step_params, training_config
 from tg_tinker_server.service.caller import Caller
+from tg_tinker_server.service.policy import KeyPolicy
 from tg_tinker_server.service.privacy import resolve_noise_multiplier
 
 ATTENTION_ONLY = {"rank": 4, "seed": 7, "train_attn": True, "train_mlp": False, "train_unembed": False}
@@ -218,6 +219,52 @@ def test_a_policy_has_the_last_word_and_is_handed_only_what_was_said() -> None:
     assert policy.given.dp_config is not None
     assert policy.given.dp_config.model_fields_set == set()
     assert policy.given.max_steps == 30
+
+
+POLICY = KeyPolicy(
+    dataset_id="notes",
+    target_epsilon=8.0,
+    target_delta=1e-6,
+    max_grad_norm=0.5,
+    noise_multiplier="auto",
+    planned_steps=50,
+    diagnostics="owner",
+)
+
+
+@pytest.mark.parametrize("optimizer", [None, {"type": "adamw"}, {"type": "dp_adamw"}])
+def test_plain_adam_on_a_key_with_a_policy_trains_privately(optimizer: dict[str, Any] | None) -> None:
+    config = made(optimizer=optimizer, policy=POLICY)
+    dp = config.dp_config
+    assert dp is not None
+    assert config.private
+    assert (dp.dataset_id, dp.target_epsilon, dp.target_delta, dp.max_grad_norm) == ("notes", 8.0, 1e-6, 0.5)
+    assert (dp.noise_multiplier, config.max_steps, config.batch_size) == ("auto", 50, 1)
+
+
+def test_more_noise_than_the_policy_asks_is_given() -> None:
+    longer = made("tiny:dp-eps8-steps100", policy=POLICY)
+    assert longer.max_steps == 100
+    assert resolve_noise_multiplier(longer) > resolve_noise_multiplier(made(policy=POLICY))
+
+
+@pytest.mark.parametrize(
+    ("base_model", "optimizer", "named"),
+    [
+        ("tiny:dp-eps9", None, "target_epsilon"),
+        ("tiny:dp-eps8-delta1e-5", None, "target_delta"),
+        ("tiny:dp-eps8-noise0.01", None, "noise_multiplier"),
+        ("tiny:dp-eps8-steps10", None, "max_steps"),
+        ("tiny", {"type": "dp_adamw", "dataset_id": "mine"}, "dataset_id"),
+        ("tiny", {"type": "dp_adamw", "privacy_unit": "group"}, "privacy_unit"),
+        ("tiny", {"type": "dp_adamw", "initial_weights": "public"}, "initial_weights"),
+        ("tiny", {"type": "dp_adamw", "sampling": "max_participation", "max_participation": 1}, "sampling"),
+    ],
+)
+def test_nothing_that_is_sent_loosens_a_policy(base_model: str, optimizer: dict[str, Any] | None, named: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        made(base_model, optimizer, policy=POLICY)
+    assert named in str(refused.value.field)
 
 
 def test_a_step_takes_adam_of_either_kind() -> None:
