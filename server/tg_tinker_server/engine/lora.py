@@ -31,6 +31,11 @@ _LINEAR = (nn.Linear, Conv1D)
 _ADAPTER = re.compile(r"\.(adapter\d+)(?:\.|$)")
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])\.(adapter\d+)(?:\.|$)")
 
+GROUPS = ("@attention", "@mlp", "@unembed")
+"""Stand in ``target_modules`` for the projections of attention, those of the feed-forward parts, the output layer."""
+_ATTENTION = re.compile(r"attn|attention")
+_MLP = re.compile(r"mlp|ffn|feed_forward|ff_layer|experts?$|moe")
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # choose experts; what they do is not feed-forward
 _NO_ADAPTER = "none"  # no adapter's name
 
 
@@ -224,18 +229,39 @@ class AdaptedBase:
             return [path for path, m in self._modules.items() if isinstance(m, _LINEAR) and path != self._output]
         resolved: list[str] = []
         for target in targets:
+            if target in GROUPS:
+                resolved.extend(p for p in self._group(target) if p not in resolved)
+                continue
             paths = [p for p in self._modules if p == target or p.endswith("." + target)]
             if not paths or not all(isinstance(self._modules[p], _ADAPTABLE) for p in paths):
                 problem = "cannot carry an adapter" if paths else "does not exist"
                 names = self._adaptable_names()
                 raise InvalidRequestError(
                     f"target module {target!r} {problem} in {self.loaded.name}; it has {', '.join(names)}, "
-                    "or use 'all-linear'",
+                    "or use 'all-linear' or one of " + ", ".join(GROUPS),
                     field="lora_config.target_modules",
                     constraint="one of: " + ", ".join(names),
                 )
             resolved.extend(p for p in paths if p not in resolved)
         return resolved
+
+    def _group(self, group: str) -> list[str]:
+        """Full paths of a group's modules.
+
+        Raises:
+            InvalidRequestError: this model has none.
+        """
+        paths = [
+            p for p, m in self._modules.items() if isinstance(m, _LINEAR) and _group_of(p, self._output) == group
+        ]
+        if not paths:
+            raise InvalidRequestError(
+                f"{self.loaded.name} has no linear layers that {group} would mean; name its layers themselves: "
+                + ", ".join(self._adaptable_names()),
+                field="lora_config.target_modules",
+                constraint="layers of this model",
+            )
+        return paths
 
     def _check_saved(self, names: Sequence[str], targets: Sequence[str]) -> None:
         for name in names:
@@ -254,6 +280,18 @@ class AdaptedBase:
                     field="lora_config.modules_to_save",
                     constraint="existing modules",
                 )
+
+
+def _group_of(path: str, output: str) -> str | None:
+    """Which group of layers a linear module belongs to, by the names on its path."""
+    if path == output:
+        return "@unembed"
+    *parents, leaf = path.split(".")
+    if any(_ATTENTION.search(part) for part in parents):
+        return "@attention"
+    if leaf in _ROUTERS:
+        return None
+    return "@mlp" if leaf in ("fc1", "fc2") or any(_MLP.search(part) for part in parents) else None
 
 
 def own_parameters(module: nn.Module, adapter: str | None) -> dict[str, nn.Parameter]:

@@ -17,10 +17,12 @@ from tg_tinker.proto.v1 import artifacts_pb2, datasets_pb2, federation_pb2, priv
 from tg_tinker.types import DPConfig, TrainingConfig
 from tg_tinker.types.records import Record
 from tg_tinker.types.sampling import GenerationOptions
+from tg_tinker.types.tokens import SampleQuery
 from tg_tinker.wire.calls import Generate, Load, Position, Save, Step, Updates, call_to_proto
 from tg_tinker.wire.datasets import append_records
 from tg_tinker.wire.methods import methods
 from tg_tinker.wire.operations import cancel_future_request, get_future_request, resume_request
+from tg_tinker.wire.tokens import query_to_proto
 from tg_tinker_server.app import EmbeddedServer
 
 RECIPIENT = str(pyrage.x25519.Identity.generate().to_public())
@@ -28,7 +30,9 @@ CONFIG = TrainingConfig(model_ref="bigram", batch_size=4, seed=1)
 PRIVATE = CONFIG.model_copy(update={"dp_config": DPConfig(dataset_id="secret-data", target_epsilon=100.0)})
 
 
-def requests_on(run_id: str, artifact_id: str, dataset_id: str, upload_id: str) -> list[Message]:
+def requests_on(
+    run_id: str, artifact_id: str, dataset_id: str, upload_id: str, sampler_id: str = ""
+) -> list[Message]:
     """One request for each method that takes somebody's id."""
     position = Position(run_id=run_id, seq=99)
     vectors = np.zeros((1, 3), np.float32)
@@ -39,6 +43,12 @@ def requests_on(run_id: str, artifact_id: str, dataset_id: str, upload_id: str) 
         sampling_pb2.SampleStreamRequest(run_id=run_id, prompt="x"),
         sampling_pb2.EncodeRequest(run_id=run_id, texts=["x"]),
         sampling_pb2.DecodeRequest(run_id=run_id),
+        sampling_pb2.EncodeRequest(sampler_id=sampler_id, texts=["x"]),
+        sampling_pb2.DecodeRequest(sampler_id=sampler_id),
+        sampling_pb2.CreateSamplerRequest(path=artifact_id),
+        sampling_pb2.GetSamplerRequest(sampler_id=sampler_id),
+        sampling_pb2.DeleteSamplerRequest(sampler_id=sampler_id),
+        query_to_proto(SampleQuery(prompt=(1,)), sampler_id=sampler_id),
         runs_pb2.GetTrainingClientRequest(run_id=run_id),
         runs_pb2.DeleteTrainingClientRequest(run_id=run_id),
         runs_pb2.UnloadModelRequest(run_id=run_id),
@@ -86,7 +96,6 @@ def register(client: RawClient, dataset_id: str, upload_id: str) -> None:
 WITHOUT_IDS = {
     "CreateCustomLoss",
     "GetTokenizer",
-    "CreateSampler",
     "ListTrainingClients",
     "GetCapabilities",
     "ListArtifacts",
@@ -109,7 +118,7 @@ def answer(client: RawClient, request: Message) -> tuple[Any, ...]:
 
 
 def test_every_method_with_an_id_is_in_the_list() -> None:
-    covered = {type(r) for r in requests_on("r", "a", "d", "u")}
+    covered = {type(r) for r in requests_on("r", "a", "d", "u", "s")}
     assert {m.name for m in methods() if m.request not in covered} == WITHOUT_IDS
 
 
@@ -123,8 +132,9 @@ def test_a_foreign_id_and_a_missing_id_give_the_same_answer_and_change_nothing(b
     assert owner.call(run.run_id, 2, Step()).status == "completed"
     saved = owner.call(run.run_id, 3, Save()).result
     before = owner.send(runs_pb2.GetTrainingClientRequest(run_id=run.run_id))
-    theirs = requests_on(run.run_id, saved.artifact_id, "secret-data", "upload-1")
-    nobodys = requests_on("run_" + "0" * 24, "ckpt_" + "0" * 24, "no-such-data", "upload-2")
+    sampler_id = owner.send(sampling_pb2.CreateSamplerRequest(path=saved.artifact_id)).sampler_id
+    theirs = requests_on(run.run_id, saved.artifact_id, "secret-data", "upload-1", sampler_id)
+    nobodys = requests_on("run_" + "0" * 24, "ckpt_" + "0" * 24, "no-such-data", "upload-2", "smp_" + "0" * 24)
     for foreign, missing in zip(theirs, nobodys, strict=True):
         got = answer(stranger, foreign)
         assert got[0] is ResourceNotFoundError, foreign
