@@ -22,6 +22,8 @@ from tg_tinker.errors import (
 from tg_tinker.futures import FutureHandle
 from tg_tinker.ledger import LedgerEntry, PrivacyLedger
 from tg_tinker.privacy_view import PrivacyView
+from tg_tinker.rest_client import RestClient
+from tg_tinker.sampling_client import RetryConfig, SampleFuture, SamplingClient
 from tg_tinker.service_client import ServiceClient
 from tg_tinker.training_client import TrainingClient
 from tg_tinker.types import (
@@ -49,10 +51,14 @@ from tg_tinker.types import (
     TrainingConfig,
     hash_batch,
 )
+from tg_tinker.types.datum import Datum, EncodedTextChunk, ModelInput, TensorData
+from tg_tinker.types.optim import AdamParams
+from tg_tinker.types.tokens import SampledSequence, SampleResponse, SamplingParams
 
 __version__ = version("tg-tinker")
 
 __all__ = [
+    "AdamParams",
     "ArtifactInfo",
     "AuditLogEntry",
     "AuthenticationError",
@@ -64,6 +70,8 @@ __all__ = [
     "DPMetrics",
     "DPUnsupportedError",
     "Dataset",
+    "Datum",
+    "EncodedTextChunk",
     "EncryptionInfo",
     "FederationRefusedError",
     "ForwardBackwardOutput",
@@ -76,6 +84,7 @@ __all__ = [
     "LoRAConfig",
     "LoadStateResult",
     "LogVerificationError",
+    "ModelInput",
     "OptimStepOutput",
     "OptimStepResult",
     "OptimizerConfig",
@@ -84,8 +93,15 @@ __all__ = [
     "PrivacyView",
     "RateLimitedError",
     "ResourceNotFoundError",
+    "RestClient",
+    "RetryConfig",
     "Sample",
+    "SampleFuture",
+    "SampleResponse",
     "SampleResult",
+    "SampledSequence",
+    "SamplingClient",
+    "SamplingParams",
     "SaveStateResult",
     "SavedState",
     "ServerError",
@@ -93,6 +109,7 @@ __all__ = [
     "ServiceConfig",
     "StreamChunk",
     "TGTinkerError",
+    "TensorData",
     "TrainingClient",
     "TrainingClientInfo",
     "TrainingConfig",

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import LoRAConfig
 from tg_tinker.types.datum import Datum
 from tg_tinker.types.optim import AdamParams
 from tg_tinker.types.sampling import GenerationOptions
@@ -109,6 +110,22 @@ def datums_of(data: Any) -> list[Datum]:
                 constraint="BatchData, dict or list of Datum",
             )
     return list(data)
+
+
+def lora_config(rank: int, *, train_mlp: bool, train_attn: bool, train_unembed: bool) -> LoRAConfig:
+    """An adapter on groups of modules, which the server finds by name.
+
+    Raises:
+        InvalidRequestError: nothing would be trained.
+    """
+    groups = {"@mlp": train_mlp, "@attention": train_attn, "@unembed": train_unembed}
+    if not any(groups.values()):
+        raise InvalidRequestError(
+            "nothing would be trained: set at least one of train_mlp, train_attn and train_unembed",
+            field="train_attn",
+            constraint="at least one",
+        )
+    return LoRAConfig(rank=rank, alpha=32, target_modules=[name for name, wanted in groups.items() if wanted])
 
 
 def adam_of(

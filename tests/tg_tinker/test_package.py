@@ -42,7 +42,11 @@ def test_signatures_are_those_of_the_reference():
         ("timeout", 300.0),
         ("retry_count", 3),
     ]
-    assert parameters(TrainingClient.forward_backward) == [("batch", None), ("batch_hash", None)]
+    assert parameters(TrainingClient.forward_backward) == [
+        ("batch", None),
+        ("batch_hash", None),
+        ("loss_fn_config", None),  # of datums
+    ]
     assert parameters(TrainingClient.optim_step) == [("apply_dp_noise", True)]
     assert parameters(TrainingClient.save_state) == [("include_optimizer", True), ("metadata", None)]
     assert parameters(TrainingClient.load_state) == [("artifact_id", NONE)]

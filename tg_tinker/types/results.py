@@ -11,7 +11,7 @@ from tg_tinker.types.datum import TensorData
 from tg_tinker.types.log import LogReceipt
 
 
-class _Ready:
+class Ready:
     """Lets a value that is already here be used like a future: ``result()`` and ``await`` return it."""
 
     def result(self, timeout: float | None = None) -> Self:  # noqa: ARG002 - same shape as FutureHandle
@@ -126,7 +126,7 @@ class Sample:
 
 
 @dataclass
-class SampleResult(_Ready):
+class SampleResult(Ready):
     """Completions, prompt-major: all completions of the first prompt, then of the second."""
 
     samples: list[Sample]
@@ -153,7 +153,7 @@ class EncryptionInfo:
 
 
 @dataclass
-class SaveStateResult(_Ready):
+class SaveStateResult(Ready):
     """An encrypted checkpoint."""
 
     artifact_id: str
@@ -172,7 +172,7 @@ class SavedState(SaveStateResult):
 
 
 @dataclass
-class LoadStateResult(_Ready):
+class LoadStateResult(Ready):
     """A restored checkpoint; ``timestamp`` is when it was saved."""
 
     artifact_id: str

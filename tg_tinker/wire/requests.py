@@ -17,17 +17,33 @@ _PIECE_BYTES = 2**20
 
 
 def create_run(
-    request_id: str, config: TrainingConfig, checkpoint_id: str | None
+    request_id: str, config: TrainingConfig, checkpoint_id: str | None, *, optimizer: bool | None = None
 ) -> runs_pb2.CreateTrainingClientRequest:
     """Make a run; the same ``request_id`` again gets the same run."""
     return runs_pb2.CreateTrainingClientRequest(
-        request_id=request_id, config_json=config_to_json(config, as_asked=True), checkpoint_id=checkpoint_id or ""
+        request_id=request_id,
+        config_json=config_to_json(config, as_asked=True),
+        checkpoint_id=checkpoint_id or "",
+        optimizer=optimizer,
     )
 
 
-def get_run(run_id: str) -> runs_pb2.GetTrainingClientRequest:
-    """Describe a run."""
-    return runs_pb2.GetTrainingClientRequest(run_id=run_id)
+def create_run_like(
+    request_id: str, path: str, *, optimizer: bool, base_model: str = "", metadata: Mapping[str, Any]
+) -> runs_pb2.CreateTrainingClientRequest:
+    """Make a run from a checkpoint, configured as the run that saved it."""
+    return runs_pb2.CreateTrainingClientRequest(
+        request_id=request_id,
+        like=path,
+        optimizer=optimizer,
+        base_model=base_model,
+        metadata_json=json_to_text(metadata, field="user_metadata") if metadata else "",
+    )
+
+
+def get_run(run_id: str, *, summary: bool = False) -> runs_pb2.GetTrainingClientRequest:
+    """Describe a run; ``summary``: without bringing it back into memory."""
+    return runs_pb2.GetTrainingClientRequest(run_id=run_id, summary=summary)
 
 
 def list_runs(status: str | None, limit: int, offset: int = 0) -> runs_pb2.ListTrainingClientsRequest:

@@ -1,0 +1,1 @@
+"""What a ServiceClient can do, by subject: the connection, artifacts, data and its budget."""
