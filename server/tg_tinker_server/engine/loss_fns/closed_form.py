@@ -76,7 +76,7 @@ def _clipped_gain(ratio: Floats, own: dict[str, Floats], config: Config) -> tupl
     """The lesser of both gains; where it is the clipped one, out of range, nothing changes with the ratio."""
     low, high = _thresholds(own, config)
     gain, clipped = ratio * own["advantages"], np.clip(ratio, low, high) * own["advantages"]
-    return -np.minimum(gain, clipped), np.where(gain <= clipped, -gain, 0.0)
+    return -np.minimum(gain, clipped), np.where(gain > clipped, 0.0, -gain)
 
 
 def _cispo(lp: Floats, own: dict[str, Floats], config: Config) -> tuple[Floats, Floats]:

@@ -149,6 +149,8 @@ class CompiledGraph:
                 result = node.op.call(*args, **kwargs)
             except (TypeError, ValueError, RuntimeError, IndexError, ArithmeticError, NotImplementedError) as e:
                 raise _refuse(f"node {node.name!r} ({node.target}) does not work: {_first_line(e)}") from e
+            if isinstance(result, tuple | list) and len(result) > _MAX_ITEMS:
+                raise _refuse(f"node {node.name!r} ({node.target}) has more than {_MAX_ITEMS} results")
             numbers += _numbers(result)
             if numbers > MAX_NUMBERS:
                 raise _refuse(
@@ -174,6 +176,8 @@ def parse_graph(text: str) -> CompiledGraph:
     Raises:
         InvalidRequestError: too large, no such JSON, or a node that is not allowed, by its name.
     """
+    if not text:
+        raise _refuse("there is no graph of the custom loss")
     if len(text.encode()) > MAX_BYTES:
         raise _refuse(f"the graph is larger than {MAX_BYTES >> 10} KiB")
     try:
@@ -235,7 +239,9 @@ class _Reader:
         found = find(target) if find else None
         if found is None:
             raise _refuse(f"node {name!r} is {op} of {target[:80]!r}, which a custom loss cannot use here")
-        kwargs = {key: value for key, value in kwargs.items() if key in found.keywords or not _says_nothing(key, value)}
+        kwargs = {
+            key: value for key, value in kwargs.items() if key in found.keywords or not _says_nothing(key, value)
+        }
         strange = sorted(set(kwargs) - found.keywords)
         if strange:
             raise _refuse(f"node {name!r} ({target}) has the argument {strange[0][:80]!r}, which is not offered here")

@@ -146,6 +146,13 @@ def _to(tensor: torch.Tensor, *args: Any, dtype: Any = None, device: Any = None)
     return tensor
 
 
+def _norm(tensor: torch.Tensor, p: Any = 2, dim: Any = None, keepdim: Any = False, dtype: Any = None) -> torch.Tensor:
+    """Of vectors alone: those of matrices, which have names, would decompose them."""
+    if p != "fro" and not _number(p):
+        raise TypeError(f"a norm {p!r} is not offered")
+    return torch.linalg.vector_norm(tensor, 2 if p == "fro" else p, dim, keepdim, dtype=dtype)
+
+
 def _creating(call: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a tensor of a size in numbers; the device is where the graph runs."""
 
@@ -221,7 +228,6 @@ _offer(_words("sum mean prod"), 1, 3, "dim keepdim dtype")
 _offer(_words("amax amin argmax argmin all any logsumexp"), 1, 3, "dim keepdim")
 _offer(_words("max min"), 1, 3, "dim keepdim other")
 _offer(_words("std var"), 1, 2, "dim keepdim unbiased correction")
-_offer(["norm"], 1, 4, "p dim keepdim dtype")
 _offer(_words("cumsum softmax log_softmax"), 1, 2, "dim dtype")
 _offer(_words("sort argsort topk"), 1, 4, "dim descending stable k largest sorted")
 _offer(_words("unsqueeze squeeze unbind flip"), 1, 2, "dim dims")
@@ -248,6 +254,9 @@ _offer(
     home=functional,
 )
 _offer(_words("float double half bfloat16 long int bool"), 1, 1, places="m")
+FUNCTIONS["norm"] = METHODS["norm"] = Op(
+    _of_tensors(_norm), 1, 4, frozenset(["p", "dim", "keepdim", "dtype", "input"])
+)
 METHODS["to"] = Op(_of_tensors(_to), 1, 3, frozenset(["dtype", "device"]))
 METHODS["cpu"] = METHODS["contiguous"] = Op(_of_tensors(_same), 1, 1)
 for _name in ("zeros_like", "ones_like"):

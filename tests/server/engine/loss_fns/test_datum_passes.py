@@ -4,39 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from tg_tinker.types.losses import Loss
-from tg_tinker_server.engine.backend import LossRequest
+from tg_tinker.types.losses import LOSSES
+from tg_tinker_server.engine.backend import PassRequest
 from tg_tinker_server.engine.loss_fns.closed_form import evaluate
 from tg_tinker_server.engine.performance import PerformanceConfig
 from tg_tinker_server.engine.torch_backend import TorchBackend
 
-NAMES = ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
-LENGTHS = (5, 1, 9, 3, 7, 4)
-
-
-def datums(name, lengths=LENGTHS, *, alternatives=None, seed=0):
-    """Random datums, of which some positions are masked."""
-    tokens, inputs = [], []
-    for i, n in enumerate(lengths):
-        rng = np.random.default_rng([seed, i])
-        shape = (n,) if alternatives is None else (n, alternatives)
-        tokens.append(rng.integers(0, 256, n))
-        given = {"target_tokens": rng.integers(0, 256, shape)}
-        keep = rng.random(shape) < 0.8
-        if name == "cross_entropy":
-            given["weights"] = (keep * rng.normal(size=shape)).astype(np.float32)
-        else:
-            given["advantages"] = (keep * rng.normal(size=shape)).astype(np.float32)
-            given["logprobs"] = (-5.5 + rng.normal(size=shape)).astype(np.float32)
-        inputs.append(given)
-    return tuple(tokens), tuple(inputs)
-
-
-def request(name, lengths=LENGTHS, *, config=None, alternatives=None, seed=0, index=None, **options):
-    tokens, inputs = datums(name, lengths, alternatives=alternatives, seed=seed)
-    if index is not None:
-        tokens, inputs = tuple(tokens[i] for i in index), tuple(inputs[i] for i in index)
-    return LossRequest(tokens=tokens, inputs=inputs, loss=Loss.of(name, config), **options)
+NAMES = list(LOSSES)
 
 
 def float64_answers(tools, session, asked, model_ref="tiny"):
@@ -64,9 +38,9 @@ def relative_error(found, expected):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_logprobs_and_gradient_are_those_of_the_plain_model(torch_bench, tools, name):
+def test_loss_logprobs_and_gradient_are_those_of_the_plain_model(torch_bench, tools, data, name):
     session = torch_bench.open()
-    asked = request(name)
+    asked = data.request(name)
     found = session.forward_backward(asked)
     logprobs, values, grads_BP = float64_answers(tools, session, asked)
     assert found.loss == found.loss_sum == pytest.approx(sum(values), rel=1e-5)
@@ -74,14 +48,14 @@ def test_loss_logprobs_and_gradient_are_those_of_the_plain_model(torch_bench, to
         assert own.dtype == np.float32
         np.testing.assert_allclose(own, expected, atol=1e-5)
     assert relative_error(found.contribution.sum_P, grads_BP.sum(axis=0)) < 1e-5
-    assert (found.num_records, found.num_tokens, found.num_targets) == (6, sum(LENGTHS), sum(LENGTHS))
+    assert (found.num_records, found.num_tokens, found.num_targets) == (6, sum(data.lengths), sum(data.lengths))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_clipped_sum_is_that_of_a_loop_over_units(torch_bench, tools, name):
+def test_the_clipped_sum_is_that_of_a_loop_over_units(torch_bench, tools, data, name):
     units = list("abacba")
     session = torch_bench.open(dp={"max_grad_norm": 0.5})
-    asked = request(name, units=tuple(units))
+    asked = data.request(name, units=tuple(units))
     found = session.forward_backward(asked)
     _, _, grads_BP = float64_answers(tools, session, asked)
     total, norms = 0.0, []
@@ -94,10 +68,10 @@ def test_the_clipped_sum_is_that_of_a_loop_over_units(torch_bench, tools, name):
 
 
 @pytest.mark.parametrize("model", ["tiny", "qwen", "gpt2", "opt"])
-def test_several_alternatives_of_a_position_and_other_models(torch_bench, tools, model):
+def test_several_alternatives_of_a_position_and_other_models(torch_bench, tools, data, model):
     target = {"gpt2": ["c_attn"], "opt": ["q_proj"]}.get(model, "all-linear")
     session = torch_bench.open(model_ref=model, lora={"target_modules": target})
-    asked = request("cross_entropy", alternatives=3)
+    asked = data.request("cross_entropy", alternatives=3)
     found = session.forward_backward(asked)
     logprobs, values, grads_BP = float64_answers(tools, session, asked, model)
     assert found.loss == pytest.approx(sum(values), rel=1e-4)
@@ -106,22 +80,97 @@ def test_several_alternatives_of_a_position_and_other_models(torch_bench, tools,
     assert relative_error(found.contribution.sum_P, grads_BP.sum(axis=0)) < 1e-4
 
 
-def test_a_trained_head_goes_through_all_logits(torch_bench, tools):
+def test_a_trained_head_goes_through_all_logits(torch_bench, tools, data):
     session = torch_bench.open(lora={"target_modules": ["lm_head", "q_proj"]})
-    asked = request("cross_entropy", alternatives=2)
+    asked = data.request("cross_entropy", alternatives=2)
     found = session.forward_backward(asked)
     _, _, grads_BP = float64_answers(tools, session, asked)
     assert relative_error(found.contribution.sum_P, grads_BP.sum(axis=0)) < 1e-5
 
 
 @pytest.mark.parametrize("dp", [None, {"max_grad_norm": 0.1}])
-def test_the_size_of_micro_batches_changes_nothing_beyond_rounding(tools, dp):
+def test_the_size_of_micro_batches_changes_nothing_beyond_rounding(tools, data, dp):
     found = []
     for tokens in (1, 12, 10_000):
         backend = TorchBackend({"tiny": tools.loaders["tiny"]}, PerformanceConfig(micro_batch_tokens=tokens))
         session = backend.open(run_id="r", config=tools.config(dp=dp))
-        found.append(session.forward_backward(request("ppo", units=tuple("aabbca") if dp else None)))
+        found.append(session.forward_backward(data.request("ppo", units=tuple("aabbca") if dp else None)))
     for other in found[1:]:
         assert relative_error(other.contribution.sum_P, found[0].contribution.sum_P) < 1e-5
         for own, expected in zip(other.logprobs, found[0].logprobs, strict=True):
             np.testing.assert_allclose(own, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dp", [None, {"max_grad_norm": 0.1}])
+def test_who_is_in_the_batch_and_how_long_they_are_changes_no_log_probability(torch_bench, data, dp):
+    session = torch_bench.open(dp=dp)
+    together = session.forward_backward(data.request("dro"))
+    for i in range(len(data.lengths)):
+        alone = session.forward_backward(data.request("dro", index=[i]))
+        np.testing.assert_allclose(alone.logprobs[0], together.logprobs[i], atol=1e-6)
+
+
+def test_a_unit_too_large_for_one_slice_is_summed_before_its_one_clip(tools, data):
+    whole, cut = (
+        TorchBackend({"tiny": tools.loaders["tiny"]}, PerformanceConfig(micro_batch_tokens=tokens)).open(
+            run_id="r", config=tools.config(dp={"max_grad_norm": 0.2})
+        )
+        for tokens in (10_000, 16)
+    )
+    asked = data.request("importance_sampling", units=("a",) * 6)
+    work = cut.start(asked)
+    slices = 0
+    while not work.finished:
+        work.advance()
+        slices += 1
+    assert slices >= 6
+    found, expected = work.result().contribution, whole.forward_backward(asked).contribution
+    assert found.units == ("a",)
+    assert relative_error(found.sum_P, expected.sum_P) < 1e-5
+    assert np.linalg.norm(found.sum_P) == pytest.approx(0.2, rel=1e-4)
+
+
+@pytest.mark.parametrize("dp", [None, {"max_grad_norm": 0.1}])
+def test_passes_of_two_runs_on_datums_share_a_slice_and_get_what_each_gets_alone(tools, data, dp):
+    backend = TorchBackend({"tiny": tools.loaders["tiny"]}, PerformanceConfig(micro_batch_tokens=400))
+    sessions = [backend.open(run_id=str(i), config=tools.config(dp=dp)) for i in range(2)]
+    asked = [data.request("cross_entropy", (5, 6), alternatives=2), data.request("ppo", (5, 7), of=1)]
+    alone = [s.forward_backward(r) for s, r in zip(sessions, asked, strict=True)]
+    first, second = (s.start(r) for s, r in zip(sessions, asked, strict=True))
+    assert first.advance([second]) == [second]
+    for work, expected in zip((first, second), alone, strict=True):
+        found = work.result()
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert relative_error(found.contribution.sum_P, expected.contribution.sum_P) < 1e-4
+        assert [lp.shape for lp in found.logprobs] == [lp.shape for lp in expected.logprobs]
+
+
+def test_a_pass_on_datums_and_one_on_a_batch_do_not_share_a_slice(tools, data):
+    backend = TorchBackend({"tiny": tools.loaders["tiny"]}, PerformanceConfig(micro_batch_tokens=400))
+    first, second = (backend.open(run_id=str(i), config=tools.config()) for i in range(2))
+    batch = second.start(PassRequest.of_batch(tools.batch(2)))
+    assert first.start(data.request("ppo")).advance([batch]) == []
+
+
+def test_a_datum_that_is_not_finite_leaves_the_rows_of_others_alone(torch_bench, data):
+    session = torch_bench.open(dp={"max_grad_norm": 0.1})
+    asked = data.request("importance_sampling", (6, 6, 6))
+    clean = session.forward_backward(data.request("importance_sampling", (6, 6, 6), index=[0, 2]))
+    asked.inputs[1]["logprobs"][:] = -np.inf
+    found = session.forward_backward(asked)
+    assert np.isnan(found.contribution.norms_U).sum() + np.isinf(found.contribution.norms_U).sum() == 1
+    assert relative_error(found.contribution.sum_P, clean.contribution.sum_P) < 1e-6
+
+
+def test_a_bfloat16_base_and_a_loss_scale_give_the_same_up_to_rounding(tools, data):
+    exact, half = (
+        TorchBackend({"tiny": tools.loaders["tiny"]}, PerformanceConfig(base_dtype=dtype)).open(
+            run_id="r", config=tools.config(mixed_precision="bf16", loss_scale=64.0)
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    assert (exact.base_dtype, half.base_dtype) == ("float32", "bfloat16")
+    asked = data.request("cross_entropy", alternatives=2)
+    found, expected = (s.forward_backward(asked) for s in (half, exact))
+    assert relative_error(found.contribution.sum_P, expected.contribution.sum_P) < 0.1
+    assert found.loss == pytest.approx(expected.loss, abs=0.5)
