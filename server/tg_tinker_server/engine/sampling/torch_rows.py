@@ -13,6 +13,7 @@ import inspect
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -235,7 +236,7 @@ def _forward(
     """
     model: Any = base.module
     device = next(model.parameters()).device
-    names = inspect.signature(model.forward).parameters
+    names = _parameters_of(cast(Hashable, type(model)))
     starts = torch.tensor([width - length for length in lengths], device=device)
     columns = torch.arange(width, device=device)
     options: dict[str, Any] = {}
@@ -251,6 +252,12 @@ def _forward(
             input_ids=ids_BT.to(device), attention_mask=mask_BT, past_key_values=cache, use_cache=True, **options
         ).logits
     return logits_BTV[:, -keep:]
+
+
+@cache
+def _parameters_of(kind: Hashable) -> frozenset[str]:
+    """Names of what a model takes."""
+    return frozenset(inspect.signature(cast(Any, kind).forward).parameters)
 
 
 def _layers_of(cache: DynamicCache, width: int) -> tuple[KeyValues, ...]:
