@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 
 from tg_tinker._alarm import Alarm
 from tg_tinker._endpoint import TlsFiles, parse_base_url
+from tg_tinker._pressure import Pressure
 from tg_tinker.errors import (
     AuthenticationError,
     InvalidRequestError,
@@ -156,6 +157,7 @@ class Call(Future[Any]):
             give_up = self._withdrawn and limited and not self._lost_an_answer
             self._given_up = self._given_up or give_up
         if isinstance(error, RateLimitedError):
+            self._transport.pressure.heard(error)
             self._unreachable, self._unreachable_since = 0, None
             self._refusals += 1
             if give_up:
@@ -194,6 +196,7 @@ class Transport:
         self.config = config
         self.policy = policy or RetryPolicy(patience_s=config.timeout, retry_count=config.retry_count)
         self.alarm = Alarm()
+        self.pressure = Pressure()
         self.closed = False
         self.reached = False
         endpoint = parse_base_url(config.base_url)
@@ -249,6 +252,8 @@ class Transport:
                 if self.closed:
                     raise closed_error() from None
                 if not is_unreachable(code, ours):
+                    if isinstance(error, RateLimitedError):
+                        self.pressure.heard(error)
                     raise error from None
                 since = since or time.monotonic()
                 limit = self.policy.retry_count if not self.reached or code in BROKEN else 10**9

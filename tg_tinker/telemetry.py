@@ -1,8 +1,8 @@
 """Hooks: what happens while custom losses and regularizers are computed, for those who asked to be told.
 
-    custom_loss.start | .stop | .exception                 duration_s, value, datums, regularizers
-    regularizer.compute.start | .stop | .exception         name, duration_s, value, contribution, grad_norm
-    queue.state                                            reason, retry_after, at most once a minute for each run
+    custom_loss.start | .stop | .exception             duration_s, value, datums, regularizers, grad_norms
+    regularizer.compute.start | .stop | .exception     name, weight, duration_s, value, contribution
+    queue.state                                        reason, retry_after; at most once a minute for a connection
 
 Events carry names, figures and durations, never tokens or log-probabilities. Nothing leaves the process.
 """

@@ -9,9 +9,8 @@ from tg_tinker._training.checkpoints import Checkpoints
 from tg_tinker._training.custom_loss import CustomLoss
 from tg_tinker._training.generation import Generation
 from tg_tinker._training.passes import Batch
-from tg_tinker.types.run import RunInfo
+from tg_tinker.types.run import UnloadModelResponse
 from tg_tinker.wire import requests
-from tg_tinker.wire.runs import run_info_from_proto
 
 
 class TrainingClient(CustomLoss, Generation, Checkpoints):
@@ -21,13 +20,18 @@ class TrainingClient(CustomLoss, Generation, Checkpoints):
     with a FutureHandle; ``sample``, ``save_state`` and ``load_state`` wait for their result.
     """
 
-    def unload_model(self) -> RunInfo:
-        """Free the run's memory on the server and complete it; its checkpoints stay."""
-        return run_info_from_proto(self._transport.call(requests.unload_run(self.id)))
+    def unload_model(self) -> UnloadModelResponse:
+        """Free the run's memory on the server and complete it; its checkpoints stay. Repeating it changes nothing.
 
-    async def unload_model_async(self) -> RunInfo:
+        Gradients that wait for their step are dropped; what was spent stays spent.
+        """
+        self._transport.call(requests.unload_run(self.id))
+        return UnloadModelResponse(model_id=self.id)
+
+    async def unload_model_async(self) -> UnloadModelResponse:
         """Like ``unload_model``."""
-        return run_info_from_proto(await asyncio.wrap_future(self._transport.send(requests.unload_run(self.id))))
+        await asyncio.wrap_future(self._transport.send(requests.unload_run(self.id)))
+        return UnloadModelResponse(model_id=self.id)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

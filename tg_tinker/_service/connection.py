@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any, Self
 
 from tg_tinker._endpoint import DEFAULT_RETRY_COUNT, DEFAULT_TIMEOUT_S, parse_base_url, read_tls_files, resolve
+from tg_tinker._pressure import QueueState
 from tg_tinker._transport import Transport
 from tg_tinker.errors import ServerError
 from tg_tinker.log_guard import LogGuard
@@ -70,6 +71,11 @@ class Connection:
     def tenant_id(self) -> str:
         """The tenant that the key belongs to."""
         return self._config.tenant_id or self._handshake().tenant_id
+
+    @property
+    def queue_state(self) -> QueueState:
+        """Whether the server takes work, as it said last. Waiting calls go on by themselves."""
+        return self._transport.pressure.state
 
     def get_server_capabilities(self) -> Capabilities:
         """What the server can do.

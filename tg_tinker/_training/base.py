@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+from tg_tinker._pressure import QueueState
 from tg_tinker._transport import Transport
 from tg_tinker.chunking import Joined
 from tg_tinker.errors import InvalidRequestError
@@ -63,6 +64,11 @@ class RunHandle:
                 constraint="enabled",
             )
         return PrivacyView(self._transport, self.id)
+
+    @property
+    def queue_state(self) -> QueueState:
+        """Whether the server takes work, as it said last. Waiting calls go on by themselves."""
+        return self._transport.pressure.state
 
     def get_info(self) -> RunInfo:
         """The run as the server sees it now: model, adapter, step, status, budget, sizes."""

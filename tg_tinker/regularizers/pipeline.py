@@ -89,6 +89,9 @@ def compute(
             regularizers=outputs,
         )
         found["value"] = output.loss_total
+        if track_grad_norms:
+            norms = {name: o.grad_norm for name, o in outputs.items()}
+            found["grad_norms"] = {**norms, "total": output.total_grad_norm}
     return Composed(total=total, output=output)
 
 

@@ -30,6 +30,20 @@ class PrivacyState:
     expected_batch_size: float
     ledger_head: bytes = b""
 
+    @property
+    def total_epsilon(self) -> float:
+        """Another word for ``epsilon_spent``."""
+        return self.epsilon_spent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelData:
+    """What a run is built on; ``arch`` is the family of the base model."""
+
+    arch: str
+    model_name: str
+    tokenizer_id: str
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
@@ -78,3 +92,27 @@ class RunInfo:
     def lora_rank(self) -> int | None:
         """Of the adapter."""
         return None if self.config.lora_config is None else self.config.lora_config.rank
+
+    @property
+    def model_id(self) -> str:
+        """Another word for ``run_id``."""
+        return self.run_id
+
+    @property
+    def model_data(self) -> ModelData:
+        """Architecture, name and tokenizer of the base model."""
+        return ModelData(arch=self.family, model_name=self.model_name, tokenizer_id=self.tokenizer_id)
+
+    @property
+    def privacy_unit(self) -> str | None:
+        """What one epsilon protects; ``None`` without differential privacy."""
+        dp = self.config.dp_config
+        return dp.privacy_unit if self.config.private and dp is not None else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadModelResponse:
+    """A run that was unloaded."""
+
+    model_id: str
+    type: str = "unload_model"

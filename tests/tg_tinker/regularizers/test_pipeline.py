@@ -224,6 +224,17 @@ def test_observers_hear_of_every_regularizer():
     ]
 
 
+def test_observers_hear_of_gradient_norms_that_were_asked_for():
+    heard = {}
+    telemetry.attach("test", lambda event, values: heard.update({event: values}), "custom_loss.stop")
+    try:
+        compute([], leaves([1.0, 1.0]), total, [spec(L1(), name="a")], track_grad_norms=True)
+    finally:
+        telemetry.detach("test")
+    norms = heard["custom_loss.stop"]["grad_norms"]
+    assert norms == {"a": pytest.approx(2**0.5), "total": pytest.approx(8**0.5)}
+
+
 @pytest.mark.parametrize(
     ("given", "field"),
     [
