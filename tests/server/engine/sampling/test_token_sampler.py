@@ -202,7 +202,7 @@ def test_a_small_request_does_not_wait_for_a_huge_one(bench, monkeypatch):
     rows = bench.backend.token_sampler()._model
     sampling = Sampling(bench, BatchedSampler(rows, most_rows=3, prefix_bytes=2**20, prefill_tokens=16))
     weights = sampling.base()
-    huge = sampling.submit(weights, prompts(40)[0], num_samples=20, params={"max_tokens": 20, "seed": 1})
+    huge = sampling.submit(weights, prompts(12)[0], num_samples=20, params={"max_tokens": 50, "seed": 1})
     sampling.step(8)
     small = sampling.submit(weights, [1, 2], params={"max_tokens": 3, "seed": 9})
     steps = 0
