@@ -1,0 +1,98 @@
+"""Unmodified recipes train privately: by a key whose owner set a policy, or by a suffix of the model's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cookbook.conftest import Cookbook, column
+from tests.support.hub_folders import CHAT
+from tg_tinker import ServiceClient
+
+BUDGET = {"target_epsilon": 8.0, "target_delta": 1e-5, "noise_multiplier": "auto"}
+SUPERVISED: dict[str, Any] = {"batch_size": 16, "lora_rank": 8, "learning_rate": 1e-3, "max_length": 256}
+
+
+def epsilons(metrics: list[dict[str, Any]]) -> list[float]:
+    """What was spent after each step, as the recipe's own metrics file has it."""
+    spent = column(metrics, "privacy/epsilon")
+    assert spent == sorted(spent)
+    assert 0 < spent[0] < spent[-1] <= BUDGET["target_epsilon"]  # type: ignore[operator]
+    return spent
+
+
+def test_sl_loop_with_a_key_that_is_bound_to_a_policy(cookbook: Cookbook, tmp_path: Path) -> None:
+    key = cookbook.key("notes-clinic", dataset_id="notes", privacy_unit="datum", planned_steps=6, **BUDGET)
+    metrics = cookbook.run("sl_loop", tmp_path / "log", key, model_name=CHAT, max_steps=6, save_every=0, **SUPERVISED)
+    assert len(epsilons(metrics)) == 6
+    assert cookbook.steps_in_ledger("notes-clinic", "notes") == 6
+
+
+@pytest.mark.slow  # 35 s
+def test_sl_loop_with_a_suffix_of_the_name(cookbook: Cookbook, tmp_path: Path) -> None:
+    key = cookbook.key("suffix")
+    model = f"{CHAT}:dp-eps8-steps4"
+    metrics = cookbook.run(
+        "sl_loop", tmp_path / "log", key, model_name=model, max_steps=4, save_every=0, **SUPERVISED
+    )
+    assert len(epsilons(metrics)) == 4
+    (run,) = ServiceClient(api_key=key, base_url=cookbook.server.address).list_training_clients()
+    assert cookbook.steps_in_ledger("suffix", run.id) == 4, "the run is its own dataset"
+
+
+@pytest.mark.slow  # 40 s
+def test_dpo_clips_pairs(cookbook: Cookbook, tmp_path: Path) -> None:
+    key = cookbook.key(
+        "pairs-clinic",
+        dataset_id="pairs",
+        privacy_unit="pair",
+        unit_of="adjacent_pair",
+        planned_steps=4,
+        merge_units=True,
+        **BUDGET,
+    )
+    metrics = cookbook.run(
+        "preference.dpo.train",
+        tmp_path / "log",
+        key,
+        model_name=CHAT,
+        dataset="hhh",
+        batch_size=8,
+        max_steps=4,
+        max_length=256,
+        learning_rate=1e-3,
+        behavior_if_log_dir_exists="delete",
+    )
+    assert len(column(metrics, "dpo_loss")) == 4
+    assert cookbook.steps_in_ledger("pairs-clinic", "pairs") == 4
+
+
+@pytest.mark.slow  # 45 s
+def test_rl_loop_clips_the_group_of_a_prompt(cookbook: Cookbook, tmp_path: Path) -> None:
+    key = cookbook.key(
+        "sums-clinic",
+        dataset_id="sums",
+        privacy_unit="group",
+        unit_of="prompt",
+        planned_steps=5,
+        merge_units=True,
+        **BUDGET,
+    )
+    metrics = cookbook.run(
+        "rl_loop",
+        tmp_path / "log",
+        key,
+        model_name=CHAT,
+        batch_size=8,
+        group_size=16,
+        max_steps=5,
+        max_tokens=16,
+        lora_rank=8,
+        learning_rate=1e-3,
+        loss_fn="importance_sampling",
+        save_every=0,
+    )
+    assert len(metrics) == 5
+    assert cookbook.steps_in_ledger("sums-clinic", "sums") == len(epsilons(metrics))
