@@ -16,17 +16,22 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
+from tests.server.rpc.raw_client import RawClient
 from tests.support.fake_vault import running_vault
 from tg_tinker import BatchData, DPConfig, ServiceClient, TrainingConfig
 from tg_tinker.errors import AuthenticationError, InvalidRequestError, ServerError
+from tg_tinker.proto.v1 import sampling_pb2
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.crypto.keys import LocalKeyProvider, key_provider
 from tg_tinker_server.crypto.signing import TenantSigner
 from tg_tinker_server.foundation import SYSTEM_TENANT, Foundation
 from tg_tinker_server.ledger.audit import AuditLog
+from tg_tinker_server.service.custom_losses import CustomLosses
 from tg_tinker_server.service.dataset_keys import DatasetKeys
+from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.rotation import KeyRotation
+from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.store import dataset_rows, sealed_rows, tables, tenant_key_rows
 
 CONFIG = TrainingConfig(model_ref="bigram", batch_size=4, seed=1, metadata={"note": "kept"})
@@ -52,6 +57,14 @@ class Place:
                     client.optim_step().result()
                     self.checkpoints[tenant] = client.save_state(name="first").artifact_id
                     self.runs[tenant] = client.id
+                    sampler = sampling_pb2.CreateSamplerRequest(sampler_id="s", path=self.checkpoints[tenant])
+                    RawClient(server.address, self.keys[tenant]).send(sampler)
+        foundation = self.foundation()  # a loss of a caller's own, which this backend computes none of
+        texts = SealedText(foundation.keyring)
+        losses = CustomLosses(foundation.db, foundation.keyring, texts, Executors(), parse=len)
+        for tenant in self.runs:
+            losses._create(tenant, "{}")
+        foundation.db.close()
 
     def foundation(self) -> Foundation:
         return Foundation.open(self.config)
