@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 
 from tg_tinker.data import collate
-from tg_tinker.types import DPConfig
+from tg_tinker.types import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
+from tg_tinker.types.losses import Loss
 from tg_tinker_server.empirical.bench import Bench, Record, bench
-from tg_tinker_server.empirical.planting import Planted
+from tg_tinker_server.empirical.planting import Planted, PlantingBigramBackend
 from tg_tinker_server.empirical.settings import MODELS, AuditSettings
 from tg_tinker_server.empirical.watching import Watch, WatchedBackend
-from tg_tinker_server.engine.backend import PassRequest, StepRequest
+from tg_tinker_server.engine.backend import Backend, LossRequest, PassRequest, StepRequest
 from tg_tinker_server.engine.bigram import BigramBackend
+from tg_tinker_server.engine.gradients import GradientContribution
+from tg_tinker_server.engine.torch_backend import TorchBackend
 
 
 @pytest.fixture(params=MODELS)
@@ -100,3 +103,25 @@ def test_the_planting_bigram_is_the_bigram_where_nothing_is_planted() -> None:
     session = BigramBackend().open(run_id="r", config=client.config)
     result = session.forward_backward(PassRequest.of_batch(collate(records)))
     assert np.abs(tools.watch.steps[0].released_P - result.contribution.sum_P).max() < 1e-6
+
+
+@pytest.mark.parametrize("model", ["bigram", "tiny-llama-2m"])
+def test_a_gradient_is_planted_in_a_datum_too(model: str) -> None:
+    watch = Watch()
+    backend: Backend = PlantingBigramBackend() if model == "bigram" else TorchBackend()
+    config = TrainingConfig(
+        model_ref=model,
+        lora_config=LoRAConfig(rank=2, target_modules=["q_proj"]),
+        optimizer=OptimizerConfig(name="sgd", momentum=0.0),
+        dp_config=DPConfig(max_grad_norm=0.5, target_epsilon=None),
+        batch_size=1,
+    )
+    session = WatchedBackend(backend, watch).open(run_id="r", config=config)
+    tokens = np.array([1, 2, 3])
+    inputs = {"target_tokens": tokens, "weights": np.ones(3, dtype=np.float32)}
+    request = LossRequest(tokens=(tokens,), inputs=(inputs,), loss=Loss.of("cross_entropy"), units=("canary",))
+    watch.plant(tokens.tolist(), Planted(coordinate=5, value=-7.0))
+    contribution = session.forward_backward(request).contribution
+    assert isinstance(contribution, GradientContribution)
+    assert contribution.sum_P[5] == pytest.approx(-0.5, rel=1e-5)
+    assert np.abs(np.delete(contribution.sum_P, 5)).max() == 0

@@ -150,7 +150,8 @@ def _norm(tensor: torch.Tensor, p: Any = 2, dim: Any = None, keepdim: Any = Fals
     """Of vectors alone: those of matrices, which have names, would decompose them."""
     if p != "fro" and not _number(p):
         raise TypeError(f"a norm {p!r} is not offered")
-    return torch.linalg.vector_norm(tensor, 2 if p == "fro" else p, dim, keepdim, dtype=dtype)
+    found: torch.Tensor = torch.linalg.vector_norm(tensor, 2 if p == "fro" else p, dim, keepdim, dtype=dtype)
+    return found
 
 
 def _creating(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -148,8 +148,10 @@ def test_passes_of_two_runs_on_datums_share_a_slice_and_get_what_each_gets_alone
 def test_a_pass_on_datums_and_one_on_a_batch_do_not_share_a_slice(tools, data):
     backend = TorchBackend({"tiny": tools.loaders["tiny"]}, PerformanceConfig(micro_batch_tokens=400))
     first, second = (backend.open(run_id=str(i), config=tools.config()) for i in range(2))
-    batch = second.start(PassRequest.of_batch(tools.batch(2)))
-    assert first.start(data.request("ppo")).advance([batch]) == []
+    batch, datums = second.start(PassRequest.of_batch(tools.batch(2))), first.start(data.request("ppo"))
+    assert datums.share_key != batch.share_key
+    assert datums.advance([batch]) == []
+    assert first.share_key is not None, "nothing failed, so it is not left alone from now on"
 
 
 def test_a_datum_that_is_not_finite_leaves_the_rows_of_others_alone(torch_bench, data):

@@ -92,6 +92,8 @@ def test_a_unit_in_two_calls_is_refused_unless_units_are_merged(bench, data):
 def test_a_unit_without_an_id_is_known_by_its_tokens_alone(bench, data):
     session = bench.open(dp=DP)
     first, second = data.request("dro"), data.request("cross_entropy")
+    for given in second.inputs:
+        given["target_tokens"][:] = 7
     session.accumulate(session.forward_backward(first).contribution)
     with pytest.raises(InvalidRequestError, match="privacy_unit_ids"):
         session.accumulate(session.forward_backward(second).contribution)
