@@ -87,7 +87,9 @@ class Gateway:
         futures = Futures(self._models, self._training, self._samples, s.samplers)
         files = WeightFiles(s.checkpoints.vault, s.audit, io, s.scratch, s.hub_ids)
         handlers = {
-            **ServiceDoors(sessions, self._samples, s.registry, config.tinker_zstd).handlers(),
+            **ServiceDoors(
+                sessions, self._samples, s.registry, config.tinker_zstd, config.backend == "torch"
+            ).handlers(),
             **TrainingDoors(sessions, self._training, futures, s.losses, s.infos).handlers(),
             **SamplingDoors(sessions, s.samplers, self._samples, futures).handlers(),
             **RestDoors(s.registry, s.checkpoints, s.audit).handlers(),

@@ -30,6 +30,11 @@ from tg_tinker_server.service.samplers import SamplerService
 
 HOLD_S = 30.0
 MOST_REFUSED = 10_000
+_SAVED = {  # what kind of answer names a checkpoint of which kind
+    "weights": "save_weights",
+    "sampler_weights": "save_weights_for_sampler",
+    "external_weights": "save_weights_external",
+}
 LARGE_OUTPUTS = 64  # datums from which encoding leaves the event loop
 
 
@@ -64,13 +69,15 @@ class Futures:
                 answer = JSONResponse({"type": "create_custom_loss", "loss_id": parsed.loss})
             case "sample":
                 return await self._sample(call, request_id)
-            case "create":
-                return await self._created(call, request_id, parsed.owner)
+            case "create" | "load":
+                made = {"type": "create_model" if parsed.kind == "create" else "load_weights"}
+                return await self._created(call, request_id, {**made, "model_id": parsed.owner})
             case "operation":
                 return await self._operation(call, request_id, parsed)
         return answer
 
-    async def _created(self, call: HttpCall, request_id: str, model_id: str) -> Response:
+    async def _created(self, call: HttpCall, request_id: str, answer: dict[str, str]) -> Response:
+        model_id = answer["model_id"]
         making = self.models.making(call.caller, model_id)
         if making is not None and not making.done():
             await asyncio.wait({making}, timeout=self.hold_s)
@@ -82,7 +89,7 @@ class Futures:
             if making is None:
                 raise
             return _failed(e, request_id)
-        return JSONResponse({"type": "create_model", "model_id": model_id})
+        return JSONResponse(answer)
 
     async def _operation(self, call: HttpCall, request_id: str, name: names.RequestName) -> Response:
         run, operation = await self.training.find(call.caller, name.owner, name.seq)
@@ -114,7 +121,8 @@ class Futures:
                     return JSONResponse(
                         {"sampling_session_id": name.sampler, "type": "save_weights_for_sampler", "path": None}
                     )
-                return JSONResponse({"path": tinker_path(name.owner, result.path), "type": "save_weights"})
+                path = tinker_path(name.owner, result.path)
+                return JSONResponse({"path": path, "type": _SAVED[path.split("/")[3]]})
             case LoadStateResult():
                 return JSONResponse({"path": None, "type": "load_weights", "model_id": name.owner})
         return JSONResponse(failure(ServerError("this operation was not made in the Tinker protocol")))

@@ -3,10 +3,10 @@
 <session>                                  32 hex digits
 <session>:train:<n>                        a model: the run whose request_id is "tinker/" and this
 <session>:sample:<n>                       a sampler
-<model>:create                             the request that makes a model
+<model>:create, <model>:load               the request that makes a model, of saved weights or of none
 <model>:op:<seq>[:sampler:<n>]             one training operation, and the sampler to make of what it saves
 <sampler>:req:<seq>                        one sample
-<session>:loss:<n>                         a custom loss
+<session>:loss:<n>:<loss>                  a custom loss, with its id
 refused:<hex>                              a request that could be read and was refused
 """
 
@@ -25,12 +25,13 @@ _MODEL = f"(?P<session>[0-9a-f]{{32}}):train:(?P<n>{_NUMBER})"
 _SAMPLER = f"(?P<session>[0-9a-f]{{32}}):sample:(?P<n>{_NUMBER})"
 _PATTERNS: dict[str, re.Pattern[str]] = {
     "create": re.compile(f"(?P<owner>{_MODEL}):create"),
+    "load": re.compile(f"(?P<owner>{_MODEL}):load"),
     "operation": re.compile(f"(?P<owner>{_MODEL}):op:(?P<seq>{_NUMBER})(:sampler:(?P<sampler>{_NUMBER}))?"),
     "sample": re.compile(f"(?P<owner>{_SAMPLER}):req:(?P<seq>{_NUMBER})"),
     "loss": re.compile(f"(?P<owner>[0-9a-f]{{32}}):loss:(?P<seq>{_NUMBER}):(?P<loss>loss_[0-9a-f]{{1,64}})"),
     "refused": re.compile("(?P<owner>refused):(?P<seq>[0-9a-f]{32})"),
 }
-Kind = Literal["create", "operation", "sample", "loss", "refused"]
+Kind = Literal["create", "load", "operation", "sample", "loss", "refused"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,11 @@ def sampler_id(session: str, n: int) -> str:
 def create_request(model: str) -> str:
     """The request that makes a model."""
     return f"{model}:create"
+
+
+def load_request(model: str) -> str:
+    """The request that makes a model of saved weights."""
+    return f"{model}:load"
 
 
 def operation_request(model: str, seq: int, sampler: int | None = None) -> str:

@@ -29,7 +29,6 @@ FLAGS: Mapping[str, Any] = {
     "sample_max_concurrent_requests": 64,
     "sample_use_retrieve_futures": True,
     "sample_join_sampling_session": False,
-    "custom_loss_server_side": True,
 }
 DYNAMIC_FLAGS: Mapping[str, Any] = {
     "refresh_interval_sec": 300,
@@ -40,13 +39,18 @@ DYNAMIC_FLAGS: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class ServiceDoors:
-    """What belongs to no model."""
+    """What belongs to no model.
+
+    Attributes:
+        zstd: whether clients shall compress batches.
+        graphs: whether custom losses can run here.
+    """
 
     sessions: Sessions
     samples: Samples
     registry: RunRegistry
     zstd: bool
-    warning: str = ""
+    graphs: bool
 
     def handlers(self) -> Mapping[str, Handler]:
         """By route."""
@@ -77,7 +81,7 @@ class ServiceDoors:
 
     async def config(self, _call: HttpCall) -> Response:
         """How the client shall behave."""
-        return JSONResponse({**FLAGS, "proto_compress_fwdbwd": self.zstd})
+        return JSONResponse({**FLAGS, "proto_compress_fwdbwd": self.zstd, "custom_loss_server_side": self.graphs})
 
     async def dynamic_config(self, _call: HttpCall) -> Response:
         """The same, of what may change."""
@@ -129,8 +133,12 @@ class ServiceDoors:
         """A session."""
         session_id = await self.sessions.create(call.caller, await call.message(messages.CreateSession))
         answer: dict[str, Any] = {"type": "create_session", "session_id": session_id}
-        if self.warning:
-            answer["warning_message"] = self.warning
+        policy = call.caller.policy
+        if policy is not None:
+            answer["info_message"] = (
+                f"models made with this key are trained with differential privacy on dataset {policy.dataset_id}: "
+                f"epsilon {policy.target_epsilon:g} at delta {policy.target_delta:g} for each {policy.privacy_unit}"
+            )
         return JSONResponse(answer)
 
     async def beat(self, call: HttpCall) -> Response:

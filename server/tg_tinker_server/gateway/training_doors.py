@@ -81,7 +81,7 @@ class TrainingDoors:
             model_id = await self.training.models.load(call.caller, message, value)
         except TGTinkerError as e:
             return self._refused(call, e)
-        return _submitted(names.create_request(model_id), model_id)
+        return _submitted(names.load_request(model_id), model_id)
 
     async def get_info(self, call: HttpCall) -> Response:
         """What a model is."""
@@ -93,9 +93,9 @@ class TrainingDoors:
         """A loss that runs on the server, as a graph of functions that are on a list."""
         message = await call.message(messages.CreateCustomLoss)
         await self.sessions.get(call.caller, message.session_id)
-        graph = {"graph": message.graph, "inputs": [i.model_dump() for i in message.inputs]}
+        graph = {**message.graph, "inputs": [i.model_dump() for i in message.inputs]}
         try:
-            loss_id = await self.losses.create(call.caller.tenant, graph_text(graph))
+            loss_id = await self.losses.create(call.caller.tenant, canonical(graph).decode())
         except TGTinkerError as e:
             return self._refused(call, e)
         return _submitted(names.loss_request(message.session_id, message.custom_loss_seq_id, loss_id), None)
@@ -127,11 +127,6 @@ class TrainingDoors:
         if isinstance(error, _AT_ONCE):
             raise error
         return _submitted(self.futures.refuse(call.caller, error), None)
-
-
-def graph_text(graph: Mapping[str, Any]) -> str:
-    """A graph in one spelling."""
-    return canonical(graph).decode()
 
 
 def model_info(model_id: str, info: RunInfo) -> dict[str, Any]:

@@ -61,21 +61,29 @@ class Raw:
         return response.json()
 
     def create(self, n: int = 0, **more: Any) -> str:
-        body = {"session_id": self.session, "model_seq_id": n, "base_model": MODEL, "lora_config": {"rank": 4}, **more}
+        body = {
+            "session_id": self.session,
+            "model_seq_id": n,
+            "base_model": MODEL,
+            "lora_config": {"rank": 4},
+            **more,
+        }
         answer = self.ok("create_model", body)
         made = self.retrieve(answer["request_id"])
         assert made.get("model_id") == f"{self.session}:train:{n}", made
         return str(made["model_id"])
 
-    def submit(self, path: str, model: str, seq: int, **body: Any) -> str:
-        return str(self.ok(path, {"model_id": model, "seq_id": seq, **body})["request_id"])
+    def submit(self, route: str, model: str, seq: int, **body: Any) -> str:
+        return str(self.ok(route, {"model_id": model, "seq_id": seq, **body})["request_id"])
 
     def step(self, model: str, seq: int, lr: float = 0.1) -> str:
         return self.submit("optim_step", model, seq, adam_params={"learning_rate": lr})
 
     def forward_backward(self, request: pb.ForwardBackwardRequest) -> httpx.Response:
         return self.post(
-            "forward_backward", content=request.SerializeToString(), headers={"Content-Type": "application/x-protobuf"}
+            "forward_backward",
+            content=request.SerializeToString(),
+            headers={"Content-Type": "application/x-protobuf"},
         )
 
     def train(self, model: str, seq: int, *rows: list[int], forward_only: bool = False) -> str:
@@ -104,9 +112,7 @@ def datum(tokens: list[int], targets: list[int], **inputs: pb.Tensor) -> pb.Datu
     return made
 
 
-def cross_entropy(
-    model: str, seq: int, *rows: list[int], forward_only: bool = False
-) -> pb.ForwardBackwardRequest:
+def cross_entropy(model: str, seq: int, *rows: list[int], forward_only: bool = False) -> pb.ForwardBackwardRequest:
     request = pb.ForwardBackwardRequest(
         model_id=model, seq_id=seq, loss_fn="cross_entropy", forward_only=forward_only
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.server.gateway.conftest import Raw
+from tests.server.gateway.conftest import MODEL, Raw, cross_entropy, datum
+from tg_tinker.proto.v1 import gateway_pb2 as pb
+from tg_tinker_server.app import EmbeddedServer
 
 
 def test_a_model_is_trained_and_every_result_has_the_form_that_clients_read(client: Raw) -> None:
@@ -22,3 +24,168 @@ def test_a_model_is_trained_and_every_result_has_the_form_that_clients_read(clie
     assert stepped["metrics"]["unclipped_grad_norm"] > 0
     again = client.outputs(client.train(model, 3, [1, 2, 3], [4, 5, 6, 7], forward_only=True))
     assert again.metrics["loss:sum"] < trained.metrics["loss:sum"]
+
+
+def test_chunks_out_of_order_and_a_pipeline_run_in_the_order_of_their_numbers(client: Raw) -> None:
+    straight, shuffled = client.create(0), client.create(1)
+    plan = [("train", [1, 2, 3]), ("train", [4, 5, 6, 7]), ("step", []), ("train", [1, 2, 3]), ("step", [])]
+
+    def send(model: str, seq: int) -> str:
+        kind, row = plan[seq - 1]
+        return client.train(model, seq, row) if kind == "train" else client.step(model, seq)
+
+    first = [client.retrieve(r, proto=True) for r in [send(straight, n) for n in (1, 2, 3, 4, 5)]]
+    sent = {n: send(shuffled, n) for n in (3, 2, 5, 1, 4)}
+    second = [client.retrieve(sent[n], proto=True) for n in (1, 2, 3, 4, 5)]
+    losses = [pb.ForwardBackwardOutput.FromString(a[3]).metrics["loss:sum"] for a in (first, second)]
+    assert losses[0] == losses[1]
+
+
+def test_a_repeated_request_is_executed_once_and_a_changed_one_is_refused_under_its_own_id(client: Raw) -> None:
+    model = client.create()
+    ids = {client.train(model, 1, [1, 2, 3]) for _ in range(3)}
+    steps = {client.step(model, 2) for _ in range(3)}
+    assert len(ids) == len(steps) == 1
+    assert client.retrieve(steps.pop()) == client.retrieve(client.step(model, 2))
+    changed = client.train(model, 1, [1, 2, 4])
+    assert changed not in ids
+    refused = client.retrieve(changed)
+    assert refused["category"] == "user"
+    assert "different request" in refused["error"]
+    assert isinstance(client.retrieve(ids.pop(), proto=True), bytes)  # still there, and again
+
+
+def test_a_gap_is_given_up_the_batch_is_refused_once_and_the_client_goes_on(client: Raw) -> None:
+    model = client.create()
+    client.train(model, 1, [1, 2, 3])
+    later = client.train(model, 3, [1, 2, 3])  # 2 never comes
+    step = client.step(model, 4)
+    assert isinstance(client.retrieve(later, proto=True), bytes)
+    refused = client.retrieve(step)
+    assert refused["category"] == "user"
+    assert "did not arrive" in refused["error"]
+    late = client.retrieve(client.train(model, 2, [7, 8, 9]))
+    assert "given up" in late["error"]
+    client.train(model, 5, [1, 2, 3])
+    assert client.retrieve(client.step(model, 6))["metrics"]
+
+
+def test_whatever_can_be_read_is_accepted_and_fails_in_its_future(client: Raw) -> None:
+    model = client.create()
+    image = cross_entropy(model, 3)
+    image.data[0].model_input.add().image.format = "png"
+    bad = {
+        "empty": pb.ForwardBackwardRequest(model_id=model, seq_id=1, loss_fn="cross_entropy"),
+        "vocabulary": cross_entropy(model, 2, [1, 2**20, 3]),
+        "text models only": image,
+        "stable_reinforce": pb.ForwardBackwardRequest(
+            model_id=model, seq_id=4, loss_fn="stable_reinforce", data=cross_entropy(model, 4).data
+        ),
+        "weights": pb.ForwardBackwardRequest(
+            model_id=model, seq_id=5, loss_fn="cross_entropy", data=[datum([1, 2], [2, 3])]
+        ),
+        "values": pb.ForwardBackwardRequest(
+            model_id=model,
+            seq_id=6,
+            loss_fn="cross_entropy",
+            data=[datum([1, 2], [2, 3], weights=pb.Tensor(dense=b"12345678", dtype=pb.DTYPE_FLOAT32, shape=[3]))],
+        ),
+    }
+    for text, request in bad.items():
+        response = client.forward_backward(request)
+        assert response.status_code == 200, response.text
+        answer = client.retrieve(response.json()["request_id"])
+        assert answer["category"] == "user"
+        assert text in answer["error"], answer
+    for name in ("../x", "a/b", "..", "", "x" * 129):
+        seq = 7 + ["../x", "a/b", "..", "", "x" * 129].index(name)
+        answer = client.retrieve(client.submit("save_weights", model, seq, path=name))
+        assert answer["category"] == "user"
+    assert client.retrieve(client.step(model, 12))["category"] == "user"  # nothing of this batch counts
+    client.train(model, 13, [1, 2, 3])
+    assert client.retrieve(client.step(model, 14))["metrics"]
+
+
+def test_creating_again_finds_the_same_model_and_another_configuration_is_refused(client: Raw) -> None:
+    model = client.create(5)
+    assert client.create(5) == model
+    body = {"session_id": client.session, "model_seq_id": 5, "base_model": MODEL, "lora_config": {"rank": 8}}
+    refused = client.retrieve(client.ok("create_model", body)["request_id"])
+    assert "another request" in refused["error"]
+    info = client.ok("get_info", {"model_id": model})
+    assert (info["model_name"], info["lora_rank"], info["is_lora"]) == (MODEL, 4, True)
+
+
+def test_weights_are_saved_loaded_and_shown(client: Raw) -> None:
+    model = client.create()
+    client.train(model, 1, [1, 2, 3])
+    client.step(model, 2)
+    saved = client.retrieve(client.submit("save_weights", model, 3, path="a"))
+    assert saved["path"] == f"tinker://{model}/weights/a"
+    again = client.retrieve(client.submit("save_weights", model, 4, path="a"))
+    assert again["category"] == "user"
+    over = client.retrieve(client.submit("save_weights", model, 5, path="a", overwrite=True))
+    assert over["path"] == saved["path"]
+    info = client.ok("weights_info", {"tinker_path": saved["path"]})
+    assert (info["base_model"], info["lora_rank"], info["train_mlp"]) == (MODEL, 4, True)
+    body = {"session_id": client.session, "model_seq_id": 1, "path": saved["path"], "optimizer": True}
+    loaded = client.retrieve(client.ok("load_weights", body)["request_id"])
+    assert loaded["model_id"] == f"{client.session}:train:1"
+    here = client.outputs(client.train(model, 6, [1, 2, 3], forward_only=True))
+    there = client.outputs(client.train(loaded["model_id"], 1, [1, 2, 3], forward_only=True))
+    assert here.metrics["loss:sum"] == there.metrics["loss:sum"]
+    legacy = {"path": saved["path"], "optimizer": False}
+    assert client.retrieve(client.submit("load_weights", model, 7, **legacy))["type"] == "load_weights"
+
+
+def test_old_clients_send_and_get_json(client: Raw) -> None:
+    model = client.create()
+    sent = {
+        "data": [
+            {
+                "model_input": {"chunks": [{"tokens": [1, 2, 3], "type": "encoded_text"}]},
+                "loss_fn_inputs": {
+                    "target_tokens": {"data": [2, 3, 4], "dtype": "int64", "shape": [3]},
+                    "weights": {"data": [1.0, 1.0, 1.0], "dtype": "float32", "shape": [3]},
+                },
+            }
+        ],
+        "loss_fn": "cross_entropy",
+        "loss_fn_config": None,
+    }
+    result = client.retrieve(client.submit("forward_backward", model, 1, forward_backward_input=sent))
+    proto = client.outputs(client.train(model, 2, [1, 2, 3, 4], forward_only=True))
+    assert result["metrics"]["loss:sum"] == proto.metrics["loss:sum"]
+    assert len(result["loss_fn_outputs"][0]["logprobs"]["data"]) == 3
+
+
+def test_what_is_not_there_and_what_is_anothers_get_the_same_answer(client: Raw, server: EmbeddedServer) -> None:
+    model = client.create()
+    future = client.train(model, 1, [1, 2, 3])
+    client.retrieve(future, proto=True)
+    sampler = client.ok(
+        "create_sampling_session",
+        {"session_id": client.session, "sampling_session_seq_id": 0, "base_model": MODEL},
+    )["sampling_session_id"]
+    other = Raw(client.url, server.mint_key("other")).open()
+    missing = "0" * 32
+    for path, body in {
+        "get_info": {"model_id": "{}:train:0"},
+        "retrieve_future": {"request_id": "{}:train:0:op:1"},
+        "optim_step": {"model_id": "{}:train:0", "seq_id": 2, "adam_params": {}},
+        "session_heartbeat": {"session_id": "{}"},
+        "create_model": {"session_id": "{}", "model_seq_id": 1, "base_model": MODEL},
+        "asample": {"sampling_session_id": "{}:sample:0", "seq_id": 0, "prompt": {"chunks": []}},
+    }.items():
+        answers = []
+        for session in (client.session, missing):
+            filled = {k: v.format(session) if isinstance(v, str) else v for k, v in body.items()}
+            response = other.post(path, filled)
+            assert response.status_code == 404, (path, response.text)
+            answers.append(response.content)
+        assert answers[0] == answers[1], path
+    for path in ("sessions/{}", "training_runs/{}:train:0", "samplers/{}:sample:0"):
+        answers = [other.call("GET", path.format(s)) for s in (client.session, missing)]
+        assert [a.status_code for a in answers] == [404, 404]
+        assert answers[0].content == answers[1].content
+    assert client.call("GET", f"samplers/{sampler}").json()["base_model"] == MODEL
