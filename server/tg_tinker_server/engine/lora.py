@@ -58,6 +58,8 @@ class AdaptedBase:
         """Kinds of runs that the probe found sound on this base."""
         self.bytes_per_token: dict[Hashable, float] = {}
         """What a kind of run keeps for a token."""
+        self.joins: bool | None = None
+        """Whether sequences that were read apart can be computed together; ``None``: not tried."""
         # The table of modules as they were before anything was wrapped.
         self._modules = dict(loaded.module.named_modules())
         self.language_model = CausalLM(self.module, vocab_size=loaded.vocab_size)

@@ -253,7 +253,7 @@ class TorchSession(SessionCore):
         return np.concatenate([p.detach().float().cpu().numpy().reshape(-1) for p in self.parameters.values()])
 
     def _decoder(self) -> TorchDecoder:
-        return TorchDecoder(self.base.module, self._inference)
+        return TorchDecoder(self.base, self.adapter, self.ensure_open)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

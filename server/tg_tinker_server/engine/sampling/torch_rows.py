@@ -10,7 +10,6 @@ Shape suffixes: B rows, H heads, T tokens, D head size, V vocabulary.
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -103,30 +102,22 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 class TorchRows:
     """See ``rows.ModelRows``."""
 
-    def __init__(self) -> None:
-        self._joinable: weakref.WeakKeyDictionary[AdaptedBase, bool] = weakref.WeakKeyDictionary()
-
     def key(self, weights: FrozenWeights) -> Hashable | None:
         """See ``rows.ModelRows``."""
         mine = cast(TorchWeights, weights)
-        return (id(mine.base), mine.shape) if self._joins(mine.base) else None
-
-    def _joins(self, base: AdaptedBase) -> bool:
-        if base not in self._joinable:
-            self._joinable[base] = not base.language_model.shortcuts.by_length and _joins(base)
-        return self._joinable[base]
+        return (id(mine.base), mine.shape) if _can_join(mine.base) else None
 
     def read(self, readings: Sequence[Reading]) -> list[tuple[Memory, npt.NDArray[Any]]]:
         """See ``rows.ModelRows``."""
         weights = [cast(TorchWeights, r.weights) for r in readings]
-        if not self._joins(weights[0].base):
+        if not _can_join(weights[0].base):
             return [_read_anew(r) for r in readings]
         return _read(readings, weights)
 
     def rows(self, weights: FrozenWeights) -> RunningRows:
         """See ``rows.ModelRows``."""
         mine = cast(TorchWeights, weights)
-        return _Running(mine.base) if self._joins(mine.base) else _Anew()
+        return _Running(mine.base) if _can_join(mine.base) else _Anew()
 
 
 def _read(readings: Sequence[Reading], weights: Sequence[TorchWeights]) -> list[tuple[Memory, npt.NDArray[Any]]]:
@@ -286,6 +277,12 @@ def _widened(buffer: torch.Tensor, used: int, width: int) -> torch.Tensor:
     wide = buffer.new_zeros(*buffer.shape[:-2], width, buffer.shape[-1])
     wide[..., :used, :] = buffer[..., :used, :]
     return wide
+
+
+def _can_join(base: AdaptedBase) -> bool:
+    if base.joins is None:
+        base.joins = not base.language_model.shortcuts.by_length and _joins(base)
+    return base.joins
 
 
 def _joins(base: AdaptedBase) -> bool:
