@@ -118,7 +118,10 @@ class DPConfig(_Config):
         sampling: "none" claims no amplification; "poisson": the server draws batches from a registered dataset, or
             you draw them with data.PoissonSampler and attest it; "max_participation": the server counts how often
             each unit takes part.
-        max_participation: most steps one unit may take part in, for that mode.
+        max_participation: most steps one unit may take part in, for that mode. Without privacy_unit_ids a unit is
+            known by its input tokens: equal records are told apart within a step only, so each is charged for the
+            steps of all its equals, never for fewer than its own. A record whose tokens change between steps counts
+            as another one: then give ids.
         privacy_unit: what one epsilon protects; "datum" is a record, "site" all that one party of a federation sends.
         diagnostics: "owner" returns exact losses and norms to the caller; "off" returns none.
         merge_units: the same unit in several calls of one logical batch is summed and clipped once.

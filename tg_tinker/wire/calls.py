@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -405,13 +405,13 @@ def _adam_from_proto(message: training_pb2.AdamParams) -> AdamParams:
 
 
 def _save_from_proto(request: training_pb2.SaveStateRequest) -> Save:
-    if request.kind not in ("", "state", "sampler"):
-        raise InvalidRequestError("kind is unknown", field="kind", constraint="state or sampler")
+    if request.kind not in ("", "state", "sampler", "external"):
+        raise InvalidRequestError("kind is unknown", field="kind", constraint="state, sampler or external")
     return Save(
         include_optimizer=request.include_optimizer,
         metadata=json_from_text(request.metadata_json, field="metadata"),
         name=request.name,
-        kind="sampler" if request.kind == "sampler" else "state",
+        kind=cast("Literal['state', 'sampler', 'external']", request.kind or "state"),
         ttl_seconds=_ttl(request.ttl_seconds) if request.HasField("ttl_seconds") else None,
         overwrite=request.overwrite,
     )

@@ -87,7 +87,7 @@ OTHERS = (
         include_optimizer=st.booleans(),
         metadata=st.dictionaries(TEXT, JSON, max_size=3),
         name=TEXT,
-        kind=st.sampled_from(["state", "sampler"]),
+        kind=st.sampled_from(["state", "sampler", "external"]),
         ttl_seconds=st.none() | st.integers(1, MAX_TTL_S),
         overwrite=st.booleans(),
     )

@@ -1,0 +1,325 @@
+"""forward_backward on datums and optim_step with Adam per step, through the real server and the NumPy model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.server.rpc.raw_client import RawClient, batch
+from tg_tinker.errors import (
+    DPBudgetExceededError,
+    DPUnsupportedError,
+    InvalidRequestError,
+    ResourceNotFoundError,
+    TGTinkerError,
+)
+from tg_tinker.proto.v1 import training_pb2
+from tg_tinker.types import DPConfig, OptimizerConfig, TrainingConfig
+from tg_tinker.types.datum import Datum, ModelInput, TensorData
+from tg_tinker.types.losses import LOSSES, Loss
+from tg_tinker.types.optim import AdamParams
+from tg_tinker.wire.calls import LossPass, Position, Save, Step, call_to_proto
+from tg_tinker.wire.datums import data_digest
+from tg_tinker_server.app import EmbeddedServer
+from tg_tinker_server.config import ServerConfig
+
+CONFIG = TrainingConfig(model_ref="bigram", batch_size=2, seed=1, max_sequence_length=64)
+CROSS_ENTROPY = Loss.of("cross_entropy")
+
+
+def private(**settings: Any) -> TrainingConfig:
+    values = {"dataset_id": "people", "target_epsilon": 1000.0, **settings}
+    return CONFIG.model_copy(update={"dp_config": DPConfig(**values)})
+
+
+def datum(length: int = 6, seed: int = 0, loss: str = "cross_entropy", **inputs: Any) -> Datum:
+    rng = np.random.default_rng(seed)
+    given: dict[str, Any] = {name: TensorData(rng.normal(size=length), "float32") for name in LOSSES[loss].required}
+    given["target_tokens"] = TensorData(rng.integers(1, 200, length), "int64")
+    return Datum(ModelInput.from_ints(rng.integers(1, 200, length).tolist()), {**given, **inputs})
+
+
+def loss_pass(*data: Datum, loss: Loss = CROSS_ENTROPY, **settings: Any) -> LossPass:
+    return LossPass(data=data or (datum(), datum(4, 1)), loss=loss, **settings)
+
+
+@pytest.fixture
+def client(bigram_server: EmbeddedServer) -> RawClient:
+    return RawClient(bigram_server.address, bigram_server.mint_key())
+
+
+def error_of(client: RawClient, run_id: str, seq: int, call: Any) -> TGTinkerError:
+    error = client.call(run_id, seq, call).error
+    assert error is not None
+    return error
+
+
+def test_outputs_are_the_targets_log_probabilities_and_the_loss_is_their_weighted_sum(client: RawClient) -> None:
+    run = client.create(CONFIG)
+    call = loss_pass(train=False)
+    result: Any = client.call(run.run_id, 1, call).result
+    assert result.loss_fn_output_type == "ArrayRecord"
+    logprobs = [o["logprobs"].to_numpy() for o in result.loss_fn_outputs]
+    assert [p.dtype for p in logprobs] == [np.float32, np.float32]
+    assert [p.shape for p in logprobs] == [(6,), (4,)]
+    weights = [d.loss_fn_inputs["weights"].to_numpy() for d in call.data]
+    expected = -sum(float(p.astype(np.float64) @ w) for p, w in zip(logprobs, weights, strict=True))
+    assert result.metrics["loss:sum"] == pytest.approx(expected, rel=1e-5)
+    assert all(name.count(":") == 1 for name in result.metrics)
+    assert result.batch_hash == "sha256:" + data_digest(call.data).hex()
+    assert result.gradient_hash == ""
+
+
+def test_two_calls_add_up_to_one(client: RawClient) -> None:
+    """Nothing is divided: the step after both halves is the step after the whole."""
+    norms = []
+    for calls in ([loss_pass()], [loss_pass(datum()), loss_pass(datum(4, 1))]):
+        run = client.create(CONFIG)
+        for seq, call in enumerate(calls, 1):
+            assert client.call(run.run_id, seq, call).status == "completed"
+        stepped: Any = client.call(run.run_id, len(calls) + 1, Step()).result
+        norms.append(stepped.metrics["unclipped_grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert norms[0] > 0
+
+
+def test_alternatives_have_outputs_of_their_own_shape(client: RawClient) -> None:
+    run = client.create(CONFIG)
+    rng = np.random.default_rng(0)
+    two = datum(
+        5,
+        target_tokens=TensorData(rng.integers(1, 200, (5, 3)), "int64"),
+        weights=TensorData(rng.uniform(size=(5, 3)), "float32"),
+    )
+    result: Any = client.call(run.run_id, 1, loss_pass(two)).result
+    assert result.loss_fn_outputs[0]["logprobs"].shape == [5, 3]
+
+
+def test_without_diagnostics_a_pass_tells_nothing(client: RawClient) -> None:
+    run = client.create(private(diagnostics="off"))
+    call = loss_pass()
+    result: Any = client.call(run.run_id, 1, call).result
+    assert [o["logprobs"].shape for o in result.loss_fn_outputs] == [[6], [4]]
+    assert all(np.isnan(o["logprobs"].to_numpy()).all() for o in result.loss_fn_outputs)
+    assert list(result.metrics) == ["loss:sum"]
+    assert math.isnan(result.metrics["loss:sum"])
+    assert math.isnan(result.loss)
+    assert result.num_tokens == 0
+    assert result.batch_hash.startswith("hmac-sha256:")
+    assert data_digest(call.data).hex() not in result.batch_hash
+
+
+def test_the_owner_sees_the_figures_of_a_private_pass(client: RawClient) -> None:
+    run = client.create(private(diagnostics="owner"))
+    result: Any = client.call(run.run_id, 1, loss_pass()).result
+    assert np.isfinite(result.loss_fn_outputs[0]["logprobs"].to_numpy()).all()
+    assert math.isfinite(result.metrics["loss:sum"])
+
+
+def test_a_logical_batch_is_made_of_one_form(client: RawClient) -> None:
+    run = client.create(CONFIG)
+    assert client.call(run.run_id, 1, batch()).status == "completed"
+    assert "not of both" in error_of(client, run.run_id, 2, loss_pass()).message
+    assert "incomplete" in error_of(client, run.run_id, 3, Step()).message
+    assert client.call(run.run_id, 4, loss_pass()).status == "completed"  # the batch was dropped, and its form
+    assert "not of both" in error_of(client, run.run_id, 5, batch()).message
+    assert client.call(run.run_id, 6, batch(train=False)).status == "completed"  # to look is no part of it
+
+
+def test_a_pass_that_cannot_be_read_takes_its_turn_and_spoils_the_batch(client: RawClient) -> None:
+    run = client.create(CONFIG)
+    assert client.call(run.run_id, 1, loss_pass()).status == "completed"
+    request = call_to_proto(loss_pass(), Position(run_id=run.run_id, seq=2))
+    request.datums.append(b"garbage")  # type: ignore[attr-defined]
+    client.send(request)
+    assert isinstance(client.wait(run.run_id, 2).error, InvalidRequestError)
+    assert "incomplete" in error_of(client, run.run_id, 3, Step()).message
+
+
+def wide(columns: int) -> TensorData:
+    rows = 6
+    return TensorData([1.0], "float32", [rows, columns], sparse_crow_indices=[0, *[1] * rows], sparse_col_indices=[0])
+
+
+REFUSED = {
+    "no datums": (LossPass(data=(), loss=CROSS_ENTROPY), "data"),
+    "a datum without tokens": (loss_pass(datum(0)), "data"),
+    "a datum over the run's length": (loss_pass(datum(65)), "data"),
+    "units that are not one for each": (loss_pass(units=("a",)), "privacy_unit_ids"),
+    "a tensor that only announces its size": (loss_pass(datum(extra=wide(2**40))), "loss_fn_inputs.extra"),
+    "ids beyond the vocabulary": (
+        loss_pass(Datum(ModelInput.from_ints([10**6]), {"target_tokens": [1], "weights": [1.0]})),
+        None,
+    ),
+    "targets beyond the vocabulary": (
+        loss_pass(Datum(ModelInput.from_ints([1]), {"target_tokens": [10**6], "weights": [1.0]})),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_pass_can_take_is_refused_by_name(client: RawClient, case: str) -> None:
+    run = client.create(CONFIG)
+    call, field = REFUSED[case]
+    error = error_of(client, run.run_id, 1, call)
+    assert isinstance(error, InvalidRequestError)
+    assert field is None or error.field == field
+
+
+def test_limits_of_a_call_are_of_datums_and_of_their_own_tokens(tmp_path: Any) -> None:
+    config = ServerConfig(
+        port=0, backend="bigram", data_dir=tmp_path / "data", max_batch_records=3, max_batch_tokens=20
+    )
+    with EmbeddedServer(config) as server:
+        client = RawClient(server.address, server.mint_key())
+        run = client.create(CONFIG)
+        assert "4 records" in error_of(client, run.run_id, 1, loss_pass(*[datum(1, n) for n in range(4)])).message
+        assert "21 tokens" in error_of(client, run.run_id, 2, loss_pass(datum(18), datum(3, 1))).message
+        fits = loss_pass(datum(18), datum(1, 1), datum(1, 2))  # padded it would be 54
+        assert client.call(run.run_id, 3, fits).status == "completed"
+
+
+@pytest.mark.parametrize("name", [n for n, kind in LOSSES.items() if kind.coupling == "group"])
+def test_a_loss_that_couples_a_group_needs_the_group_as_its_unit(client: RawClient, name: str) -> None:
+    loss = Loss.of(name)
+    data = (datum(3, 0, name), datum(4, 1, name))
+    for unit in ("datum", "sequence"):
+        run = client.create(private(privacy_unit=unit, dataset_id=unit))
+        error = error_of(client, run.run_id, 1, loss_pass(*data, loss=loss, units=("a", "b")))
+        assert isinstance(error, DPUnsupportedError)
+        assert "privacy_unit='group'" in error.message or "group" in str(error.details)
+        looked = client.call(run.run_id, 2, loss_pass(*data, loss=loss, train=False))
+        assert looked.status == "completed"  # to evaluate releases nothing
+    run = client.create(private(privacy_unit="group"))
+    assert error_of(client, run.run_id, 1, loss_pass(*data, loss=loss)).code
+    assert client.call(run.run_id, 2, loss_pass(*data, loss=loss, units=("g", "g"))).status == "completed"
+    run = client.create(CONFIG)
+    assert client.call(run.run_id, 1, loss_pass(*data, loss=loss)).status == "completed"
+
+
+def test_inputs_across_units_are_refused_in_private_whatever_the_loss(client: RawClient) -> None:
+    run = client.create(private(privacy_unit="group"))
+    coupled = loss_pass(units=("a", "b"), coupling="batch")
+    assert isinstance(error_of(client, run.run_id, 1, coupled), DPUnsupportedError)
+    run = client.create(CONFIG)
+    assert client.call(run.run_id, 1, coupled).status == "completed"
+
+
+def test_no_model_work_for_what_cannot_be_paid(client: RawClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tg_tinker_server.engine import bigram
+
+    # Two steps at this noise cost more than the target, one does not.
+    run = client.create(private(target_epsilon=6.0, noise_multiplier=1.0))
+    seq = 1
+    while (stepped := client.call(run.run_id, seq, loss_pass())).status == "completed":
+        assert client.call(run.run_id, seq + 1, Step()).status == "completed"
+        seq += 2
+    assert seq > 1
+    assert isinstance(stepped.error, DPBudgetExceededError)
+    called: list[int] = []
+    session = next(c for c in vars(bigram).values() if hasattr(c, "forward_backward") and hasattr(c, "start"))
+    monkeypatch.setattr(session, "start", lambda *_: called.append(1))
+    assert isinstance(error_of(client, run.run_id, seq + 1, loss_pass()), DPBudgetExceededError)
+    assert not called
+
+
+def test_units_that_are_counted_may_be_known_by_content(client: RawClient) -> None:
+    """Equal records share one count, so that it bounds each of theirs from above."""
+    run = client.create(private(sampling="max_participation", max_participation=2))
+    one, same, other = datum(), datum(), datum(4, 1)
+
+    def step(seq: int, *data: Datum) -> Any:
+        assert client.call(run.run_id, seq, loss_pass(*data)).status == "completed"
+        return client.call(run.run_id, seq + 1, Step())
+
+    assert step(1, one).status == "completed"
+    assert step(3, same, other).status == "completed"
+    refused = step(5, one)
+    assert refused.status == "failed"
+    assert "2" in refused.error.message
+    # Batches of the dict form are counted in the same way.
+    ids = client.create(private(sampling="max_participation", max_participation=1, dataset_id="others"))
+    assert client.call(ids.run_id, 1, batch()).status == "completed"
+    assert client.call(ids.run_id, 2, Step()).status == "completed"
+    assert client.call(ids.run_id, 3, batch()).status == "completed"
+    assert client.call(ids.run_id, 4, Step()).status == "failed"
+
+
+def test_adam_of_a_step_comes_before_the_schedule(client: RawClient) -> None:
+    run = client.create(CONFIG)
+    client.call(run.run_id, 1, loss_pass())
+    result: Any = client.call(run.run_id, 2, Step(adam=AdamParams(learning_rate=0.25))).result
+    assert result.learning_rate == 0.25
+    client.call(run.run_id, 3, loss_pass())
+    result = client.call(run.run_id, 4, Step()).result
+    assert result.learning_rate == CONFIG.optimizer.learning_rate
+    assert set(result.metrics) == {"unclipped_grad_norm"}
+
+
+def test_a_learning_rate_of_zero_and_a_clip_are_obeyed(client: RawClient) -> None:
+    run = client.create(CONFIG.model_copy(update={"optimizer": OptimizerConfig(max_grad_norm=1e-6)}))
+    weights = []
+    for seq, adam in ((1, AdamParams(learning_rate=0.0)), (4, AdamParams(learning_rate=0.1, grad_clip_norm=1e-9))):
+        client.call(run.run_id, seq, loss_pass())
+        assert client.call(run.run_id, seq + 1, Step(adam=adam)).status == "completed"
+        seen: Any = client.call(run.run_id, seq + 2, loss_pass(train=False)).result
+        weights.append(seen.loss_fn_outputs[0]["logprobs"].to_numpy())
+    fresh = client.create(CONFIG)
+    first: Any = client.call(fresh.run_id, 1, loss_pass(train=False)).result
+    assert np.array_equal(weights[0], first.loss_fn_outputs[0]["logprobs"].to_numpy())
+    assert not np.array_equal(weights[1], weights[0])
+
+
+def test_adam_is_refused_where_the_optimizer_is_another(client: RawClient) -> None:
+    run = client.create(CONFIG.model_copy(update={"optimizer": OptimizerConfig(name="sgd")}))
+    client.call(run.run_id, 1, loss_pass())
+    error = error_of(client, run.run_id, 2, Step(adam=AdamParams()))
+    assert isinstance(error, InvalidRequestError)
+    assert error.field == "adam_params"
+    assert client.call(run.run_id, 3, Step()).status == "completed"  # nothing was lost
+
+
+def test_what_a_step_cost_lands_among_its_metrics(client: RawClient) -> None:
+    run = client.create(private(noise_multiplier=2.0, diagnostics="off"))
+    totals = [0.0]
+    for seq in (1, 3):
+        client.call(run.run_id, seq, loss_pass())
+        result: Any = client.call(run.run_id, seq + 1, Step()).result
+        dp = result.dp_metrics
+        assert {k: v for k, v in result.metrics.items() if k.startswith("privacy/")} == {
+            "privacy/epsilon": dp.total_epsilon,
+            "privacy/epsilon_spent": dp.epsilon_spent,
+            "privacy/delta": 1e-5,
+            "privacy/noise_multiplier": 2.0,
+            "privacy/target_epsilon": 1000.0,
+        }
+        assert dp.epsilon_spent == pytest.approx(dp.total_epsilon - totals[-1])
+        totals.append(dp.total_epsilon)
+    assert totals[2] > totals[1] > 0
+    run = client.create(private(dataset_id="open", target_epsilon=None, allow_unnoised_steps=True))
+    client.call(run.run_id, 1, loss_pass())
+    result = client.call(run.run_id, 2, Step(apply_dp_noise=False)).result
+    assert result.metrics["privacy/epsilon"] == math.inf
+    assert result.metrics["privacy/noise_multiplier"] == 0.0
+    assert "privacy/target_epsilon" not in result.metrics
+
+
+def test_a_repeated_request_is_one_pass_and_a_changed_one_is_refused(client: RawClient) -> None:
+    run = client.create(CONFIG)
+    for _ in range(2):
+        client.send(call_to_proto(loss_pass(), Position(run_id=run.run_id, seq=1)))
+    with pytest.raises(InvalidRequestError, match="different request"):
+        client.send(call_to_proto(loss_pass(datum()), Position(run_id=run.run_id, seq=1)))
+    assert client.call(run.run_id, 2, Save()).status == "completed"
+
+
+def test_a_custom_loss_must_be_the_tenants_own(client: RawClient) -> None:
+    run = client.create(CONFIG)
+    custom = Loss.of("custom", {"loss_id": "loss_" + "0" * 24})
+    assert isinstance(error_of(client, run.run_id, 1, loss_pass(loss=custom)), ResourceNotFoundError)
+    with pytest.raises(InvalidRequestError, match="bigram"):  # and this backend computes none
+        client.send(training_pb2.CreateCustomLossRequest(graph_json="{}"))
