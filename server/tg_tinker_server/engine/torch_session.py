@@ -255,13 +255,6 @@ class TorchSession(SessionCore):
     def _decoder(self) -> TorchDecoder:
         return TorchDecoder(self.base, self.adapter, self.ensure_open)
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """The adapter active, nothing recorded. Outside of a training slice the model is in evaluation mode."""
-        self.ensure_open()
-        with torch.no_grad(), self.base.computing(self.adapter):
-            yield
-
     def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float, optimizer: OptimizerConfig) -> None:
         before = {name: p.detach().clone() for name, p in self.parameters.items()}
         state = optimizers.state_of(self._torch_optimizer, self.parameters)

@@ -68,7 +68,7 @@ def test_the_cache_changes_nothing(torch_bench):
     (tokens, _, _) = collect(session, [PROMPTS[1]], max_tokens=10, temperature=0.0)[0]
     context = list(PROMPTS[1])
     for token in tokens:
-        with session._inference():
+        with torch.no_grad(), session.base.computing(session.adapter):
             logits = session.lm.logits(torch.tensor([context]))
         assert int(logits[0, -1].argmax()) == token
         context.append(token)

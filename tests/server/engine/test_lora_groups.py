@@ -104,7 +104,7 @@ def test_an_adapter_on_the_output_layer_trains_and_its_files_mean_the_same_to_pe
     problems = peft.set_peft_model_state_dict(model, tensors)
     assert not problems.unexpected_keys
     ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad(), session._inference():
+    with torch.no_grad(), session.base.computing(session.adapter):
         mine = session.base.module(ids).logits
         theirs = model.eval()(ids).logits
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
