@@ -14,13 +14,15 @@ from tg_tinker_server.engine.lora import AdaptedBase
 from tg_tinker_server.engine.models import BUNDLED_MODELS, BaseModels, ModelSource
 from tg_tinker_server.engine.performance import PerformanceConfig
 from tg_tinker_server.engine.precision import bfloat16_pays
-from tg_tinker_server.engine.sampling.token_sampler import BatchedSampler
+from tg_tinker_server.engine.sampling.token_sampler import PREFILL_TOKENS, BatchedSampler
 from tg_tinker_server.engine.sampling.torch_rows import TorchRows
 from tg_tinker_server.engine.sampling.torch_weights import TorchWeights, put_state
 from tg_tinker_server.engine.torch_session import TorchSession
 
 WIDE = 512
 """Hidden size from which products are most of a model's work."""
+GPU_PREFILL_TOKENS = 4096
+"""Tokens of prompts in one slice on a GPU: fewer would not fill it."""
 
 
 class TorchBackend:
@@ -98,6 +100,7 @@ class TorchBackend:
             TorchRows(),
             most_rows=self._performance.generation_rows,
             prefix_bytes=self._performance.prefix_bytes,
+            prefill_tokens=PREFILL_TOKENS if self._performance.device == "cpu" else GPU_PREFILL_TOKENS,
         )
 
     def _dtype(self, config: TrainingConfig) -> torch.dtype:
