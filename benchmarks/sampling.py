@@ -29,7 +29,7 @@ from tg_tinker_server.engine.torch_backend import TorchBackend
 
 SHAPES = {
     "small": Shape(name="small", hidden=64, layers=2, vocabulary=512, rank=8, records=1, tokens=1),
-    "medium": Shape(name="medium", hidden=512, layers=8, vocabulary=8192, rank=16, records=1, tokens=1),
+    "medium": Shape(name="medium", hidden=384, layers=6, vocabulary=8192, rank=16, records=1, tokens=1),
 }
 CLIENTS = (1, 8, 32)
 RUNS = 4
