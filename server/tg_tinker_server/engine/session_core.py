@@ -244,8 +244,8 @@ def ensure_finite_pass(loss: float, gradient: npt.NDArray[np.float64] | None) ->
     """Raise InvalidRequestError unless loss and gradient of a pass are finite."""
     if not np.isfinite(loss) or (gradient is not None and not np.isfinite(gradient).all()):
         raise InvalidRequestError(
-            "loss or gradient of this batch is not finite; nothing was accumulated. The weights have probably "
-            "diverged: load an earlier checkpoint and lower the learning rate",
+            "loss or gradient of this batch is not finite; nothing was accumulated. If the inputs of the loss are "
+            "finite, the weights have probably diverged: load an earlier checkpoint and lower the learning rate",
             field="batch",
             constraint="finite loss and gradient",
         )

@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig
 
 from tg_tinker.types import BatchData
 from tg_tinker_server.engine.forward import CausalLM
-from tg_tinker_server.engine.losses import record_losses
+from tg_tinker_server.engine.losses import Targets, record_losses
 from tg_tinker_server.engine.torch_backend import TorchBackend
 
 VOCAB = 260
@@ -130,3 +130,19 @@ def test_the_shortcut_and_the_models_own_logits_give_the_same_losses(torch_bench
         torch.testing.assert_close(
             session.lm.losses(ids, None, labels).mean_B, record_losses(session.lm.logits(ids, mask), labels).mean_B
         )
+
+
+@pytest.mark.parametrize("build", [capped_gemma, Bidirectional, "tiny", "gpt2", "opt"])
+def test_log_probabilities_are_the_models_own_whatever_shortcut_is_taken(tools, build):
+    lm = found(build if callable(build) else lambda: tools.loaders[build]()[0])
+    generator = torch.Generator().manual_seed(3)
+    ids_BT, token_NK = (torch.randint(VOCAB, shape, generator=generator) for shape in ((3, 7), (5, 4)))
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, 4:] = 0
+    targets = Targets(row_N=torch.tensor([0, 0, 1, 1, 2]), position_N=torch.tensor([0, 6, 0, 3, 2]), token_N=token_NK)
+    with torch.no_grad():
+        given = None if lm.shortcuts.maskless else mask_BT
+        logprobs_NK = lm.logprobs(ids_BT, given, targets)
+        logits_BTV = lm.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    expected = torch.log_softmax(logits_BTV[targets.row_N, targets.position_N], dim=-1).gather(1, token_NK)
+    torch.testing.assert_close(logprobs_NK, expected, rtol=1e-5, atol=1e-5)
