@@ -104,8 +104,15 @@ def kept_request(name: str, model_id: str, seq: int, body: bytes) -> TrainingReq
 
 
 def canonical(value: Any) -> bytes:
-    """JSON in one spelling."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    """JSON in one spelling.
+
+    Raises:
+        InvalidRequestError: it is nested too deeply.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    except RecursionError as e:
+        raise InvalidRequestError("the body is nested too deeply", field="body", constraint="flat") from e
 
 
 @dataclass(frozen=True, slots=True)

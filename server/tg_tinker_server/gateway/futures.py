@@ -107,25 +107,25 @@ class Futures:
         return await self._result(call, name, operation.result)
 
     async def _result(self, call: HttpCall, name: names.RequestName, result: Any) -> Response:
+        answer: dict[str, Any]
         match result:
             case ForwardBackwardOutput():
-                if not call.wants_protobuf:
-                    return JSONResponse(pass_to_json(result.loss_fn_outputs, result.metrics))
-                data = await _encoded(result)
-                return Response(data, media_type=PROTOBUF)
+                if call.wants_protobuf:
+                    return Response(await _encoded(result), media_type=PROTOBUF)
+                answer = pass_to_json(result.loss_fn_outputs, result.metrics)
             case OptimStepOutput():
-                return JSONResponse({"metrics": finite(result.metrics), "type": "optim_step"})
+                answer = {"metrics": finite(result.metrics), "type": "optim_step"}
+            case SavedState() if name.sampler:
+                await self.samplers.create(call.caller, sampler_id=name.sampler, path=result.artifact_id)
+                answer = {"sampling_session_id": name.sampler, "type": "save_weights_for_sampler", "path": None}
             case SavedState():
-                if name.sampler:
-                    await self.samplers.create(call.caller, sampler_id=name.sampler, path=result.artifact_id)
-                    return JSONResponse(
-                        {"sampling_session_id": name.sampler, "type": "save_weights_for_sampler", "path": None}
-                    )
                 path = tinker_path(name.owner, result.path)
-                return JSONResponse({"path": path, "type": _SAVED[path.split("/")[3]]})
+                answer = {"path": path, "type": _SAVED[path.split("/")[3]]}
             case LoadStateResult():
-                return JSONResponse({"path": None, "type": "load_weights", "model_id": name.owner})
-        return JSONResponse(failure(ServerError("this operation was not made in the Tinker protocol")))
+                answer = {"path": None, "type": "load_weights", "model_id": name.owner}
+            case _:
+                answer = failure(ServerError("this operation was not made in the Tinker protocol"))
+        return JSONResponse(answer)
 
     async def _sample(self, call: HttpCall, request_id: str) -> Response:
         kept = self.samples.get(call.caller, request_id)

@@ -34,7 +34,7 @@ class _Making:
     """A model that is being made, or was made by this process."""
 
     digest: bytes
-    task: asyncio.Task[Run]
+    task: asyncio.Task[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Models:
         """Make what was asked for before a restart."""
         await self._begin(caller, entry.model_id, entry.name, entry.body)
 
-    async def _make(self, caller: Caller, model_id: str, name: str, body: bytes, gate: asyncio.Event) -> Run:
+    async def _make(self, caller: Caller, model_id: str, name: str, body: bytes, gate: asyncio.Event) -> str:
         await gate.wait()
         try:
             run = await self._made(caller, model_id, name, body)
@@ -112,7 +112,7 @@ class Models:
             raise ServerError("the model could not be made, by a fault inside the server; tell its operator") from e
         self.journal.drop(caller.tenant, model_id, seqs=(0,))
         self._run_ids[(caller.tenant, model_id)] = run.run_id
-        return run
+        return run.run_id
 
     async def _made(self, caller: Caller, model_id: str, name: str, body: bytes) -> Run:
         request_id = names.RUN_PREFIX + model_id
@@ -151,15 +151,15 @@ class Models:
             await asyncio.wait({making.task})
         run_id = await self._find(caller.tenant, model_id)
         if run_id is None:
-            if making is not None:
-                return await asyncio.shield(making.task)
-            raise names.not_found("model", model_id)
+            if making is None:
+                raise names.not_found("model", model_id)
+            run_id = await asyncio.shield(making.task)
         try:
             return await self.registry.get(caller, run_id)
         except ResourceNotFoundError:
             raise names.not_found("model", model_id) from None
 
-    def making(self, caller: Caller, model_id: str) -> asyncio.Task[Run] | None:
+    def making(self, caller: Caller, model_id: str) -> asyncio.Task[str] | None:
         """The task that makes a model, if this process has it."""
         making = self._making.get((caller.tenant, model_id))
         return making.task if making else None

@@ -17,7 +17,7 @@ from tg_tinker_server.service.dispatch import Dispatch
 from tg_tinker_server.service.journal import Entry, Journal
 from tg_tinker_server.service.lanes import CANCELLED, Operation
 from tg_tinker_server.service.operations import OperationService
-from tg_tinker_server.service.run import Run
+from tg_tinker_server.service.run import ACTIVE, Run
 from tg_tinker_server.service.training import TrainingService
 
 log = structlog.get_logger()
@@ -89,7 +89,8 @@ class Training:
             entered.set()
 
     async def resume_all(self) -> None:
-        """Go on with everything that was acknowledged before a restart."""
+        """Go on with everything that was acknowledged before a restart, and was not left lying for too long."""
+        await self.journal.forget_old()
         for tenant, model_id in await self.journal.models():
             try:
                 for entry in await self.journal.entries(tenant, model_id):
@@ -114,6 +115,8 @@ class Training:
                 await self._dispatch(caller, run, kept_request(entry.name, model_id, entry.seq, entry.body))
             except TGTinkerError as e:
                 log.warning("request_not_resumed", error=e.code)
+        if run.status != ACTIVE:  # nothing of it can be done any more
+            self.journal.forget(run.tenant, model_id)
 
     async def _dispatch(self, caller: Caller, run: Run, request: TrainingRequest) -> Operation:
         operation = await self.dispatch.submit(

@@ -7,6 +7,7 @@ after a restart. Clients of the Tinker protocol do not; the server keeps them fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 from tg_tinker_server.crypto.envelope import TenantKeyring
 from tg_tinker_server.service.durability import now
@@ -15,6 +16,7 @@ from tg_tinker_server.store import gateway_rows
 from tg_tinker_server.store.database import Database, Transaction
 
 PURPOSE = "tinker-request"
+KEPT_DAYS = 7  # of a batch that its client never stepped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,14 @@ class Journal:
     async def models(self) -> list[tuple[str, str]]:
         """Tenant and model of everything that is kept."""
         return await self.executors.io(self.db.read, gateway_rows.waiting_models)
+
+    async def forget_old(self) -> None:
+        """Forget what nobody went on with; a client that comes back all the same hears that its batch is incomplete.
+
+        Called at a start, before anything is resumed.
+        """
+        before = now() - timedelta(days=KEPT_DAYS)
+        await self.executors.io(self.db.write, lambda tx: gateway_rows.forget_old(tx, before))
 
     def drop(self, tenant: str, model_id: str, *, upto: int = 0, seqs: tuple[int, ...] = ()) -> None:
         """Forget requests up to a position, and single ones; nobody waits for it.

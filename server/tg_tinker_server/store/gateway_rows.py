@@ -92,6 +92,13 @@ def drop_requests(tx: Connection, tenant: str, model_id: str, *, upto: int, seqs
     tx.execute(delete(t.gateway_requests).where(where & (((_J.seq >= 1) & (_J.seq <= upto)) | _J.seq.in_(seqs))))
 
 
+def forget_old(tx: Connection, before: datetime) -> None:
+    """Forget everything kept for models whose newest request is older, of any tenant."""
+    newest = select(_J.tenant, _J.model_id).group_by(_J.tenant, _J.model_id).having(func.max(_J.created) < before)
+    for tenant, model_id in tx.execute(newest).all():
+        forget_model(tx, tenant, model_id)
+
+
 def forget_model(tx: Connection, tenant: str, model_id: str) -> None:
     """Forget everything kept for a model."""
     tx.execute(delete(t.gateway_requests).where(_J.tenant == tenant, _J.model_id == model_id))

@@ -1,0 +1,203 @@
+"""Who is let in, what a body may be, and that nothing sent from outside is our fault."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import zstandard
+
+from tests.server.gateway.conftest import MODEL, Raw, config, cross_entropy
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker_server.app import EmbeddedServer
+from tg_tinker_server.gateway.doors import SCOPES, Doors
+
+PARTS = {"session": "0" * 32, "model": "x", "kind": "weights", "name": "n", "sampler": "s", "token": "t", "file": "f"}
+
+
+def _open(name: str) -> tuple[str, str]:
+    method, _, path = name.partition(" ")
+    return method, path.format(**PARTS)
+
+
+def test_a_route_without_a_scope_and_a_scope_without_a_route_stop_the_start() -> None:
+    async def handler(_call: Any) -> Any: ...
+
+    doors = Doors(None, None, 1, False)  # type: ignore[arg-type]
+    assert len(doors.routes(dict.fromkeys(SCOPES, handler))) == len(SCOPES)
+    with pytest.raises(RuntimeError, match="POST surprise"):
+        doors.routes({**dict.fromkeys(SCOPES, handler), "POST surprise": handler})
+    with pytest.raises(RuntimeError, match="GET audit"):
+        doors.routes({name: handler for name in SCOPES if name != "GET audit"})
+
+
+@pytest.mark.parametrize("name", [n for n, scope in SCOPES.items() if scope != "PUBLIC"])
+def test_every_route_wants_a_key(server: EmbeddedServer, client: Raw, name: str) -> None:
+    method, path = _open(name)
+    url = f"{server.tinker_url}/api/v1/{path}"
+    wrong = client.key[:-9] + ("0" if client.key[-9] != "0" else "1") + client.key[-8:]
+    for key in ("", client.key, "tml-" + wrong, "eyJhbGciOiJIUzI1NiJ9.e30.x"):
+        response = client.http.request(method, url, headers={"X-API-Key": key}, json={})
+        assert response.status_code == 401, (name, key)
+        assert client.key not in response.text
+
+
+def test_a_key_does_only_what_its_roles_allow(server: EmbeddedServer) -> None:
+    auditor = Raw(server.tinker_url, server.mint_key(roles=("auditor",)))
+    sampler = Raw(server.tinker_url, server.mint_key(roles=("sampler",)))
+    for name, scope in SCOPES.items():
+        method, path = _open(name)
+        for raw, scopes in ((auditor, ("READ", "AUDIT")), (sampler, ("READ", "SAMPLE"))):
+            status = raw.call(method, path, {}).status_code
+            assert (status == 403) == (scope not in (*scopes, "PUBLIC")), (name, status)
+
+
+def test_a_revoked_key_ends(server: EmbeddedServer) -> None:
+    raw = Raw(server.tinker_url, server.mint_key())
+    raw.ok("client/config", {})
+    server.revoke_key(raw.key)
+    for _ in range(60):
+        if raw.post("client/config", {}).status_code == 401:
+            return
+        import time
+
+        time.sleep(0.05)
+    raise AssertionError("it still works")
+
+
+def test_no_body_whatsoever_is_an_error_of_the_server(client: Raw) -> None:
+    model = client.create()
+    good = cross_entropy(model, 1).SerializeToString()
+    dice = random.Random(7)
+    bodies: list[Any] = [None, [], 7, "x", {"request_id": 5}, {"session_id": None}, {"model_id": model, "seq_id": 0}]
+    bodies += [{"model_id": model, "seq_id": s} for s in (-1, 2**70, 1.5, "1", True, None, [1])]
+    bodies += [
+        {"session_id": client.session, "model_seq_id": 9, "base_model": MODEL, "lora_config": c} for c in (7, [])
+    ]
+    deep = [
+        b'{"session_id":"' + client.session.encode() + b'","user_metadata":' + b'{"a":' * n for n in (300, 990, 9000)
+    ]
+    deep = [d + b"1" + b"}" * (d.count(b"{")) for d in deep]
+    for name in SCOPES:
+        method, path = _open(name)
+        for body in bodies:
+            response = client.call(method, path, body)
+            assert response.status_code < 500, (name, response.text)
+        for data in deep:
+            response = client.call(method, path, content=data, headers={"Content-Type": "application/json"})
+            assert response.status_code < 500, (name, len(data))
+        for _ in range(4):
+            noise = dice.randbytes(dice.randrange(1, 60))
+            kind = dice.choice(["application/json", "application/x-protobuf", "text/plain"])
+            response = client.call(method, path, content=noise, headers={"Content-Type": kind})
+            assert response.status_code < 500, (name, noise)
+    for _ in range(60):  # nearly right
+        broken = bytearray(good)
+        for _ in range(dice.randrange(1, 4)):
+            broken[dice.randrange(len(broken))] = dice.randrange(256)
+        headers = {"Content-Type": "application/x-protobuf"}
+        response = client.post("forward_backward", content=bytes(broken[: dice.randrange(1, 400)]), headers=headers)
+        assert response.status_code < 500, broken
+
+
+def test_sampling_options_of_any_type_are_never_our_fault(client: Raw) -> None:
+    body = {"session_id": client.session, "sampling_session_seq_id": 0, "base_model": MODEL}
+    sampler = client.ok("create_sampling_session", body)["sampling_session_id"]
+    prompt = {"chunks": [{"tokens": [1], "type": "encoded_text"}]}
+    strange: list[Any] = [None, -1, 2**80, "x", [], {}, [[]], [None], True, 1.5, "", [""], [2**40]]
+    seq = 0
+    for place in ("max_tokens", "seed", "stop", "temperature", "top_k", "top_p"):
+        for value in strange:
+            if (place, value) == ("max_tokens", None):
+                continue  # as many as fit, which takes a while
+            sent = {"max_tokens": 2, place: value}
+            seq += 1
+            asked = {"sampling_session_id": sampler, "seq_id": seq, "prompt": prompt, "sampling_params": sent}
+            response = client.post("asample", asked)
+            assert response.status_code < 500, (place, value, response.text)
+            if response.status_code == 200:
+                answer = client.retrieve(response.json()["request_id"], proto=True)
+                assert isinstance(answer, bytes) or answer["category"] == "user"
+    for place in (
+        "num_samples",
+        "prompt_logprobs_last_n",
+        "topk_prompt_logprobs",
+        "target_prompt_logprobs",
+        "prompt",
+    ):
+        for value in strange:
+            seq += 1
+            asked = {"sampling_session_id": sampler, "seq_id": seq, "prompt": prompt, place: value}
+            asked["sampling_params"] = {"max_tokens": 1}
+            assert client.post("asample", asked).status_code < 500, (place, value)
+
+
+def test_telemetry_is_accepted_and_nothing_of_it_kept(client: Raw, server: EmbeddedServer) -> None:
+    canary = "canary-in-a-traceback"
+    assert client.ok("telemetry", {"events": [{"event": canary}]}) == {"status": "accepted"}
+    assert client.post("telemetry", content=b"\xff" * 1000).status_code == 200
+    kept = b"".join(p.read_bytes() for p in server._config.data_dir.glob("tg-tinker.db*"))
+    assert canary.encode() not in kept
+
+
+def test_a_body_that_is_too_large_is_refused_also_when_it_is_compressed(tmp_path: Path) -> None:
+    limit = 2**16
+    with EmbeddedServer(config(tmp_path, max_request_bytes=limit, tinker_zstd=True)) as server:
+        client = Raw(server.tinker_url, server.mint_key()).open()
+        assert client.ok("client/config", {})["proto_compress_fwdbwd"] is True
+        model = client.create()
+        good = cross_entropy(model, 1).SerializeToString()
+        compressor = zstandard.ZstdCompressor()
+        proto = {"Content-Type": "application/x-protobuf"}
+
+        def send(data: bytes, encoding: str) -> httpx.Response:
+            return client.post("forward_backward", content=data, headers={**proto, "Content-Encoding": encoding})
+
+        stream = compressor.compressobj()
+        answer = send(stream.compress(good) + stream.flush(), "zstd")
+        assert client.outputs(answer.json()["request_id"]).metrics["loss:sum"] > 0
+        assert send(compressor.compress(bytes(50 * 2**20)), "zstd").status_code == 413
+        assert send(bytes(limit + 1), "identity").status_code == 413
+        assert send(b"not zstd", "zstd").status_code == 400
+        assert send(good, "gzip").status_code == 400
+
+
+def test_compression_that_was_not_offered_is_refused(client: Raw) -> None:
+    data = zstandard.ZstdCompressor().compress(b"{}")
+    response = client.post("forward_backward", content=data, headers={"Content-Encoding": "zstd"})
+    assert response.status_code == 400
+    assert "not offered" in response.json()["detail"]
+
+
+def test_what_is_not_served_is_said_in_words(client: Raw, server: EmbeddedServer) -> None:
+    answer = client.call("GET", "no/such/thing")
+    assert answer.status_code == 400
+    assert "not part of" in answer.json()["detail"]
+    assert client.call("PUT", "create_model").status_code == 400
+    assert client.call("GET", "healthz", headers={"X-API-Key": ""}).json() == {"status": "ok"}
+    assert client.post("copy_weights", {"source_path": "tinker://a/weights/b"}).status_code == 400
+    assert client.call("GET", "billing/usage/events").json()["data"] == []
+
+
+def test_a_taken_port_and_files_that_are_no_certificate_are_told(tmp_path: Path, server: EmbeddedServer) -> None:
+    port = int(server.tinker_url.rpartition(":")[2])
+    taken = config(tmp_path / "a").model_copy(update={"tinker_port": port})
+    with pytest.raises(InvalidRequestError, match="tinker_port"):
+        EmbeddedServer(taken).start()
+
+
+def test_the_audit_log_tells_what_was_done_through_this_door(client: Raw) -> None:
+    model = client.create()
+    client.train(model, 1, [1, 2, 3])
+    client.retrieve(client.step(model, 2))
+    client.retrieve(client.submit("save_weights", model, 3, path="a"))
+    entries = client.call("GET", "audit").json()["entries"]
+    mine = [e["event"] for e in entries if e["event_details"]["actor"] == client.key.split("_")[1]]
+    assert mine[-3:] == ["forward_backward", "optim_step", "save_state"]
+    kept = json.dumps(client.call("GET", "audit?event_type=checkpoints").json())
+    assert "save_state" in kept
+    assert "optim_step" not in kept
