@@ -17,11 +17,11 @@ import numpy.typing as npt
 import torch
 
 from tg_tinker.errors import DPUnsupportedError
-from tg_tinker_server.engine.backend import Ints, Pass, PassResult, Request
+from tg_tinker_server.engine.backend import Ints, LossRequest, Pass, PassResult, Request
 from tg_tinker_server.engine.datum_slice import DatumLosses
 from tg_tinker_server.engine.dp_optimizer import ClippedRows
 from tg_tinker_server.engine.gradients import Floats, Form, GradientContribution
-from tg_tinker_server.engine.loss_fns.values import DatumLoss, joined_metrics, total
+from tg_tinker_server.engine.loss_fns.values import JUMPS, DatumLoss, joined_metrics, total
 from tg_tinker_server.engine.losses import RecordLosses
 from tg_tinker_server.engine.microbatch import joins, plan, rung
 from tg_tinker_server.engine.pass_rows import DatumRows, rows_of
@@ -67,6 +67,8 @@ class TorchPass:
         if session.private:
             self._lengths_B, self._masked_B = self._alike_whoever_is_beside()
             kind_of_B = 2 * self._lengths_B + self._masked_B
+            if self._alone():
+                kind_of_B = self._unit_of_B
         # Only the clip needs the records of a unit together.
         together_B = self._unit_of_B if session.private else np.arange(len(self._unit_of_B))
         self._batches = plan(
@@ -94,6 +96,13 @@ class TorchPass:
             widths_B[own] = rung(int(self._lengths_B[own].max()), self.session.max_positions)
             masked_B[own] = self._masked_B[own].any()
         return widths_B, masked_B
+
+    def _alone(self) -> bool:
+        """Whether a unit shares a slice with nobody, so that no neighbour decides how it is rounded.
+
+        Rounding moves a gradient by rounding, except where a loss has a derivative that jumps.
+        """
+        return self.session.private and isinstance(self.request, LossRequest) and self.request.loss.name in JUMPS
 
     @property
     def finished(self) -> bool:
@@ -123,7 +132,7 @@ class TorchPass:
     @property
     def share_key(self) -> Hashable | None:
         """Passes with equal keys can go through the model together; ``None`` goes alone."""
-        key = self.session.share_key
+        key = None if self._alone() else self.session.share_key
         return None if key is None else (key, self.request.train, self.session.private, self.of_datums)
 
     def advance(self, others: Sequence[Pass] = ()) -> list[Pass]:

@@ -12,9 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tg_tinker.types.losses import CUSTOM
+
 Array = npt.NDArray[Any]
 Inputs = Mapping[str, Array]
 MEAN = ":mean"
+JUMPS = frozenset({"ppo", "gspo", CUSTOM})
+"""Losses whose derivative may jump where a log-probability changes by no more than rounding: a gain that is clipped
+or not, a comparison. Those of the others are continuous."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
