@@ -198,10 +198,12 @@ class AdaptedBase:
             if self._peft is None or not self._unfused:
                 yield
                 return
-            with self._peft.disable_adapter():
-                yield
-            self._switched = None
-            self._keep_as_configured()
+            try:
+                with self._peft.disable_adapter():
+                    yield
+            finally:  # PEFT trains the active adapter alone when it is back
+                self._switched = None
+                self._keep_as_configured()
         finally:
             self._rows = before
 

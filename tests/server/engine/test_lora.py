@@ -144,3 +144,29 @@ def test_per_sample_memory_does_not_outlive_a_pass(fresh_bench, tools):
     alive = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (6, session._columns.width)]
     assert alive == []
     assert result.contribution.grads_UP is None
+
+
+def test_the_base_without_adapters_is_what_it_was_and_the_runs_train_on_as_before(fresh_bench, tools):
+    ids = torch.tensor([[5, 6, 7]])
+    fused = fresh_bench.open()
+    with torch.no_grad(), fused.base.computing(fused.adapter):
+        adapted = fused.base.module(ids).logits
+    by_peft = fresh_bench.open(lora={"target_modules": ["embed_tokens", "q_proj"]})
+    wanted = {n: p.requires_grad for n, p in fused.base.module.named_parameters()}
+    with torch.no_grad(), fused.base.bare():
+        bare = fused.base.module(ids).logits
+    with pytest.raises(RuntimeError), fused.base.bare():
+        raise RuntimeError("half-way")
+    assert {n: p.requires_grad for n, p in fused.base.module.named_parameters()} == wanted
+    plain, _ = tools.loaders["tiny"]()
+    with torch.no_grad():
+        torch.testing.assert_close(bare, plain.eval()(ids).logits, atol=1e-6, rtol=1e-6)
+    with torch.no_grad(), fused.base.computing(fused.adapter):
+        assert torch.equal(fused.base.module(ids).logits, adapted)
+    assert not torch.equal(adapted, bare)
+    for session in (by_peft, fused):
+        before = tools.weights_of(session)
+        tools.accumulate(session, tools.batch())
+        tools.step(session)
+        after = tools.weights_of(session)
+        assert all(after[n] != before[n] for n in before if n.startswith("weights/"))

@@ -24,6 +24,7 @@ from tg_tinker.wire.tokens import events_from_proto, query_to_proto
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.service import samplers as module
+from tg_tinker_server.service.policy import KeyPolicy
 
 CONFIG = TrainingConfig(model_ref="bigram", batch_size=4, seed=1)
 LONG = SampleQuery(prompt=(65,), params=SamplingParams(max_tokens=4000, stop=[], seed=1))
@@ -261,3 +262,25 @@ def test_text_and_tokens_by_sampler(client: RawClient) -> None:
     with pytest.raises(InvalidRequestError, match="0 to 259"):
         client.send(sampling_pb2.DecodeRequest(sampler_id=sampler.sampler_id, ids=[{"ids": [260]}]))
     assert np.isfinite(sample(client, sampler.sampler_id, query()).sequences[0].logprobs).all()
+
+
+def test_a_key_with_a_policy_samples_base_models_and_nothing_of_other_datasets(
+    bigram_server: EmbeddedServer, client: RawClient
+) -> None:
+    run = client.create(CONFIG)
+    result = saved(client, run.run_id, 1)
+    open_sampler = create(client, path=result.path)
+    policy = KeyPolicy(dataset_id="secret", target_epsilon=8.0, target_delta=1e-5)
+    bound = RawClient(bigram_server.address, bigram_server.mint_key("tenant-a", policy=policy))
+    for request in (
+        query_to_proto(query(), sampler_id=open_sampler.sampler_id),
+        sampling_pb2.GetSamplerRequest(sampler_id=open_sampler.sampler_id),
+        sampling_pb2.CreateSamplerRequest(path=result.artifact_id),
+        sampling_pb2.EncodeRequest(sampler_id=open_sampler.sampler_id, texts=["x"]),
+        sampling_pb2.DeleteSamplerRequest(sampler_id=open_sampler.sampler_id),
+    ):
+        with pytest.raises(ResourceNotFoundError):
+            bound.send(request)
+    base = create(bound, base_model="bigram")
+    assert len(sample(bound, base.sampler_id, query()).sequences[0].tokens) == 8
+    assert len(sample(client, open_sampler.sampler_id, query()).sequences[0].tokens) == 8

@@ -361,3 +361,32 @@ def test_closed_weights_leave_the_base_as_it_was(torch_sampling):
     assert weights.base.adapters == adapters - 1
     after = torch_sampling.one(torch_sampling.base(), [1, 2, 3], group=2, params=GREEDY)
     assert numbers(after).tolist() == numbers(before).tolist()
+
+
+def test_one_target_for_each_position_has_the_figures_of_the_prompt_itself(sampling):
+    _, weights = sampling.run()
+    (text,) = prompts(9)
+    found = sampling.one(
+        weights,
+        text,
+        prompt_logprobs=True,
+        prompt_logprobs_last_n=0,
+        target_prompt_logprobs=np.array([-1, -1, *text[2:]]),
+        params=GREEDY,
+    )
+    whole = sampling.one(weights, text, prompt_logprobs=True, params=GREEDY)
+    assert found.prompt_logprobs == [None] * 9
+    assert np.isnan(found.target_prompt_logprobs[:2]).all()
+    np.testing.assert_allclose(found.target_prompt_logprobs[2:], whole.prompt_logprobs[2:], atol=1e-6)
+
+
+def test_groups_do_not_share_a_run_through_the_model(sampling):
+    weights = sampling.base()
+    tickets = [sampling.submit(weights, text, group=i, params=GREEDY) for i, text in enumerate(prompts(5, 9))]
+    while not sampling.sampler._batches:
+        sampling.step()
+    sampling.step()
+    batches = [{s.request.group for s in b.sequences} for b in sampling.sampler._batches.values()]
+    assert all(len(groups) == 1 for groups in batches)
+    found = sampling.results()
+    assert all(len(found[t].sequences[0].tokens) == 8 for t in tickets)
