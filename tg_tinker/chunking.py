@@ -74,6 +74,8 @@ def _joined(hashes: Sequence[str]) -> str:
 class Joined:
     """Several operations as one: it has the outcome that ``finish`` makes of theirs, or the first failure.
 
+    Of none it is what ``finish`` makes of nothing, at once.
+
     Attributes:
         outcome: as of an Operation.
     """
@@ -87,6 +89,8 @@ class Joined:
         self.outcome.set_running_or_notify_cancel()
         for part in self._parts:
             part.outcome.add_done_callback(self._ended)
+        if not self._parts:
+            self.outcome.set_result(finish([]))
 
     @property
     def future_id(self) -> str:

@@ -111,6 +111,11 @@ def test_the_first_failure_is_that_of_all():
         joined.outcome.result()
 
 
+def test_nothing_to_wait_for_is_an_outcome_at_once():
+    joined = Joined([], lambda outputs: outputs)
+    assert (joined.outcome.result(timeout=0), joined.status, joined.future_id) == ([], "completed", "")
+
+
 def test_only_a_single_part_can_be_cancelled():
     assert Joined([Part("r.1")], sum).cancel()
     assert not Joined([Part("r.1"), Part("r.2")], sum).cancel()

@@ -1,8 +1,11 @@
 """Datums, steps, checkpoints and samples against a real server with the bigram model."""
 
 import asyncio
+import json
 import math
-import multiprocessing
+import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -335,15 +338,17 @@ def test_the_name_of_an_ephemeral_snapshot_is_deprecated(tc):
         tc.save_weights_and_get_sampling_client()
 
 
-def in_another_process(client):
-    return greedy(client)
-
-
 def test_a_sampling_client_goes_to_another_process(tc):
     step(tc)
     client = tc.save_weights_and_get_sampling_client()
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(in_another_process, (client,)) == greedy(client)
+    code = (
+        "import pickle, sys; from tg_tinker import SamplingParams\n"
+        "client = pickle.load(sys.stdin.buffer)\n"
+        "params = SamplingParams(max_tokens=6, temperature=0.0, stop=[])\n"
+        "print(client.sample([1], 1, params).result().sequences[0].tokens)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(client), capture_output=True, check=True)
+    assert json.loads(done.stdout) == greedy(client)
 
 
 # Texts.
