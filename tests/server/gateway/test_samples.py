@@ -1,0 +1,152 @@
+"""Samples: begun once, told once they end, given up when nobody wants them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.server.gateway.conftest import MODEL, Raw
+from tg_tinker.errors import InvalidRequestError, RateLimitedError
+from tg_tinker.types.tokens import SampledSequence, SampleQuery, SampleResponse
+from tg_tinker_server.gateway import samples as samples_module
+from tg_tinker_server.gateway.samples import CLONE, Samples, error_of
+from tg_tinker_server.service.caller import Caller
+
+ME = Caller(tenant="t", key_id="k", scopes=frozenset({"SAMPLE"}))
+OTHER = Caller(tenant="other", key_id="k", scopes=frozenset({"SAMPLE"}))
+SAMPLER = "0" * 32 + ":sample:0"
+QUERY = SampleQuery(prompt=(1,))
+
+
+class Slow:
+    """A sampler service that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.gate, self.begun, self.full = asyncio.Event(), 0, False
+
+    async def sample(self, *_args: Any) -> SampleResponse:
+        if self.full:
+            raise RateLimitedError("full", retry_after=1.0)
+        self.begun += 1
+        await self.gate.wait()
+        return SampleResponse(sequences=[SampledSequence(stop_reason="stop", tokens=[1], logprobs=[0.0])])
+
+
+async def _begin(slow: Slow, samples: Samples, seq: int, body: bytes = b"x") -> str:
+    return await samples.submit(ME, SAMPLER, seq, QUERY, body)
+
+
+def test_a_repeated_sample_is_begun_once_and_nobody_else_finds_it() -> None:
+    async def go() -> None:
+        slow = Slow()
+        samples = Samples(slow)  # type: ignore[arg-type]
+        first, second = await _begin(slow, samples, 3), await _begin(slow, samples, 3)
+        assert (first, slow.begun) == (second, 1)
+        with pytest.raises(InvalidRequestError, match="different"):
+            await _begin(slow, samples, 3, b"another")
+        assert samples.get(OTHER, first) is None
+        await samples.close()
+
+    asyncio.run(go())
+
+
+def test_a_full_queue_refuses_at_once_and_the_same_request_may_come_again() -> None:
+    async def go() -> None:
+        slow = Slow()
+        samples = Samples(slow)  # type: ignore[arg-type]
+        slow.full = True
+        with pytest.raises(RateLimitedError):
+            await _begin(slow, samples, 0)
+        slow.full = False
+        assert await _begin(slow, samples, 0)
+        await samples.close()
+
+    asyncio.run(go())
+
+
+def test_what_ends_is_told_once_to_the_copy_of_the_client_that_asked() -> None:
+    async def go() -> None:
+        slow = Slow()
+        samples = Samples(slow)  # type: ignore[arg-type]
+        mine = [await _begin(slow, samples, n) for n in (0, 1)]
+        copied = await _begin(slow, samples, 7 * CLONE + 1)
+        waiting = asyncio.create_task(samples.ended_after(ME, (SAMPLER, 0), 0, 5.0))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        slow.gate.set()
+        ended, cursor = await waiting
+        while len(ended) < 2:
+            ended, cursor = await samples.ended_after(ME, (SAMPLER, 0), 0, 5.0)
+        assert {k.request_id for k in ended} == set(mine)
+        assert await samples.ended_after(ME, (SAMPLER, 0), cursor, 0.01) == ([], cursor)
+        assert await samples.ended_after(OTHER, (SAMPLER, 0), 0, 0.01) == ([], 0)
+        (other,), _ = await samples.ended_after(ME, (SAMPLER, 7), 0, 5.0)
+        assert other.request_id == copied
+        samples.forget(ME, mine)
+        assert samples.get(ME, mine[0]) is None
+
+    asyncio.run(go())
+
+
+def test_a_cancelled_sample_fails_and_a_session_that_is_over_frees_everything() -> None:
+    async def go() -> None:
+        slow = Slow()
+        samples = Samples(slow)  # type: ignore[arg-type]
+        request = await _begin(slow, samples, 0)
+        samples.cancel(OTHER, request)
+        await asyncio.sleep(0.01)
+        kept = samples.get(ME, request)
+        assert kept is not None
+        assert not kept.task.done()
+        samples.cancel(ME, request)
+        await asyncio.wait({kept.task})
+        assert isinstance(error_of(kept), InvalidRequestError)
+        await _begin(slow, samples, 1)
+        samples.forget_session("t", SAMPLER.split(":", maxsplit=1)[0])
+        assert samples.get(ME, request) is None
+
+    asyncio.run(go())
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        monkeypatch.setattr(samples_module, "MOST_KEPT", 3)
+        slow = Slow()
+        slow.gate.set()
+        samples = Samples(slow)  # type: ignore[arg-type]
+        ids = []
+        for seq in range(10):
+            ids.append(await _begin(slow, samples, seq))
+            await asyncio.sleep(0.005)
+        assert [samples.get(ME, i) is not None for i in ids[-3:]] == [True] * 3
+        assert sum(samples.get(ME, i) is not None for i in ids) <= 4
+
+    asyncio.run(go())
+
+
+def test_samples_are_polled_together_and_cancelled_over_http(client: Raw) -> None:
+    body = {"session_id": client.session, "sampling_session_seq_id": 0, "base_model": MODEL}
+    sampler = client.ok("create_sampling_session", body)["sampling_session_id"]
+    assert client.ok("create_sampling_session", body)["sampling_session_id"] == sampler
+    prompt = {"chunks": [{"tokens": [1, 2], "type": "encoded_text"}]}
+    ids = set()
+    for seq in range(3):
+        params = {"max_tokens": 2, "stop": []}
+        asked = {"sampling_session_id": sampler, "seq_id": seq, "prompt": prompt, "sampling_params": params}
+        ids.add(client.ok("asample", asked)["request_id"])
+    found: set[str] = set()
+    cursor = 0
+    while found != ids:
+        target = {"type": "sampling_session", "sampling_session_id": sampler, "cloned_sampler_id": 0}
+        answer = client.ok("retrieve_futures", {"target": target, "prev_cursor": cursor, "timeout": 5})
+        found |= {c["request_id"] for c in answer["completions"] if c["state"] == "finished"}
+        cursor = answer["cursor"]
+    assert cursor == 3
+    for request in ids:
+        assert isinstance(client.retrieve(request, proto=True), bytes)
+    assert client.post("cancel_future", {"request_id": ids.pop()}).status_code == 204
+    assert client.post(f"sessions/{client.session}/finish", {"reason": {"type": "success"}}).status_code == 204
+    assert client.post("retrieve_future", {"request_id": ids.pop()}).status_code == 410
+    assert client.post("session_heartbeat", {"session_id": client.session}).status_code == 410
