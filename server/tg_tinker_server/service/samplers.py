@@ -1,31 +1,30 @@
-"""Sampling on tokens from frozen weights: samplers with durable names, and one loop that all requests share."""
+"""Samplers: durable names for frozen weights, and who may sample from them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
-from tg_tinker.errors import InvalidRequestError, RateLimitedError, ResourceNotFoundError, ServerError, TGTinkerError
+from tg_tinker.errors import InvalidRequestError, RateLimitedError, ResourceNotFoundError
 from tg_tinker.types import TrainingConfig
 from tg_tinker.types.info import ModelInfo
-from tg_tinker.types.tokens import PromptFigures, SampleEvent, SampleQuery, SampleResponse, response_of
+from tg_tinker.types.tokens import SampleEvent, SampleQuery, SampleResponse, response_of
 from tg_tinker.wire.runs import config_from_json
 from tg_tinker.wire.tokens import SamplerInfo
 from tg_tinker_server.config import SharePasses
 from tg_tinker_server.engine.backend import Backend
-from tg_tinker_server.engine.sampling.seam import FrozenWeights, Progress, SamplingBackend, Ticket, TokenSampler
+from tg_tinker_server.engine.sampling.seam import FrozenWeights, SamplingBackend
 from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.checkpoints import CheckpointService
-from tg_tinker_server.service.crashes import place_of
 from tg_tinker_server.service.durability import new_id, now
 from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.sampling_loop import SamplingLoop
 from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.store import sampler_rows
 from tg_tinker_server.store.database import Database, Transaction
@@ -55,18 +54,6 @@ class _Open:
     users: int = 0
 
 
-@dataclass(eq=False, slots=True)
-class _Request:
-    """One request under way. The ticket belongs to the compute thread, the rest to the event loop."""
-
-    weights: FrozenWeights
-    query: SampleQuery
-    group: Hashable
-    news: asyncio.Queue[tuple[SampleEvent, ...] | Exception] = field(default_factory=asyncio.Queue)
-    ticket: Ticket | None = None
-    over: bool = False
-
-
 class SamplerService:
     """Samplers of all tenants.
 
@@ -92,12 +79,7 @@ class SamplerService:
         self._waiting: dict[str, int] = {}
         self._open: dict[tuple[str, str, str], _Open] = {}
         self._opening = asyncio.Lock()
-        self._inbox: list[_Request] = []
-        self._leaving: list[_Request] = []
-        self._live: dict[Ticket, _Request] = {}
-        self._worker: asyncio.Task[None] | None = None
-        self._sampler: TokenSampler | None = None  # of the compute thread
-        self._closed = False
+        self._loop = SamplingLoop(backend, executors)
 
     async def create(
         self, caller: Caller, *, sampler_id: str = "", base_model: str = "", path: str = ""
@@ -185,17 +167,9 @@ class SamplerService:
         try:
             used = await self._weights_of(caller.tenant, await self._row(caller, sampler_id))
             group = {"everyone": "everyone", "tenant": caller.tenant, "off": object()}[self._share]
-            request = _Request(used.weights, query, group)
-            self._start(request)
-            try:
-                while not request.over:
-                    news = await request.news.get()
-                    request.over = isinstance(news, Exception) or isinstance(news[-1], PromptFigures)
-                    if isinstance(news, Exception):
-                        raise news
-                    yield news
-            finally:
-                self._leave(request)
+            async with aclosing(self._loop.slices(used.weights, query, group)) as slices:
+                async for events in slices:
+                    yield events
         finally:
             if used is not None:
                 used.users -= 1
@@ -226,10 +200,7 @@ class SamplerService:
 
     async def close(self) -> None:
         """End every request; return when the slice under way has ended."""
-        self._closed = True
-        self._fail_all(_stopping())
-        if self._worker is not None:
-            await asyncio.wait({self._worker})
+        await self._loop.close()
 
     # Rows.
 
@@ -314,107 +285,14 @@ class SamplerService:
             oldest = next((key for key, open_ in self._open.items() if not open_.users), None)
             if oldest is None:
                 raise RateLimitedError("all weights in memory are being sampled from", retry_after=2.0)
-            leaving, self._leaving = self._leaving, []
-            await self._executors.compute(self._put_away, self._open.pop(oldest).weights, leaving)
-
-    def _put_away(self, weights: FrozenWeights, leaving: list[_Request]) -> None:
-        self._cancel(leaving)
-        weights.close()
+            await self._loop.put_away(self._open.pop(oldest).weights)
 
     # Requests under way.
 
     def _ensure_room(self, tenant: str) -> None:
-        if self._closed:
-            raise _stopping()
+        self._loop.ensure_open()
         mine, all_ = self._waiting.get(tenant, 0), sum(self._waiting.values())
         if all_ >= self._most_waiting or mine >= max(1, self._most_waiting // 2):
             raise RateLimitedError(
                 f"{mine} requests of this tenant and {all_} in all are being sampled; try again soon", retry_after=1.0
             )
-
-    def _start(self, request: _Request) -> None:
-        if self._closed:
-            raise _stopping()
-        self._inbox.append(request)
-        if self._worker is None:
-            self._worker = asyncio.create_task(self._work(), name="samplers")
-
-    def _leave(self, request: _Request) -> None:
-        """Whoever leaves before the end frees its rows before the next slice."""
-        if not request.over:
-            request.over = True
-            if request in self._inbox:
-                self._inbox.remove(request)
-            else:
-                self._leaving.append(request)
-
-    async def _work(self) -> None:
-        try:
-            while not self._closed and (self._inbox or self._live or self._leaving):
-                inbox, self._inbox = self._inbox, []
-                leaving, self._leaving = self._leaving, []
-                for progress in await self._executors.compute(self._turn, inbox, leaving):
-                    self._tell(progress)
-                for request in leaving:
-                    if request.ticket is not None:
-                        self._live.pop(request.ticket, None)
-                await asyncio.sleep(0)  # who asks next gets into the next slice
-        except Exception as e:  # noqa: BLE001 - a defect of ours: nobody waits for ever
-            log.error("sampling_crashed", error=type(e).__name__, at=place_of(e))
-            self._sampler = None
-            self._fail_all(e)
-        finally:
-            self._worker = None
-            if self._closed:
-                self._fail_all(_stopping())
-
-    def _turn(self, inbox: list[_Request], leaving: list[_Request]) -> list[Progress]:
-        """One visit to the compute thread."""
-        self._cancel(leaving)
-        if self._sampler is None:
-            assert isinstance(self._backend, SamplingBackend)
-            self._sampler = self._backend.token_sampler()
-        refused = []
-        for request in inbox:
-            try:
-                request.ticket = self._sampler.submit(request.weights, request.query, group=request.group)
-            except Exception as e:  # noqa: BLE001 - told to whoever asked
-                request.ticket = Ticket()
-                refused.append(Progress(ticket=request.ticket, error=e))
-            self._live[request.ticket] = request
-        return [*refused, *self._sampler.step()]
-
-    def _cancel(self, leaving: list[_Request]) -> None:
-        for request in leaving:
-            if request.ticket is not None and self._sampler is not None:
-                self._sampler.cancel(request.ticket)
-
-    def _tell(self, progress: Progress) -> None:
-        request = self._live.get(progress.ticket)
-        if request is None:
-            return
-        if progress.events:
-            request.news.put_nowait(progress.events)
-        if progress.error is not None:
-            request.news.put_nowait(_presentable(progress.error))
-        if progress.error is not None or (progress.events and isinstance(progress.events[-1], PromptFigures)):
-            del self._live[progress.ticket]
-
-    def _fail_all(self, error: Exception) -> None:
-        for request in [*self._inbox, *self._live.values()]:
-            request.news.put_nowait(_presentable(error))
-        self._inbox.clear()
-        self._live.clear()
-
-
-def _presentable(error: Exception) -> TGTinkerError:
-    """An error as it may be shown; a defect of ours goes to the log, without its text."""
-    if isinstance(error, TGTinkerError):
-        return error
-    reference = secrets.token_hex(6)
-    log.error("sample_crashed", error=type(error).__name__, at=place_of(error), reference=reference)
-    return ServerError(f"sampling failed inside the server (reference {reference})", details={"reference": reference})
-
-
-def _stopping() -> ServerError:
-    return ServerError("the server is stopping; send the request to the next one")

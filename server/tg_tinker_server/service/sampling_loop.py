@@ -1,0 +1,182 @@
+"""The one loop that all requests for samples share: slices on the compute thread while there is work."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Hashable
+from dataclasses import dataclass, field
+
+import structlog
+
+from tg_tinker.errors import ServerError, TGTinkerError
+from tg_tinker.types.tokens import PromptFigures, SampleEvent, SampleQuery
+from tg_tinker_server.engine.backend import Backend
+from tg_tinker_server.engine.sampling.seam import FrozenWeights, Progress, SamplingBackend, Ticket, TokenSampler
+from tg_tinker_server.service.crashes import place_of
+from tg_tinker_server.service.executors import Executors
+
+log = structlog.get_logger()
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """One request under way. The ticket belongs to the compute thread, the rest to the event loop."""
+
+    weights: FrozenWeights
+    query: SampleQuery
+    group: Hashable
+    news: asyncio.Queue[tuple[SampleEvent, ...] | Exception] = field(default_factory=asyncio.Queue)
+    ticket: Ticket | None = None
+    over: bool = False
+
+
+class SamplingLoop:
+    """Requests under way. A slice is one visit to the compute thread: training has its turn in between.
+
+    Everything here happens on the event loop, the work on the compute thread.
+    """
+
+    def __init__(self, backend: Backend, executors: Executors) -> None:
+        self._backend, self._executors = backend, executors
+        self._inbox: list[_Request] = []
+        self._leaving: list[_Request] = []
+        self._live: dict[Ticket, _Request] = {}
+        self._worker: asyncio.Task[None] | None = None
+        self._sampler: TokenSampler | None = None  # of the compute thread
+        self._closed = False
+
+    def ensure_open(self) -> None:
+        """Refuse what a stopping server would not finish.
+
+        Raises:
+            ServerError: it is stopping.
+        """
+        if self._closed:
+            raise _stopping()
+
+    async def slices(
+        self, weights: FrozenWeights, query: SampleQuery, group: Hashable
+    ) -> AsyncGenerator[tuple[SampleEvent, ...]]:
+        """What each slice does for one request. Closing the generator takes the request out of the model's batch.
+
+        Raises:
+            TGTinkerError: the request failed.
+        """
+        request = _Request(weights, query, group)
+        self._start(request)
+        try:
+            while not request.over:
+                news = await request.news.get()
+                request.over = isinstance(news, Exception) or isinstance(news[-1], PromptFigures)
+                if isinstance(news, Exception):
+                    raise news
+                yield news
+        finally:
+            self._leave(request)
+
+    async def put_away(self, weights: FrozenWeights) -> None:
+        """Close weights that no request uses any more, after those that left are out of the batch."""
+        leaving, self._leaving = self._leaving, []
+        await self._executors.compute(self._put_away, weights, leaving)
+        self._forget(leaving)
+
+    async def close(self) -> None:
+        """End every request; return when the slice under way has ended."""
+        self._closed = True
+        self._fail_all(_stopping())
+        if self._worker is not None:
+            await asyncio.wait({self._worker})
+
+    def _start(self, request: _Request) -> None:
+        self.ensure_open()
+        self._inbox.append(request)
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._work(), name="samplers")
+
+    def _leave(self, request: _Request) -> None:
+        """Whoever leaves before the end frees its rows before the next slice."""
+        if not request.over:
+            request.over = True
+            if request in self._inbox:
+                self._inbox.remove(request)
+            else:
+                self._leaving.append(request)
+
+    async def _work(self) -> None:
+        try:
+            while not self._closed and (self._inbox or self._live or self._leaving):
+                inbox, self._inbox = self._inbox, []
+                leaving, self._leaving = self._leaving, []
+                for progress in await self._executors.compute(self._turn, inbox, leaving):
+                    self._tell(progress)
+                self._forget(leaving)
+                await asyncio.sleep(0)  # who asks next gets into the next slice
+        except Exception as e:  # noqa: BLE001 - a defect of ours: nobody waits for ever
+            log.error("sampling_crashed", error=type(e).__name__, at=place_of(e))
+            self._sampler = None
+            self._fail_all(e)
+        finally:
+            self._worker = None
+            if self._closed:
+                self._fail_all(_stopping())
+
+    def _turn(self, inbox: list[_Request], leaving: list[_Request]) -> list[Progress]:
+        """One visit to the compute thread."""
+        self._cancel(leaving)
+        if self._sampler is None:
+            assert isinstance(self._backend, SamplingBackend)
+            self._sampler = self._backend.token_sampler()
+        refused = []
+        for request in inbox:
+            try:
+                request.ticket = self._sampler.submit(request.weights, request.query, group=request.group)
+            except Exception as e:  # noqa: BLE001 - told to whoever asked
+                request.ticket = Ticket()
+                refused.append(Progress(ticket=request.ticket, error=e))
+            self._live[request.ticket] = request
+        return [*refused, *self._sampler.step()]
+
+    def _cancel(self, leaving: list[_Request]) -> None:
+        for request in leaving:
+            if request.ticket is not None and self._sampler is not None:
+                self._sampler.cancel(request.ticket)
+
+    def _forget(self, left: list[_Request]) -> None:
+        for request in left:
+            if request.ticket is not None:
+                self._live.pop(request.ticket, None)
+
+    def _tell(self, progress: Progress) -> None:
+        request = self._live.get(progress.ticket)
+        if request is None:
+            return
+        if progress.events:
+            request.news.put_nowait(progress.events)
+        if progress.error is not None:
+            request.news.put_nowait(_presentable(progress.error))
+        if progress.error is not None or (progress.events and isinstance(progress.events[-1], PromptFigures)):
+            del self._live[progress.ticket]
+
+    def _fail_all(self, error: Exception) -> None:
+        for request in [*self._inbox, *self._live.values()]:
+            request.news.put_nowait(_presentable(error))
+        self._inbox.clear()
+        self._live.clear()
+
+    def _put_away(self, weights: FrozenWeights, leaving: list[_Request]) -> None:
+        self._cancel(leaving)
+        weights.close()
+
+
+def _presentable(error: Exception) -> TGTinkerError:
+    """An error as it may be shown; a defect of ours goes to the log, without its text."""
+    if isinstance(error, TGTinkerError):
+        return error
+    reference = secrets.token_hex(6)
+    log.error("sample_crashed", error=type(error).__name__, at=place_of(error), reference=reference)
+    return ServerError(f"sampling failed inside the server (reference {reference})", details={"reference": reference})
+
+
+def _stopping() -> ServerError:
+    return ServerError("the server is stopping; send the request to the next one")
