@@ -18,11 +18,13 @@ from tg_tinker_server.foundation import Foundation
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import DatasetScope
 from tg_tinker_server.service import datasets as module
+from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.dataset_keys import DatasetKeys
 from tg_tinker_server.service.datasets import DatasetService
 from tg_tinker_server.service.durability import now
 from tg_tinker_server.store import dataset_rows as rows
 
+OWNER = Caller(tenant="t", key_id="k", scopes=frozenset())
 RECORDS = [(Record(text=f"record {i}").to_bytes(), i) for i in range(6)]
 NEW = NewDataset(
     upload_id="upload-1", dataset_id="notes", privacy_unit="datum", target_epsilon=8.0, target_delta=1e-3,
@@ -63,7 +65,7 @@ def test_nothing_is_there_until_the_upload_is_sealed(service: DatasetService) ->
     assert service.begin("t", NEW) == 0
     assert service.append("t", "upload-1", 0, RECORDS[:4]) == 4
     with pytest.raises(ResourceNotFoundError):
-        service.get("t", "notes")
+        service.get(OWNER, "notes")
     with pytest.raises(InvalidRequestError, match="4 of 6 records"):
         service.seal("t", "upload-1", "key_1")
     assert service.ledger.entries(DatasetScope("t", "notes")) == []
@@ -153,7 +155,7 @@ def test_an_upload_that_nobody_goes_on_with_is_swept_away(
     with pytest.raises(ResourceNotFoundError):
         service.append("t", "upload-1", 4, RECORDS[4:])
     assert service.db.read(lambda tx: rows.count_records(tx, "t", "upload-1"))[0] == 0
-    assert service.get("t", "kept").num_records == 6
+    assert service.get(OWNER, "kept").num_records == 6
 
 
 def test_an_upload_that_is_being_swept_cannot_be_sealed_half_empty(
@@ -203,17 +205,17 @@ def test_ids_are_keyed_by_the_dataset_and_the_place(service: DatasetService) -> 
         service.begin("t", replace(NEW, upload_id=upload, dataset_id=name))
         service.append("t", upload, 0, same)
         service.seal("t", upload, "key_1")
-        ids += service.record_ids("t", name, 0)[0]
+        ids += service.record_ids(OWNER, name, 0)[0]
     assert len(set(ids)) == 12
 
 
 def test_record_ids_come_in_pages(service: DatasetService, monkeypatch: pytest.MonkeyPatch) -> None:
     register(service)
-    whole, end = service.record_ids("t", "notes", 0)
+    whole, end = service.record_ids(OWNER, "notes", 0)
     assert (len(whole), end) == (6, 0)
     monkeypatch.setattr(module, "LISTED_IDS", 4)
-    first, following = service.record_ids("t", "notes", 0)
-    assert first + service.record_ids("t", "notes", following)[0] == whole
+    first, following = service.record_ids(OWNER, "notes", 0)
+    assert first + service.record_ids(OWNER, "notes", following)[0] == whole
 
 
 @pytest.mark.parametrize("what", ["moved", "other unit", "altered", "other dataset"])
