@@ -12,11 +12,12 @@ alternate while there is work of both kinds. Fairness:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 
 from tg_tinker.types.tokens import SampleQuery
+from tg_tinker_server.engine.sampling.batches import Batch, joined, requests_of
 from tg_tinker_server.engine.sampling.prefix_cache import PrefixCache, Tokens, common_prefix
-from tg_tinker_server.engine.sampling.rows import Memory, ModelRows, Reading, RunningRows
+from tg_tinker_server.engine.sampling.rows import Memory, ModelRows, Reading
 from tg_tinker_server.engine.sampling.seam import FrozenWeights, Progress, Ticket
 from tg_tinker_server.engine.sampling.sequences import Request, Sampling
 
@@ -30,32 +31,6 @@ WORTH_WAITING = 16
 """A prompt waits for another that is being read if they share that many tokens more than are known."""
 LOOK_AHEAD = 256
 """Waiting prompts that are looked at for company."""
-
-
-class _Batch:
-    """Sequences that go through the model together."""
-
-    def __init__(self, rows: RunningRows) -> None:
-        self.rows = rows
-        self.sequences: list[Sampling] = []
-
-    def arrange(self, sequences: Iterable[Sampling]) -> None:
-        """Hold these sequences, those of equal weights next to each other. Whoever joins brings its memory."""
-        order = sorted(sequences, key=lambda s: id(s.request.weights))
-        places = {id(s): at for at, s in enumerate(self.sequences)}
-        if [places.get(id(s)) for s in order] == list(range(len(self.sequences))):
-            return
-        wanted: list[int | tuple[FrozenWeights, Memory]] = []
-        for sequence in order:
-            at = places.get(id(sequence))
-            if at is None:
-                assert sequence.memory is not None
-                wanted.append((sequence.request.weights, sequence.memory))
-                sequence.memory, sequence.since = None, 0
-            else:
-                wanted.append(at)
-        self.rows.arrange(wanted)
-        self.sequences = order
 
 
 class BatchedSampler:
@@ -75,7 +50,7 @@ class BatchedSampler:
         self._cache = PrefixCache(prefix_bytes)
         self._unread: deque[Request] = deque()
         self._ready: deque[Request] = deque()
-        self._batches: dict[Hashable, _Batch] = {}
+        self._batches: dict[Hashable, Batch] = {}
         self._read_last = False
         self._handles: list[FrozenWeights] = []
 
@@ -231,14 +206,14 @@ class BatchedSampler:
             if not sequences:
                 continue
             if place not in self._batches:
-                self._batches[place] = _Batch(self._model.rows(sequences[0].request.weights))
+                self._batches[place] = Batch(self._model.rows(sequences[0].request.weights))
             batch = self._batches[place]
             try:
                 batch.arrange([*batch.sequences, *sequences])
             except Exception as e:  # noqa: BLE001 - told to whoever asked
                 del self._batches[place]
-                progress += self._fail(_requests_of([*batch.sequences, *sequences]), e)
-        return _joined(progress)
+                progress += self._fail(requests_of([*batch.sequences, *sequences]), e)
+        return joined(progress)
 
     def _park(self, count: int) -> int:
         """Take up to so many sequences that had their turn out of their batches, to the front of those that wait."""
@@ -268,7 +243,7 @@ class BatchedSampler:
             logits_BV = batch.rows.advance([s.pending for s in batch.sequences])
         except Exception as e:  # noqa: BLE001 - told to whoever asked
             del self._batches[place]
-            return self._fail(_requests_of(batch.sequences), e)
+            return self._fail(requests_of(batch.sequences), e)
         progress: list[Progress] = []
         ended: list[Sampling] = []
         for row, (sequence, logits_V) in enumerate(zip(list(batch.sequences), logits_BV, strict=True)):
@@ -289,7 +264,7 @@ class BatchedSampler:
             else:
                 progress += self._news(request)
         self._keep(place, [s for s in batch.sequences if not s.request.over and s not in ended])
-        return _joined(progress)
+        return joined(progress)
 
     def _place(self, sequence: Sampling) -> Hashable:
         """Which batch a sequence belongs to."""
@@ -342,25 +317,5 @@ class BatchedSampler:
                 self._keep(place, [s for s in batch.sequences if not s.request.over])
 
 
-def _requests_of(sequences: Iterable[Sampling]) -> list[Request]:
-    """Whose they are, each once."""
-    return list({id(s.request): s.request for s in sequences}.values())
-
-
 def _known(request: Request) -> int:
     return request.memory.length if request.memory is not None else 0
-
-
-def _joined(progress: list[Progress]) -> list[Progress]:
-    """One report for each request, its events in their order."""
-    events: dict[int, Progress] = {}
-    for report in progress:
-        before = events.get(id(report.ticket))
-        events[id(report.ticket)] = (
-            report
-            if before is None
-            else Progress(
-                ticket=report.ticket, events=(*before.events, *report.events), error=before.error or report.error
-            )
-        )
-    return list(events.values())

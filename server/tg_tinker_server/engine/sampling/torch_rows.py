@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from tg_tinker_server.engine.lora import AdaptedBase
 from tg_tinker_server.engine.sampling.rows import Memory, Reading, RunningRows
 from tg_tinker_server.engine.sampling.seam import FrozenWeights
+from tg_tinker_server.engine.sampling.torch_anew import Anew, read_anew
 from tg_tinker_server.engine.sampling.torch_weights import TorchWeights, computing
 
 _SLACK = 64
@@ -50,27 +51,6 @@ class _Kept:
     def cut(self, length: int) -> _Kept:
         """See ``rows.Memory``."""
         return _Kept(tuple((k[..., :length, :], v[..., :length, :]) for k, v in self.layers))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Tokens:
-    """See ``rows.Memory``: nothing but the tokens, for a model whose sequences are computed anew each time."""
-
-    tokens: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """See ``rows.Memory``."""
-        return len(self.tokens)
-
-    @property
-    def size_bytes(self) -> int:
-        """See ``rows.Memory``."""
-        return 8 * len(self.tokens)
-
-    def cut(self, length: int) -> _Tokens:
-        """See ``rows.Memory``."""
-        return _Tokens(self.tokens[:length])
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -111,13 +91,13 @@ class TorchRows:
         """See ``rows.ModelRows``."""
         weights = [cast(TorchWeights, r.weights) for r in readings]
         if not _can_join(weights[0].base):
-            return [_read_anew(r) for r in readings]
+            return [read_anew(r) for r in readings]
         return _read(readings, weights)
 
     def rows(self, weights: FrozenWeights) -> RunningRows:
         """See ``rows.ModelRows``."""
         mine = cast(TorchWeights, weights)
-        return _Running(mine.base) if _can_join(mine.base) else _Anew()
+        return _Running(mine.base) if _can_join(mine.base) else Anew()
 
 
 def _read(readings: Sequence[Reading], weights: Sequence[TorchWeights]) -> list[tuple[Memory, npt.NDArray[Any]]]:
@@ -320,40 +300,3 @@ def _joins(base: AdaptedBase) -> bool:
     scale = max(float(e.abs().max()) for _, e in pairs) or 1.0
     allowed = (1e-5 if base.loaded.dtype == torch.float32 else 5e-2) * scale
     return all(float(np.abs(found - want.numpy()).max()) <= allowed for found, want in pairs)
-
-
-class _Anew:
-    """See ``rows.RunningRows``: one sequence of a model whose cache cannot be taken apart."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[TorchWeights, tuple[int, ...]]] = []
-
-    def arrange(self, rows: Sequence[int | tuple[FrozenWeights, Memory]]) -> None:
-        """See ``rows.RunningRows``."""
-        self._rows = [
-            self._rows[r] if isinstance(r, int) else (cast(TorchWeights, r[0]), cast(_Tokens, r[1]).tokens)
-            for r in rows
-        ]
-
-    def advance(self, tokens: Sequence[int]) -> npt.NDArray[Any]:
-        """See ``rows.RunningRows``."""
-        self._rows = [(weights, (*text, new)) for (weights, text), new in zip(self._rows, tokens, strict=True)]
-        return np.stack([_logits_anew(weights, text)[-1] for weights, text in self._rows])
-
-    def take(self, row: int) -> Memory:
-        """See ``rows.RunningRows``."""
-        return _Tokens(self._rows[row][1])
-
-
-def _read_anew(reading: Reading) -> tuple[Memory, npt.NDArray[Any]]:
-    before = cast(_Tokens, reading.memory).tokens if reading.memory is not None else ()
-    text = (*before, *reading.tokens)
-    return _Tokens(text), _logits_anew(cast(TorchWeights, reading.weights), text)[-reading.logits :]
-
-
-def _logits_anew(weights: TorchWeights, tokens: Sequence[int]) -> npt.NDArray[Any]:
-    device = next(weights.base.module.parameters()).device
-    with computing([weights]):
-        logits_TV = weights.base.language_model.logits(torch.tensor([list(tokens)], device=device))[0]
-        logits: npt.NDArray[Any] = logits_TV.float().cpu().numpy()
-    return logits
