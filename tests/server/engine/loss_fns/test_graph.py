@@ -226,6 +226,10 @@ def test_inputs_that_are_missing_or_of_another_rank_are_refused_by_name(data):
     assert e.value.field == "loss_fn_inputs.advantages"
     with pytest.raises(InvalidRequestError, match="dimensions"):
         graph.check(0, inputs_of("old", "advantages", shape=(N, 2)))
+    alone = parse_graph(data.encoded(lambda logprobs: (logprobs.sum(), {}), logprobs=2))
+    alone.check(0, inputs_of(shape=(N, 2)))
+    with pytest.raises(InvalidRequestError, match="logprobs of datum 7 has 1 dimensions"):
+        alone.check(7, inputs_of())
 
 
 def test_what_fails_by_values_is_a_loss_that_is_not_a_number(data):
