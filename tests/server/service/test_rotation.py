@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import copy
 import shutil
@@ -26,10 +27,14 @@ from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.crypto.keys import LocalKeyProvider, key_provider
 from tg_tinker_server.crypto.signing import TenantSigner
 from tg_tinker_server.foundation import SYSTEM_TENANT, Foundation
+from tg_tinker_server.gateway.messages import CreateSession
+from tg_tinker_server.gateway.sessions import Sessions
 from tg_tinker_server.ledger.audit import AuditLog
+from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.custom_losses import CustomLosses
 from tg_tinker_server.service.dataset_keys import DatasetKeys
 from tg_tinker_server.service.executors import Executors
+from tg_tinker_server.service.journal import Entry, Journal
 from tg_tinker_server.service.rotation import KeyRotation
 from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.store import dataset_rows, sealed_rows, tables, tenant_key_rows
@@ -64,7 +69,17 @@ class Place:
         losses = CustomLosses(foundation.db, foundation.keyring, texts, Executors(), parse=len)
         for tenant in self.runs:
             losses._create(tenant, "{}")
+            asyncio.run(self._keep_request(foundation, tenant))
         foundation.db.close()
+
+    async def _keep_request(self, foundation: Foundation, tenant: str) -> None:
+        """A session of the Tinker protocol, and a request that was acknowledged there."""
+        executors = Executors()
+        caller = Caller(tenant=tenant, key_id="k", scopes=frozenset())
+        session = await Sessions(foundation.db, foundation.keyring, executors).create(caller, CreateSession())
+        entry = Entry(model_id=f"{session}:train:0", seq=1, name="optim_step", body=b"{}" * 20, actor="k")
+        await Journal(foundation.db, foundation.keyring, executors).keep(tenant, entry)
+        executors.close()
 
     def foundation(self) -> Foundation:
         return Foundation.open(self.config)
