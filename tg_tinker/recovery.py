@@ -13,7 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError, TGTinkerError
+from tg_tinker.errors import (
+    InvalidRequestError,
+    LogVerificationError,
+    ResourceNotFoundError,
+    ServerError,
+    TGTinkerError,
+)
 from tg_tinker.service_client import ServiceClient
 from tg_tinker.training_client import TrainingClient
 from tg_tinker.types import ArtifactInfo
@@ -91,6 +97,7 @@ class Recovery:
         self.client = client
         self._service, self._policy = service, policy
         self._attempts = 0
+        self._checkpoint: ArtifactInfo | None = None
 
     def run(self, train: Callable[[TrainingClient], T]) -> T:
         """Call ``train(client)``; it begins at ``client.step`` and saves checkpoints as it goes.
@@ -102,8 +109,8 @@ class Recovery:
         while True:
             try:
                 return train(self.client)
-            except (ServerError, ResourceNotFoundError) as e:
-                if not self._policy.enabled or not self._lost(e):
+            except TGTinkerError as e:
+                if not self._policy.enabled or isinstance(e, LogVerificationError) or not self._lost(e):
                     raise
                 self._recover(e)
 
@@ -120,8 +127,13 @@ class Recovery:
         return False
 
     def _lost(self, error: TGTinkerError) -> bool:
-        """A checkpoint that is missing is no reason to begin again; a run that is missing is."""
-        return not isinstance(error, ResourceNotFoundError) or error.resource_type in ("training_client", "run", "")
+        """Whether the run, or the way to it, is gone: a refused request is no reason to begin again."""
+        if isinstance(error, ServerError):
+            return True
+        try:
+            return self.client.status == "failed"
+        except (ResourceNotFoundError, ServerError):
+            return True
 
     def _recover(self, error: TGTinkerError) -> None:
         lost, policy = self.client, self._policy
@@ -129,7 +141,7 @@ class Recovery:
             self._attempts += 1
             time.sleep(min(policy.longest_backoff_s, policy.backoff_s * 2.0 ** (self._attempts - 1)))
             try:
-                checkpoint = self._latest(lost.id)
+                checkpoint = self._checkpoint = self._latest(lost.id)
                 if checkpoint is None:
                     break
                 create = (
@@ -153,4 +165,6 @@ class Recovery:
         raise error
 
     def _latest(self, run_id: str) -> ArtifactInfo | None:
-        return next((a for a in self._service.list_artifacts(run_id) if a.kind == "weights"), None)
+        """The run's own, or the one that it began with."""
+        own = (a for a in self._service.list_artifacts(run_id) if a.kind == "weights")
+        return next(own, self._checkpoint)

@@ -45,6 +45,26 @@ def test_the_page_on_datasets_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "erased: 2 left: 198 slots: 200" in printed
 
 
+@pytest.mark.usefixtures("documented_server")
+@pytest.mark.parametrize(
+    ("page", "blocks", "says"),
+    [
+        ("token-api.md", 3, ["step 3", "goes on at step 3", "adapter_model.safetensors", "taken in as ckpt_"]),
+        ("custom-losses.md", 2, ["tokens 5.0", "of which l1", "custom/gain:mean"]),
+    ],
+)
+def test_the_pages_on_tokens_and_losses_run(
+    page: str, blocks: int, says: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    marked = [s for s in snippets(ROOT / "docs" / "how-to" / page) if s.marked]
+    assert len(marked) == blocks
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for snippet in marked:
+        snippet.execute(namespace)
+    printed = capsys.readouterr().out
+    assert [text for text in says if text not in printed] == []
+
+
 def test_the_page_on_sharing_a_model_runs(
     documented_server: EmbeddedServer,
     tmp_path: Path,
