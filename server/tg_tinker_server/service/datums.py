@@ -131,7 +131,8 @@ def prepare_datums(run: Run, request: LossPass, graph: str) -> tuple[bytes, Loss
 
 def _array(name: str, tensor: TensorData, *, own: bool) -> npt.NDArray[Any]:
     dense = tensor.to_numpy()
-    return dense if own or name == "target_tokens" else dense.astype(np.float32, copy=False)
+    # A copy: what came over the wire is read-only, and belongs to the request.
+    return np.array(dense, dtype=None if own or name == "target_tokens" else np.float32)
 
 
 def outputs_of(request: LossPass, logprobs: Sequence[npt.NDArray[np.float32]] | None) -> list[dict[str, TensorData]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -39,7 +40,9 @@ class KeyPolicy(BaseModel):
         sampling, max_participation: as in ``DPConfig``. A draw that only the client vouches for is not offered.
         diagnostics: "off" returns no exact loss, norm or log-probability of a training batch.
         merge_units, batch_size: where a run names none.
-        unit_of: how the HTTP door names the unit of a datum; it must suit ``privacy_unit``.
+        unit_of: who says which datums are one unit; it must suit ``privacy_unit``. "ids": the caller, of whom that is
+            trusted. "datum": each is its own, known by its tokens. "prompt" and "adjacent_pair": the HTTP door finds
+            them, and no other door does.
         custom_loss: "independent" attests that the losses which callers compute themselves couple no units.
     """
 
@@ -168,6 +171,23 @@ class KeyPolicy(BaseModel):
         except InvalidRequestError:
             return False
         return True
+
+    def refuse_named_units(self, units: Sequence[str] | None) -> None:
+        """Refuse units that a caller names itself, unless the policy leaves that to its callers.
+
+        Fresh names for the same people would be counted as other people.
+
+        Raises:
+            InvalidRequestError: there are some, and ``unit_of`` is not "ids".
+        """
+        if units and self.unit_of != "ids":
+            raise InvalidRequestError(
+                f"the policy of this key has unit_of={self.unit_of!r}: who is one unit is not the caller's to say; "
+                "leave privacy_unit_ids out"
+                + ("" if self.unit_of == "datum" else ", and use the Tinker door, which finds the units itself"),
+                field="privacy_unit_ids",
+                constraint="left out",
+            )
 
     def _terms(self) -> dict[str, Any]:
         names = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,26 @@ def test_a_looser_run_cannot_be_created(desk: Desk) -> None:
                 with pytest.raises(InvalidRequestError):
                     desk.bound.send(runs_pb2.CreateTrainingClientRequest(request_id="loose", config_json=text))
     assert desk.owner.send(runs_pb2.ListTrainingClientsRequest()).runs == []
+
+
+def test_fresh_names_for_the_same_people_are_not_counted_as_others(bigram_server: EmbeddedServer) -> None:
+    counted = POLICY.model_copy(update={"sampling": "max_participation", "max_participation": 1})
+    trusted = counted.model_copy(update={"unit_of": "ids"})
+    same = batch()
+    for policy, statuses in ((counted, ["failed", "failed"]), (trusted, ["completed", "completed"])):
+        server_key = bigram_server.mint_key(policy.unit_of, EVERY_ROLE, policy=policy)
+        client = RawClient(bigram_server.address, server_key)
+        run = client.send(create_run("one", CONFIG, None))
+        got = [
+            client.call(run.run_id, seq, replace(same, units=tuple(f"{seq}-{n}" for n in range(4)))).status
+            for seq in (1, 2)
+        ]
+        assert got == statuses
+    # Known by content, the same records have no second turn.
+    client = RawClient(bigram_server.address, bigram_server.mint_key("plain", EVERY_ROLE, policy=counted))
+    run = client.send(create_run("one", CONFIG, None))
+    outcomes = [client.call(run.run_id, seq, same if seq % 2 else Step()).status for seq in (1, 2, 3, 4)]
+    assert outcomes == ["completed", "completed", "completed", "failed"]
 
 
 def test_a_request_id_of_another_key_opens_no_door(desk: Desk) -> None:
