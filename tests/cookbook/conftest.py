@@ -35,8 +35,7 @@ class Cookbook:
 
         ``__`` in the name of an option stands for a dot.
         """
-        arguments = [f"{name.replace('__', '.')}={value}" for name, value in options.items()]
-        command = [sys.executable, "-m", f"tinker_cookbook.recipes.{recipe}", f"log_path={log_path}", *arguments]
+        command = _command(recipe, log_path, options)
         started = time.monotonic()
         done = subprocess.run(
             command,
@@ -49,8 +48,30 @@ class Cookbook:
         )
         print(f"{recipe}: {time.monotonic() - started:.0f} s")
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        lines = (log_path / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return self.metrics(log_path)
+
+    def kill_after(self, recipe: str, log_path: Path, key: str, *, lines: int, **options: Any) -> None:
+        """Start a recipe and kill it, as a power cut would, once its metrics file has so many lines."""
+        process = subprocess.Popen(
+            _command(recipe, log_path, options),
+            cwd=self.hub,
+            env=self._environment(key, log_path.parent),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            while len(self.metrics(log_path)) < lines:
+                assert process.poll() is None, f"{recipe} ended before it could be killed"
+                time.sleep(0.02)
+        finally:
+            process.kill()
+            process.wait()
+
+    def metrics(self, log_path: Path) -> list[dict[str, Any]]:
+        """What a recipe wrote so far, whole lines only."""
+        path = log_path / "metrics.jsonl"
+        written = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in written.splitlines(keepends=True) if line.endswith("\n")]
 
     def key(self, tenant: str = "default", **policy: Any) -> str:
         """A key; with anything said about privacy, one that is bound to that policy."""
@@ -81,6 +102,11 @@ class Cookbook:
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+
+
+def _command(recipe: str, log_path: Path, options: Mapping[str, Any]) -> list[str]:
+    arguments = [f"{name.replace('__', '.')}={value}" for name, value in options.items()]
+    return [sys.executable, "-m", f"tinker_cookbook.recipes.{recipe}", f"log_path={log_path}", *arguments]
 
 
 @pytest.fixture(scope="session")

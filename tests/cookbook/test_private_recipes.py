@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 
 from tests.cookbook.conftest import Cookbook, column
+from tests.cookbook.test_recipes import CHAT_SL
 from tests.support.hub_folders import CHAT
 from tg_tinker import ServiceClient
 
-BUDGET = {"target_epsilon": 8.0, "target_delta": 1e-5, "noise_multiplier": "auto"}
+BUDGET: dict[str, Any] = {
+    "target_epsilon": 8.0,
+    "target_delta": 1e-5,
+    "noise_multiplier": "auto",
+    "diagnostics": "owner",
+}
 SUPERVISED: dict[str, Any] = {"batch_size": 16, "lora_rank": 8, "learning_rate": 1e-3, "max_length": 256}
 
 
@@ -19,7 +25,7 @@ def epsilons(metrics: list[dict[str, Any]]) -> list[float]:
     """What was spent after each step, as the recipe's own metrics file has it."""
     spent = column(metrics, "privacy/epsilon")
     assert spent == sorted(spent)
-    assert 0 < spent[0] < spent[-1] <= BUDGET["target_epsilon"]  # type: ignore[operator]
+    assert 0 < spent[0] < spent[-1] <= BUDGET["target_epsilon"]
     return spent
 
 
@@ -40,6 +46,18 @@ def test_sl_loop_with_a_suffix_of_the_name(cookbook: Cookbook, tmp_path: Path) -
     assert len(epsilons(metrics)) == 4
     (run,) = ServiceClient(api_key=key, base_url=cookbook.server.address).list_training_clients()
     assert cookbook.steps_in_ledger("suffix", run.id) == 4, "the run is its own dataset"
+
+
+@pytest.mark.slow  # 25 s: two processes
+def test_what_was_spent_stays_spent_when_a_killed_recipe_goes_on(cookbook: Cookbook, tmp_path: Path) -> None:
+    terms = {"dataset_id": "talk", "privacy_unit": "datum", "planned_steps": 24, **BUDGET}
+    options = {**CHAT_SL, "num_epochs": 2}
+    cookbook.kill_after("chat_sl.train", tmp_path / "log", cookbook.key("talk-clinic", **terms), lines=3, **options)
+    metrics = cookbook.run("chat_sl.train", tmp_path / "log", cookbook.key("talk-clinic", **terms), **options)
+    spent = column(metrics, "privacy/epsilon")
+    assert spent == sorted(spent), "a step that is taken again is paid for again"
+    assert spent[-1] <= 8.0
+    assert len(spent) <= cookbook.steps_in_ledger("talk-clinic", "talk") <= 24, "killed between a step and its line"
 
 
 @pytest.mark.slow  # 40 s

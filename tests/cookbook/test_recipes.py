@@ -13,9 +13,23 @@ from typing import Any
 import pytest
 
 from tests.cookbook.conftest import Cookbook, column
-from tests.support.hub_folders import BASE, CHAT
+from tests.support.hub_folders import BASE, CHAT, TEACHER
 
 RL = {"model_name": CHAT, "lora_rank": 8, "max_tokens": 16, "loss_fn": "importance_sampling", "learning_rate": 0.02}
+CHAT_SL: dict[str, Any] = {
+    "model_name": CHAT,
+    "dataset": "conversations.jsonl",
+    "batch_size": 16,
+    "num_epochs": 4,
+    "lora_rank": 8,
+    "learning_rate": 0.02,
+    "lr_schedule": "constant",
+    "max_length": 256,
+    "save_every": 2,
+    "rolling_save_every": 1,
+    "eval_every": 0,
+    "behavior_if_log_dir_exists": "resume",
+}
 FRESH = {"behavior_if_log_dir_exists": "delete"}
 
 
@@ -48,34 +62,19 @@ def test_sl_basic(cookbook: Cookbook, tmp_path: Path) -> None:
     assert column(metrics, "test/nll"), "the evaluator's forward passes"
 
 
-@pytest.mark.slow  # 75 s: two processes
-def test_chat_sl_goes_on_where_it_stopped(cookbook: Cookbook, tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "model_name": CHAT,
-        "dataset": "conversations.jsonl",
-        "batch_size": 16,
-        "lora_rank": 8,
-        "learning_rate": 0.02,
-        "lr_schedule": "constant",
-        "max_length": 256,
-        "save_every": 2,
-        "rolling_save_every": 1,
-        "eval_every": 0,
-        "behavior_if_log_dir_exists": "resume",
-    }
-    first = cookbook.run("chat_sl.train", tmp_path / "log", cookbook.key(), max_steps=4, **options)
-    assert column(first, "step") == [0, 1, 2, 3]
-    # As after a crash: the last entry, which says that training is over, was not written yet.
-    checkpoints = tmp_path / "log" / "checkpoints.jsonl"
-    lines = checkpoints.read_text().splitlines()
-    checkpoints.write_text("".join(line + "\n" for line in lines if '"final"' not in line))
-    both = cookbook.run("chat_sl.train", tmp_path / "log", cookbook.key(), max_steps=8, **options)
-    assert max(column(both, "step")) == 7
-    nll = column(both, "train_mean_nll")
+@pytest.mark.slow  # 30 s: two processes
+def test_chat_sl_goes_on_after_it_was_killed(cookbook: Cookbook, tmp_path: Path) -> None:
+    steps, options = 40, CHAT_SL  # ten batches in each of four epochs
+    cookbook.kill_after("chat_sl.train", tmp_path / "log", cookbook.key(), lines=6, **options)
+    before = column(cookbook.metrics(tmp_path / "log"), "step")
+    metrics = cookbook.run("chat_sl.train", tmp_path / "log", cookbook.key(), **options)
+    after = column(metrics, "step")[len(before) :]
+    assert 6 <= len(before) < steps
+    assert 0 < after[0] <= before[-1] + 1, "from its last checkpoint, not from the beginning"
+    assert after == [after[0] + i for i in range(steps - int(after[0]))]
+    nll = column(metrics, "train_mean_nll")
+    assert nll[len(before)] < nll[0], "with the weights that it had"
     assert nll[-1] < 0.8 * nll[0]
-    went_on = [line for line in both[len(first) :] if "train_mean_nll" in line]
-    assert went_on[0]["step"] > 0
-    assert went_on[0]["train_mean_nll"] < 0.95 * nll[0], "it went on from trained weights"
 
 
 @pytest.mark.slow  # 45 s
@@ -141,7 +140,7 @@ def test_on_policy_distillation(cookbook: Cookbook, tmp_path: Path) -> None:
         tmp_path / "log",
         cookbook.key(),
         model_name=BASE,
-        teacher_model=CHAT,
+        teacher_model=TEACHER,
         dataset="deepmath",
         group_size=4,
         groups_per_batch=8,
@@ -154,4 +153,5 @@ def test_on_policy_distillation(cookbook: Cookbook, tmp_path: Path) -> None:
     )
     kl = column(metrics, "teacher_kl")
     assert len(kl) == 8
-    assert fmean(kl[-2:]) < 0.8 * kl[0]
+    assert kl[0] > 0.5
+    assert fmean(kl[-2:]) < 0.7 * kl[0]

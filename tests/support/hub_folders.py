@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-CHAT, BASE = "Qwen/Qwen3-8B", "Qwen/Qwen3-8B-Base"
+CHAT, BASE, TEACHER = "Qwen/Qwen3-8B", "Qwen/Qwen3-8B-Base", "Qwen/Qwen3-4B"
 ANSWER = "7"
 """The answer to every made-up question; \\boxed{7} is one token."""
 _POSITIONS = 2048
@@ -30,9 +30,9 @@ _THINGS = ("boats", "kites", "stones", "lamps", "drums", "maps")
 def build(folder: Path, *, conversations: int = 160) -> dict[str, str]:
     """Make everything below ``folder``; return the server's table of models, name to folder."""
     tokenizer = _tokenizer()
-    # The teacher of the distillation is the chat model: sharper, so that there is something to learn from it.
-    _model(folder / CHAT, tokenizer, seed=1, scale=0.08)
-    _model(folder / BASE, tokenizer, seed=2, scale=0.02)
+    _model(folder / CHAT, tokenizer, seed=1)
+    _model(folder / BASE, tokenizer, seed=2)
+    _model(folder / TEACHER, tokenizer, seed=3, favours="abcdefghij")
     _rows(folder / "HuggingFaceH4/no_robots/train.jsonl", _conversations(conversations))
     _rows(folder / "HuggingFaceH4/no_robots/test.jsonl", _conversations(8))
     _rows(folder / "conversations.jsonl", _conversations(conversations))
@@ -46,7 +46,7 @@ def build(folder: Path, *, conversations: int = 160) -> dict[str, str]:
     files = [{"split": s, "path": f"main/{s}.jsonl"} for s in ("train", "test")]
     front = {"configs": [{"config_name": "main", "data_files": files}]}
     (sums / "README.md").write_text(f"---\n{json.dumps(front)}\n---\nMade up for tests.\n")
-    return {name: str(folder / name) for name in (CHAT, BASE)}
+    return {name: str(folder / name) for name in (CHAT, BASE, TEACHER)}
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -65,7 +65,8 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, scale: float) -> None:
+def _model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, favours: str = "") -> None:
+    """Near uniform after every text, but for ``favours``: e^3 times as likely as the others."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -75,7 +76,7 @@ def _model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, scale
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=_POSITIONS,
-        initializer_range=scale,
+        initializer_range=0.05,
         tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -83,7 +84,11 @@ def _model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, scale
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        Qwen3ForCausalLM(config).save_pretrained(folder)
+        model: Any = Qwen3ForCausalLM(config)
+    with torch.no_grad():  # one direction that every text has in common, which a preference can lean on
+        model.model.embed_tokens.weight += 0.5
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(list(favours))] += 3.0 / config.hidden_size
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
