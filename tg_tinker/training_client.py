@@ -23,14 +23,17 @@ class TrainingClient(CustomLoss, Generation, Checkpoints):
     def unload_model(self) -> UnloadModelResponse:
         """Free the run's memory on the server and complete it; its checkpoints stay. Repeating it changes nothing.
 
-        Gradients that wait for their step are dropped; what was spent stays spent.
+        Gradients that wait for their step are dropped; what was spent stays spent. Further calls of this client are
+        refused with a ResourceNotFoundError.
         """
         self._transport.call(requests.unload_run(self.id))
+        self._unloaded = True
         return UnloadModelResponse(model_id=self.id)
 
     async def unload_model_async(self) -> UnloadModelResponse:
         """Like ``unload_model``."""
         await asyncio.wrap_future(self._transport.send(requests.unload_run(self.id)))
+        self._unloaded = True
         return UnloadModelResponse(model_id=self.id)
 
     def __exit__(

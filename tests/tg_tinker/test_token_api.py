@@ -391,8 +391,11 @@ def test_unloading_ends_a_run_and_keeps_what_it_saved(tc, service):
         found = tc.unload_model()
         assert (found.model_id, found.type) == (tc.id, "unload_model")
     assert tc.status == "completed"
+    for call in (tc.forward, tc.forward_backward, lambda _: tc.optim_step(), lambda _: tc.save_state()):
+        with pytest.raises(ResourceNotFoundError):
+            call(DATA)
     with pytest.raises((ResourceNotFoundError, InvalidRequestError)):
-        tc.forward_backward(DATA, "cross_entropy").result()
+        service.get_training_client(tc.id).forward_backward(DATA, "cross_entropy").result()
     assert service.create_training_client_from_state(saved.path).step == 0
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 from tg_tinker._pressure import QueueState
 from tg_tinker._transport import Transport
 from tg_tinker.chunking import Joined
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.futures import FutureHandle
 from tg_tinker.privacy_view import PrivacyView
 from tg_tinker.session import Session
@@ -29,6 +29,7 @@ class RunHandle:
         self._config = info.config
         self._unit_key = info.unit_key
         self._training = True
+        self._unloaded = False
 
     @property
     def id(self) -> str:
@@ -89,10 +90,20 @@ class RunHandle:
         return f"<TrainingClient {self.id} {self._config.model_ref}>"
 
     def _submit(self, call: Call) -> FutureHandle:
+        self._require_loaded()
         return FutureHandle(self._session.submit(call))
 
     def _submit_all(self, calls: Sequence[Call], finish: Callable[[list[Any]], Any]) -> FutureHandle:
+        self._require_loaded()
         return FutureHandle(Joined(self._session.submit_all(calls), finish))
+
+    def _require_loaded(self) -> None:
+        if self._unloaded:
+            raise ResourceNotFoundError(
+                f"{self.id} was unloaded; create a training client from one of its checkpoints",
+                resource_type="training_client",
+                resource_id=self.id,
+            )
 
     def _saw(self, reply: Any) -> RunInfo:
         info = run_info_from_proto(reply)
