@@ -67,6 +67,7 @@ def test_dpo_clips_pairs(cookbook: Cookbook, tmp_path: Path) -> None:
         dataset_id="pairs",
         privacy_unit="pair",
         unit_of="adjacent_pair",
+        custom_loss="independent",  # the owner has read it: a mean over pairs, of which every batch has eight
         planned_steps=4,
         merge_units=True,
         **BUDGET,
