@@ -13,7 +13,7 @@ from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerE
 from tg_tinker_server.gateway import names
 from tg_tinker_server.gateway.calls import canonical
 from tg_tinker_server.gateway.messages import CreateModel, LoadWeights, read
-from tg_tinker_server.gateway.privacy import training_config
+from tg_tinker_server.gateway.privacy import step_params, training_config
 from tg_tinker_server.gateway.requests import parse_json
 from tg_tinker_server.gateway.sessions import Sessions
 from tg_tinker_server.service.caller import Caller
@@ -130,6 +130,8 @@ class Models:
             )
             return await self.registry.create(caller, request_id, config)
         load = read(LoadWeights, value)
+        if load.optimizer_config not in (None, {"type": "adamw"}):
+            await self._check_optimizer(caller, load)
         return await self.registry.create_from(
             caller,
             request_id,
@@ -138,6 +140,13 @@ class Models:
             base_model=load.base_model or "",
             metadata=load.user_metadata,
         )
+
+    async def _check_optimizer(self, caller: Caller, load: LoadWeights) -> None:
+        """A model that goes on has the privacy of the one before; whoever asks for another is told so."""
+        row = await self.registry.checkpoints.row(caller, load.path)
+        before = await self.registry.row(caller, row.run_id)
+        config = await self.executors.io(self.registry.config_of, before)
+        step_params(config, None, load.optimizer_config)
 
     async def run(self, caller: Caller, model_id: str) -> Run:
         """The run behind a model, once it is made.

@@ -138,6 +138,25 @@ def test_weights_are_saved_loaded_and_shown(client: Raw) -> None:
     assert client.retrieve(client.submit("load_weights", model, 7, **legacy))["type"] == "load_weights"
 
 
+def test_privacy_asked_of_weights_that_were_trained_without_is_refused_and_never_ignored(client: Raw) -> None:
+    model = client.create()
+    path = client.retrieve(client.submit("save_weights", model, 1, path="a"))["path"]
+    asked = {"session_id": client.session, "path": path, "optimizer": False}
+    for n, private in enumerate(
+        (
+            {"optimizer_config": {"type": "dp_adamw", "target_epsilon": 4.0}},
+            {"optimizer_config": {"type": "adamw", "target_epsilon": 4.0}},
+            {"base_model": f"{MODEL}:dp-eps4"},
+        )
+    ):
+        refused = client.retrieve(
+            client.ok("load_weights", {**asked, "model_seq_id": 10 + n, **private})["request_id"]
+        )
+        assert refused.get("category") == "user", refused
+    plain = {**asked, "model_seq_id": 20, "optimizer_config": {"type": "adamw"}}
+    assert client.retrieve(client.ok("load_weights", plain)["request_id"])["model_id"]
+
+
 def test_old_clients_send_and_get_json(client: Raw) -> None:
     model = client.create()
     sent = {
