@@ -18,7 +18,7 @@ from tg_tinker_server.engine.backend import LossRequest
 from tg_tinker_server.service.run import Run
 
 VALUES_PER_TOKEN = 16  # of one input, on average over a call: alternatives of a position
-_SMALLEST_UNITS = ("datum", "sequence")
+_SMALLER_THAN_A_GROUP = ("datum", "sequence", "pair")
 
 
 def tokens_of(data: Sequence[Datum]) -> int:
@@ -94,12 +94,12 @@ def refuse_coupled(run: Run, request: LossPass) -> None:
             "DPConfig(privacy_unit='group') and give the group of each datum, or use a loss of each datum alone",
         )
     kind = LOSSES.get(name)
-    if kind is not None and kind.coupling == "group" and (unit in _SMALLEST_UNITS or request.units is None):
+    if kind is not None and kind.coupling == "group" and (unit in _SMALLER_THAN_A_GROUP or request.units is None):
         raise DPUnsupportedError(
             f"{name} is usually computed on advantages centred over a group, and privacy_unit={unit!r} protects "
             "less than a group",
             feature="loss_fn",
-            reason="removing one datum would change the advantages of its whole group",
+            reason=f"removing one {unit} would change the advantages of its whole group",
             alternative="create the run with DPConfig(privacy_unit='group') and give the group of each datum",
         )
 

@@ -225,10 +225,16 @@ def test_a_unit_in_two_calls_is_refused_where_nothing_is_merged(watched: tuple[D
         )
 
 
+@pytest.mark.parametrize("unit", ["datum", "sequence", "pair"])
 @pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo", "dro", "gspo"])
-def test_losses_over_a_group_are_refused_where_the_unit_is_a_datum(watched: tuple[Door, Watch], loss: str) -> None:
-    with pytest.raises(Refused, match="group"):
-        clipped_sum(watched, [([d for unit in groups() for d in unit], False)], loss)
+def test_losses_over_a_group_are_refused_where_the_unit_is_smaller(
+    watched: tuple[Door, Watch], loss: str, unit: str
+) -> None:
+    answers = [d for group in groups() for d in group[:2]]
+    if unit == "sequence":
+        answers = [{**d, "inputs": {**d["inputs"], "x_unit": [i]}} for i, d in enumerate(answers)]
+    with pytest.raises(Refused, match="protects less than a group"):
+        clipped_sum(watched, [(answers, False)], loss, privacy_unit=unit)
 
 
 def test_a_custom_loss_is_refused_where_the_unit_is_a_datum(watched: tuple[Door, Watch]) -> None:
