@@ -8,6 +8,7 @@ Source: Zhang and Sennrich 2019 (RMSNorm).
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any, cast
 
@@ -59,7 +60,9 @@ def _eps(module: nn.Module) -> float | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether the module gives what the formula says on random tokens."""
+    """Whether the module takes hidden states alone, and gives what the formula says on random ones."""
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return False  # e.g. a gate beside them
     weight = getattr(module, "weight", None)
     eps = _eps(module)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype not in _WIDE or eps is None:

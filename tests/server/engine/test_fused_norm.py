@@ -67,3 +67,21 @@ def test_a_copy_of_a_module_computes_with_its_own_weight():
         twin.weight.mul_(2.0)
     x = torch.randn(2, 3, 12)
     torch.testing.assert_close(twin(x), 2.0 * module(x))
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_norm_with_a_gate_computes_as_before(needed):
+    class GatedRMSNorm(LlamaRMSNorm):
+        if needed:
+
+            def forward(self, hidden_states, gate):
+                return super().forward(hidden_states) * gate
+        else:
+
+            def forward(self, hidden_states, gate=None):
+                return super().forward(hidden_states) * (1.0 if gate is None else gate)
+
+    module = fused(norm(GatedRMSNorm))
+    x, gate = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
+    assert not is_fused(module)
+    assert torch.equal(module(x, gate), LlamaRMSNorm.forward(module, x) * gate)
