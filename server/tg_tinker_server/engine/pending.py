@@ -15,7 +15,7 @@ from tg_tinker.types import TrainingConfig
 from tg_tinker_server.dp.clipping import clip_and_sum, norm_stats
 from tg_tinker_server.engine.backend import Contribution, StepRequest, StepResult
 from tg_tinker_server.engine.gradients import Floats, Form, GradientContribution, ParamLayout
-from tg_tinker_server.engine.requests import UNNAMED
+from tg_tinker_server.engine.requests import UNNAMED, naming_of
 
 MAX_MERGED_BYTES = 2 * 2**30
 
@@ -32,7 +32,8 @@ class PendingBatch:
     """The contributions of one session since its last step.
 
     Under differential privacy a unit enters once per logical batch: a second contribution of it is refused, or,
-    with ``merge_units``, added to the first before the one clip.
+    with ``merge_units``, added to the first before the one clip. Units that are known by their content are never
+    merged: equal content in two calls may be of two people, and one clip would bound neither.
     """
 
     def __init__(self, layout: ParamLayout, config: TrainingConfig) -> None:
@@ -80,14 +81,15 @@ class PendingBatch:
                 constraint="batches or datums, not both, per optim_step",
             )
         self._refuse_half_named(contribution.units)
-        if self._dp is not None and not self.merges:
-            twice = [unit for unit in contribution.units if unit in self._units]
+        if self._dp is not None:
+            twice = [u for u in contribution.units if u in self._units and (not self.merges or u.startswith(UNNAMED))]
             if twice:
+                merging = "; merge_units merges what somebody named" if self.merges else ""
                 raise InvalidRequestError(
                     f"{len(twice)} privacy unit(s) of this batch are already in the logical batch since the last "
                     "optim_step; clipping each call alone would let them count twice. Put all records of a unit "
                     "in one call, step in between, or set DPConfig(merge_units=True). Without privacy_unit_ids equal "
-                    "records are taken for the same one: give ids if they are different",
+                    f"records are taken for the same one: give ids if they are different{merging}",
                     field="privacy_unit_ids",
                     constraint="each unit in one forward_backward per optim_step",
                 )
@@ -118,7 +120,7 @@ class PendingBatch:
         """Whose a record is must be known for all of a logical batch or for none of it."""
         if self._dp is None or not units or not self._units:
             return
-        if units[0].startswith(UNNAMED) != next(iter(self._units)).startswith(UNNAMED):
+        if len({naming_of(unit) for unit in (units[0], next(iter(self._units)))}) > 1:
             raise InvalidRequestError(
                 "some calls of this logical batch name privacy units and others do not, so a unit could count twice; "
                 "give privacy_unit_ids in every call, or in none",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +16,9 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import IGNORE_INDEX, TrainingConfig
 from tg_tinker_server.engine.backend import Ints, LossRequest, PassRequest, Request
 
-UNNAMED = "record "  # begins the name of a unit without an id; ids of clients are hexadecimal MACs
+# How the name of a unit begins that nobody gave an id; ids of clients are hexadecimal MACs.
+UNNAMED = "record "  # its content
+OF_A_PROMPT = "prompt "  # the prompt that all of its data answer
 
 
 def _refuse(message: str, field: str, constraint: str) -> InvalidRequestError:
@@ -97,6 +100,13 @@ def units_of(request: Request) -> tuple[tuple[str, ...], Ints]:
     names = request.units if request.units is not None else _named_by_content(request)
     order = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return tuple(order), np.array([order[name] for name in names], dtype=np.int64)
+
+
+def naming_of(unit: str) -> Literal["content", "prompt", "id"]:
+    """How a unit got its name: the same person under names of two kinds would be two units."""
+    if unit.startswith(UNNAMED):
+        return "content"
+    return "prompt" if unit.startswith(OF_A_PROMPT) else "id"
 
 
 def tokens_of(request: Request) -> list[Ints]:

@@ -238,6 +238,28 @@ def test_merged_units_over_two_calls_equal_the_same_units_in_one(any_bench, tool
     assert norms[0].norm_before_clip == pytest.approx(norms[1].norm_before_clip, rel=1e-5)
 
 
+def test_units_that_are_known_by_their_content_are_never_merged(any_bench, tools):
+    """Two people may have the same tokens; merged and clipped once, removing one could move the sum by 2C."""
+    session = any_bench.open(dp=DP | {"merge_units": True})
+    batch = tools.batch(4)
+    tools.accumulate(session, tools.rows(batch, [0, 1, 2]))
+    held = session._pending.units
+    with pytest.raises(InvalidRequestError, match=r"1 privacy unit.*merges what somebody named"):
+        tools.accumulate(session, tools.rows(batch, [3, 0]))
+    assert session._pending.units == held
+    tools.accumulate(session, tools.rows(batch, [3]))
+    assert tools.step(session).num_clipped == 4
+
+
+def test_names_of_two_kinds_are_refused_in_one_logical_batch(any_bench, tools):
+    batch = tools.batch(4)
+    for one, other in ((None, ["a"]), (["prompt a"], ["a"]), (["a"], ["record a"])):
+        session = any_bench.open(dp=DP)
+        tools.accumulate(session, tools.rows(batch, [0]), units=one)
+        with pytest.raises(InvalidRequestError, match="or in none"):
+            tools.accumulate(session, tools.rows(batch, [1]), units=other)
+
+
 def test_norms_and_clip_counts_follow_the_bound(any_bench, tools):
     huge, tiny = (any_bench.open(dp={"max_grad_norm": bound}) for bound in (1e6, 1e-6))
     for session in (huge, tiny):
