@@ -12,10 +12,12 @@ Shape suffixes: B records, T tokens, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tg_tinker_server.engine.chunked_head import chunked_cross_entropy, chunked_log_probabilities
@@ -48,10 +50,18 @@ class CausalLM:
     Args:
         model: a transformers model with ``get_output_embeddings`` and a body, or any that returns ``logits``.
         vocab_size: token ids to try shortcuts with.
+        adapters: names of those that compute now; ``None``: not known.
     """
 
-    def __init__(self, model: nn.Module, *, vocab_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        vocab_size: int,
+        adapters: Callable[[], tuple[str, ...] | None] = lambda: None,
+    ) -> None:
         self.model = model
+        self._adapters = adapters
         self.shortcuts = _try_shortcuts(model, vocab_size)
 
     def logits(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
@@ -67,7 +77,7 @@ class CausalLM:
             mask_BT: 1 for real tokens; ``None`` where all tokens before a record's end are real.
             labels_BT: targets, ``IGNORE_INDEX`` after a record's end.
         """
-        head = _plain_head(self.model)
+        head = _plain_head(self.model, self._adapters())
         if not self.shortcuts.split_head or head is None:
             return record_losses(self.logits(ids_BT, mask_BT), labels_BT)
         targets = Targets.of(labels_BT)
@@ -82,16 +92,23 @@ class CausalLM:
             ids_BT, mask_BT: as for ``losses``.
             targets: with K alternatives; its position is the one that predicts.
         """
-        head = _plain_head(self.model)
+        head = _plain_head(self.model, self._adapters())
         if not self.shortcuts.split_head or head is None:
             return log_probabilities(self.logits(ids_BT, mask_BT), targets)
         hidden_ND = targets.select(_hidden(self.model, ids_BT, mask_BT))
         return chunked_log_probabilities(hidden_ND, head.weight, head.bias, targets.token_N)
 
 
-def _plain_head(model: nn.Module) -> nn.Linear | None:
-    """The last layer, if it is a frozen linear one."""
+def _plain_head(model: nn.Module, adapters: tuple[str, ...] | None = None) -> nn.Linear | None:
+    """The last layer, if it is a frozen linear one.
+
+    Adapters that others put on it change nothing for those who have none there.
+    """
     head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(head, LoraLayer) and adapters is not None:
+        adapted = {name for part in (head.lora_A, head.lora_embedding_A) for name in part}
+        if not adapted.intersection(adapters):
+            head = head.base_layer
     if type(head) is not nn.Linear or "forward" in head.__dict__ or any(p.requires_grad for p in head.parameters()):
         return None
     return head

@@ -62,7 +62,11 @@ class AdaptedBase:
         """Whether sequences that were read apart can be computed together; ``None``: not tried."""
         # The table of modules as they were before anything was wrapped.
         self._modules = dict(loaded.module.named_modules())
-        self.language_model = CausalLM(self.module, vocab_size=loaded.vocab_size)
+        self.language_model = CausalLM(
+            self.module,
+            vocab_size=loaded.vocab_size,
+            adapters=lambda: None if self._rows is None else self._rows.adapters,
+        )
         """The model up to its losses; how to run it was tried out before anything was put on it."""
         head = cast(Any, loaded.module).get_output_embeddings()
         self._output = next((path for path, module in self._modules.items() if module is head), "")

@@ -169,3 +169,17 @@ def test_runs_with_adapters_on_the_output_layer_are_sampled_as_they_train(bench)
         found[beside].sequences[0].logprobs, [expected[i - 1, tokens[i]] for i in range(7, 13)], atol=1e-5
     )
     sampling.close()
+
+
+@pytest.mark.parametrize("bench", ["tiny"], indirect=True)
+def test_an_adapter_on_the_output_layer_changes_nothing_for_other_runs(bench, tools, monkeypatch):
+    own = bench.open(lora={"target_modules": ["@attention"]}, dp={})
+    alone = tools.run_pass(own, tools.batch()).contribution.digest()
+    beside = bench.open(lora=ALL, dp={})
+    whole = []
+    logits = own.lm.logits
+    monkeypatch.setattr(own.lm, "logits", lambda *given: whole.append(given) or logits(*given))
+    assert tools.run_pass(own, tools.batch()).contribution.digest() == alone
+    assert not whole  # the last layer is still one with the loss
+    tools.run_pass(beside, tools.batch())
+    assert whole  # an adapter on it is computed, not passed over
