@@ -15,6 +15,8 @@ from tg_tinker_server.ledger.reservation import DatasetScope
 from tg_tinker_server.store import ledger_rows as rows
 from tg_tinker_server.store.database import Transaction
 
+BY_ID = "ids"
+
 
 def participate(
     tx: Transaction,
@@ -24,6 +26,7 @@ def participate(
     *,
     use: RunUse,
     unit_macs: Sequence[bytes],
+    naming: str,
     limit: int,
     retried: bool,
 ) -> ParticipationGaussian:
@@ -32,8 +35,13 @@ def participate(
     A step that is charged again after a crash counts again, because nobody knows how far the first time got; such
     repetitions do not use up the units' own ``limit``.
 
+    Args:
+        naming: how the units got their names. A run has one way for its whole life: who goes by two names would be
+            counted as two, and each name has turns of its own.
+
     Raises:
-        InvalidRequestError: a unit would take part in more than ``limit`` steps.
+        InvalidRequestError: a unit would take part in more than ``limit`` steps, or units are named another way
+            than before.
         DPUnsupportedError: the run was counted at another noise multiplier before, so one count cannot price both.
     """
     if use.noise_multiplier not in (None, event.noise_multiplier):
@@ -45,6 +53,8 @@ def participate(
             alternative="start a new run on the dataset",
         )
     units = sorted(set(unit_macs))
+    if units:
+        _keep_to_one_naming(tx, scope, run_id, naming)
     before = rows.participations(tx, scope.tenant, scope.dataset_id, run_id, units)
     largest = 1 + max(before.values(), default=0)  # nobody's batch counts as somebody's: the first step is never free
     allowed = limit + use.retries + retried
@@ -58,3 +68,17 @@ def participate(
         )
     rows.count_participations(tx, scope.tenant, scope.dataset_id, run_id, units)
     return ParticipationGaussian(noise_multiplier=event.noise_multiplier, releases=max(0, largest - use.releases))
+
+
+def _keep_to_one_naming(tx: Transaction, scope: DatasetScope, run_id: str, naming: str) -> None:
+    kept = rows.unit_naming(tx, scope.tenant, scope.dataset_id, run_id)
+    if kept is None:
+        rows.keep_unit_naming(tx, scope.tenant, scope.dataset_id, run_id, naming)
+    elif kept != naming:
+        was = f"knows units by {kept}" if kept else "counted units without keeping how they were named"
+        raise InvalidRequestError(
+            f"this run {was}, and this batch by {naming}; the same unit would be counted under two names. Keep to "
+            "one way throughout a run with max_participation, or start a new run on the dataset",
+            field="privacy_unit_ids",
+            constraint=f"as before, by {kept}" if kept else "a new run",
+        )

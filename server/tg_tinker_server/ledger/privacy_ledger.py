@@ -17,7 +17,7 @@ from tg_tinker_server.dp.events import Event, ParticipationGaussian, event_to_js
 from tg_tinker_server.ledger import log, pricing
 from tg_tinker_server.ledger.fold import Fold, Terms, entry_of
 from tg_tinker_server.ledger.folds import Folds
-from tg_tinker_server.ledger.participation import participate
+from tg_tinker_server.ledger.participation import BY_ID, participate
 from tg_tinker_server.ledger.reservation import MINT, NEIGHBOURS, DatasetScope, Leaf, Reservation, Spent
 from tg_tinker_server.ledger.terms import (
     erase_body,
@@ -151,16 +151,18 @@ class PrivacyLedger:
         event: Event,
         accountant: str,
         unit_macs: Sequence[bytes] = (),
+        unit_naming: str = BY_ID,
         max_participation: int | None = None,
     ) -> Reservation:
         """Pay for one release. When this returns the charge is on disk; when it raises, nothing was charged.
 
         With ``max_participation`` the server counts in how many releases of the run each unit took part, and the
-        charge is by how much the largest count grows.
+        charge is by how much the largest count grows. ``unit_naming`` is how the units got their names, one way for
+        the whole of a run.
 
         Raises:
             DPBudgetExceededError: the dataset would go over its target.
-            InvalidRequestError: a unit would take part too often.
+            InvalidRequestError: a unit would take part too often, or is named another way than before.
             ServerError: this step was released before, or the ledger cannot be read.
         """
         if isinstance(event, ParticipationGaussian) and max_participation is None:
@@ -181,6 +183,7 @@ class PrivacyLedger:
                     event,
                     use=fold.run(run_id),
                     unit_macs=unit_macs,
+                    naming=unit_naming,
                     limit=max_participation,
                     retried=attempt > 0,
                 )

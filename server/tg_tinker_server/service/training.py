@@ -36,7 +36,9 @@ from tg_tinker_server.engine.backend import (
     StepRequest,
     StepResult,
 )
+from tg_tinker_server.engine.requests import naming_of
 from tg_tinker_server.engine.schedules import learning_rate_at
+from tg_tinker_server.ledger.participation import BY_ID
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import Reservation
 from tg_tinker_server.service.crashes import log_crash
@@ -368,6 +370,7 @@ class TrainingService:
             event=private.event if apply_dp_noise else Unnoised(),
             accountant=private.accountant,
             unit_macs=units,
+            unit_naming=_naming(run),
             max_participation=config.max_participation if counted else None,
         )
 
@@ -539,6 +542,18 @@ def _together(results: Sequence[PassResult]) -> PassResult:
 
 def _unit_macs(run: Run, units: tuple[str, ...]) -> tuple[bytes, ...]:
     return tuple(run.mac("unit", u.encode()) for u in units)
+
+
+def _naming(run: Run) -> str:
+    """How the units of the logical batch got their names."""
+    units = run.session.pending_units
+    match naming_of(units[0]) if units else "id":
+        case "id":
+            return BY_ID
+        case "prompt":
+            return "their prompts"
+        case "content":  # which tokens are hashed differs: a datum lacks the last one, which is a target only
+            return "the content of datums" if run.pending is LossPass else "the content of batches"
 
 
 def _step(session: Session, request: StepRequest) -> tuple[StepResult, EngineState]:

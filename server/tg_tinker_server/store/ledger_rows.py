@@ -119,6 +119,22 @@ def participations(
     return found
 
 
+def unit_naming(tx: Connection, tenant: str, dataset_id: str, run_id: str) -> str | None:
+    """How the units of a run get their names; "" where it counted some and nobody kept that, ``None`` before any."""
+    c = t.participations.c
+    of_run = (c.tenant == tenant, c.dataset_id == dataset_id, c.run_id == run_id)
+    row = tx.execute(select(c.unit_mac).where(*of_run, c.count == 0).limit(1)).first()
+    if row is not None:
+        return bytes(row[0]).decode()
+    return None if tx.execute(select(c.unit_mac).where(*of_run).limit(1)).first() is None else ""
+
+
+def keep_unit_naming(tx: Connection, tenant: str, dataset_id: str, run_id: str, naming: str) -> None:
+    """Keep it with the counts, as a row that counts nothing. No unit's MAC is as short."""
+    key = {"tenant": tenant, "dataset_id": dataset_id, "run_id": run_id}
+    tx.execute(t.participations.insert().values(**key, unit_mac=naming.encode(), count=0))
+
+
 def count_participations(
     tx: Connection, tenant: str, dataset_id: str, run_id: str, unit_macs: Sequence[bytes]
 ) -> None:

@@ -16,6 +16,7 @@ from tg_tinker_server.dp.accounting import cost, epsilon, repeated
 from tg_tinker_server.dp.events import Gaussian, ParticipationGaussian
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import DatasetScope
+from tg_tinker_server.store import ledger_rows
 from tg_tinker_server.store.database import Database
 
 EVENT = ParticipationGaussian(noise_multiplier=2.0, releases=1)
@@ -133,3 +134,28 @@ def test_thousands_of_units_are_counted_in_one_step(book: Books) -> None:
 def test_participation_without_a_limit_has_no_price(book: Books, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_participation"):
         book(event=EVENT, target=20.0).open().reserve(1)
+
+
+def test_a_run_names_its_units_in_one_way_for_its_whole_life(book: Books) -> None:
+    b = book(event=EVENT, target=20.0).open().open(run="run_b")
+    b.reserve(1, unit_macs=[b"a"], unit_naming="ids", max_participation=9)
+    with pytest.raises(InvalidRequestError, match="knows units by ids, and this batch by the content of datums"):
+        b.reserve(2, unit_macs=[b"b"], unit_naming="the content of datums", max_participation=9)
+    assert b.charges() == 1
+    assert b.reserve(2, unit_macs=[b"b"], unit_naming="ids", max_participation=9).event.releases == 0
+    b.reserve(1, run="run_b", unit_macs=[b"a"], unit_naming="the content of datums", max_participation=9)
+
+
+def test_an_empty_step_settles_nothing_about_names(book: Books) -> None:
+    b = book(event=EVENT, target=20.0).open()
+    b.reserve(1, unit_naming="ids", max_participation=9)
+    assert b.reserve(2, unit_macs=[b"a"], unit_naming="their prompts", max_participation=9).event.releases == 0
+
+
+def test_counts_of_which_nobody_kept_the_names_are_not_added_to(book: Books) -> None:
+    """As in a run that an older server counted."""
+    b = book(event=EVENT, target=20.0).open()
+    b.db.write(lambda tx: ledger_rows.count_participations(tx, "t", "data-1", "run_a", [b"a"]))
+    with pytest.raises(InvalidRequestError, match="without keeping how"):
+        b.reserve(1, unit_macs=[b"b"], max_participation=9)
+    assert b.charges() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -323,3 +324,33 @@ def test_a_custom_loss_must_be_the_tenants_own(client: RawClient) -> None:
     assert isinstance(error_of(client, run.run_id, 1, loss_pass(loss=custom)), ResourceNotFoundError)
     with pytest.raises(InvalidRequestError, match="bigram"):  # and this backend computes none
         client.send(training_pb2.CreateCustomLossRequest(graph_json="{}"))
+
+
+def test_a_counted_run_knows_a_record_by_one_kind_of_name(client: RawClient) -> None:
+    """Under a second kind of name the same record would have turns of its own, which nobody paid for."""
+    ways: dict[str, Any] = {
+        "datum": loss_pass(datum()),
+        "datum by id": loss_pass(datum(), units=("ab",)),
+        "batch": batch(records=1),
+        "batch by id": replace(batch(records=1), units=("ab",)),
+    }
+    for first, second, same in (
+        ("datum", "datum by id", False),
+        ("datum by id", "datum", False),
+        ("batch", "datum", False),
+        ("datum", "batch", False),
+        ("batch", "batch by id", False),
+        ("datum by id", "batch by id", True),
+        ("batch", "batch", True),
+    ):
+        run = client.create(private(dataset_id=first + second, sampling="max_participation", max_participation=2))
+        results = [
+            client.call(run.run_id, seq, call)
+            for seq, call in enumerate((ways[first], Step(), ways[second], Step()), 1)
+        ]
+        assert [r.status for r in results[:3]] == ["completed"] * 3
+        spent = [r.result.dp_metrics.total_epsilon for r in results[1::2] if r.result is not None]
+        if same:
+            assert spent[1] > spent[0]
+        else:
+            assert "two names" in str(results[3].error)
