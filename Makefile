@@ -67,6 +67,7 @@ check: .venv/.installed-dev
 bench: .venv/.installed-dev
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 	@test ! -f benchmarks/service.py || $(BIN)/python -m benchmarks.service $(ARGS)
+	@test ! -f benchmarks/gateway.py || $(BIN)/python -m benchmarks.gateway $(ARGS)
 
 proto: .venv/.installed-dev
 	$(BIN)/python proto/generate.py
