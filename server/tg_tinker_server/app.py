@@ -59,6 +59,7 @@ from tg_tinker_server.service.run_info import RunInfos
 from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.service.samplers import SamplerService
 from tg_tinker_server.service.sampling import SamplingService
+from tg_tinker_server.service.sampling_loop import SamplingLoop
 from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.service.sweeper import Sweeper
 from tg_tinker_server.service.tokenizers import Tokenizers
@@ -166,9 +167,10 @@ class Server:
             config.max_batch_records,
             config.max_batch_tokens,
         )
-        sampling = SamplingService(executors)
+        self._sampling = sampling_loop = SamplingLoop(backend, executors)
+        sampling = SamplingService(executors, sampling_loop, config.share_passes)
         self._samplers = samplers = SamplerService(
-            db, texts, checkpoints, backend, self._registry.models, executors, config.share_passes
+            db, texts, checkpoints, backend, self._registry.models, executors, sampling_loop, config.share_passes
         )
         signers = TenantSigner(keyring)
         # A folder of this machine means nothing elsewhere.
@@ -263,7 +265,7 @@ class Server:
             await self._gateway.stop(min(grace, 2.0))
         await self._registry.close(grace)
         await self._passes.close()
-        await self._samplers.close()
+        await self._sampling.close()
         await self._grpc.stop(min(grace, 1.0))
         await asyncio.to_thread(self._executors.close)
         await asyncio.to_thread(self._foundation.db.close)

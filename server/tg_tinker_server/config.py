@@ -40,8 +40,8 @@ class ServerConfig(BaseModel):
         max_batch_records, max_batch_tokens, max_request_bytes: limits of one request; tokens with padding.
         max_dataset_records, max_dataset_bytes: limits of one registered dataset.
         micro_batch_tokens: padded tokens in memory at once during a backward pass; "auto" finds them for each model.
-        share_passes: whose waiting passes may be computed together: those of one tenant, everyone's (tenants that
-            trust each other), or nobody's.
+        share_passes: whose waiting passes, and samples, may be computed together: those of one tenant, everyone's
+            (tenants that trust each other), or nobody's.
         kept_results: results kept per run for ``get_future``.
         drain_s: seconds given to running work on SIGTERM.
         tinker_port: where to serve the Tinker protocol over HTTP, on ``host`` and with the same TLS files; port 0

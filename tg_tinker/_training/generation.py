@@ -37,7 +37,7 @@ class Generation(RunHandle):
         Args:
             temperature: 0 is greedy.
             stop_sequences: texts that end a completion; they are not part of it.
-            seed: makes the choices repeatable.
+            seed: makes the choices repeatable, up to float rounding: see ``types.sampling.GenerationOptions``.
 
         Raises:
             InvalidRequestError: naming the option that is out of range.

@@ -22,7 +22,11 @@ class GenerationOptions:
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output.
         presence_penalty: taken off the logit of every token already generated.
         frequency_penalty: the same, times how often it was generated.
-        seed: of the random choices; ``None`` takes a fresh one.
+        seed: of the random choices; ``None`` takes a fresh one. Each completion draws from a stream of its own, named
+            by the seed and its place among the completions of the request, whatever the other prompts are. Equal
+            requests to equal weights get equal text, unless two tokens are so nearly as likely that float rounding
+            decides, which depends on what the server computes beside them. Other versions of the server may choose
+            otherwise.
 
     Raises:
         InvalidRequestError: naming the option that is out of range.

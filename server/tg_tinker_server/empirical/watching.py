@@ -8,7 +8,7 @@ Shape suffixes: P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,17 +21,16 @@ from tg_tinker_server.engine.backend import (
     Backend,
     Contribution,
     EngineState,
-    GenerationOptions,
     Pass,
     PassResult,
     Request,
     Session,
     StepRequest,
     StepResult,
-    TokenEvent,
 )
 from tg_tinker_server.engine.gradients import GradientContribution
 from tg_tinker_server.engine.requests import tokens_of
+from tg_tinker_server.engine.sampling.seam import SampledWeights
 from tg_tinker_server.engine.state import WEIGHTS
 
 Floats = npt.NDArray[np.float64]
@@ -186,11 +185,9 @@ class WatchedSession:
         self._start_anew()
         return result
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: GenerationOptions, *, slice_tokens: int
-    ) -> Iterator[list[TokenEvent]]:
+    def live_weights(self) -> SampledWeights:
         """See ``backend.Session``."""
-        return self._inner.generate(prompts, params, slice_tokens=slice_tokens)
+        return self._inner.live_weights()
 
     def export_state(self, *, optimizer: bool) -> EngineState:
         """See ``backend.Session``."""

@@ -9,9 +9,9 @@ Shape suffixes: B records, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,12 @@ from tg_tinker.types import IGNORE_INDEX, BatchData, TrainingConfig
 from tg_tinker.types.info import ModelInfo
 from tg_tinker.types.losses import Loss
 from tg_tinker.types.optim import AdamParams
-from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker_server.dp.mechanism import GaussianMechanism
 
+if TYPE_CHECKING:
+    from tg_tinker_server.engine.sampling.seam import SampledWeights
+
 Ints = npt.NDArray[np.int64]
-FinishReason = Literal["length", "stop", "eos"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -139,7 +140,7 @@ class PassResult:
 class Pass(Protocol):
     """One ``forward_backward`` under way, in slices small enough that other work gets its turn in between.
 
-    Between ``start`` and the last slice the session may generate, and nothing else that needs its weights to stay.
+    Between ``start`` and the last slice the session may be sampled, and nothing else that needs its weights to stay.
     """
 
     @property
@@ -209,24 +210,6 @@ class StepResult:
     num_clipped: int
     nonfinite_units: int
     update_hash: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenEvent:
-    """Progress of one completion in one slice.
-
-    Attributes:
-        index: which of the prompts given to ``generate``.
-        token_ids: tokens generated in this slice, the end-of-text token left out.
-        text: new text, always whole characters, never part of a stop sequence. Joined over all events of an
-            index it is the completion.
-        finish_reason: set on the last event of this index.
-    """
-
-    index: int
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -339,15 +322,12 @@ class Session(Protocol):
         """
         ...
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: GenerationOptions, *, slice_tokens: int
-    ) -> Iterator[list[TokenEvent]]:
-        """Continue every prompt; yield after at most ``slice_tokens`` tokens each, so others can take turns.
-
-        For several completions of a prompt, repeat it: each index draws from its own random stream.
+    def live_weights(self) -> SampledWeights:
+        """The handle from which this run is sampled: there is one, with the weights of the moment, and closing the
+        session closes it.
 
         Raises:
-            InvalidRequestError: an unknown token id, a prompt without room for one token, weights not finite.
+            InvalidRequestError: this run takes no tokens.
         """
         ...
 
@@ -397,8 +377,6 @@ __all__ = [
     "Backend",
     "Contribution",
     "EngineState",
-    "FinishReason",
-    "GenerationOptions",
     "LossRequest",
     "Pass",
     "PassRequest",
@@ -407,5 +385,4 @@ __all__ = [
     "Session",
     "StepRequest",
     "StepResult",
-    "TokenEvent",
 ]

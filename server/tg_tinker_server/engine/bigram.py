@@ -99,10 +99,10 @@ class BigramSession(SessionCore):
             vocab_size=_V,
             model_positions=_POSITIONS,
             base_dtype="float32",
-            group_size=64,
         )
         self._base_VV = base_VV
         self._weights_VV: npt.NDArray[np.float32] = np.zeros((_V, _V), dtype=np.float32)
+        self._live = BigramWeights(base_VV, self._weights_VV, max_positions=_POSITIONS)
         self._optimizer_state: dict[str, npt.NDArray[np.float32]] = {}
         # Under privacy the masks of a record must not be computable by others: one more secret part of the seed.
         self._dropout_key = os.urandom(16).hex() if config.private else ""
@@ -208,6 +208,7 @@ class BigramSession(SessionCore):
         saved = checked_optimizer(state, self._layout, optimizer=name) if optimizer else {}
         self._anchor_P = self._anchor_of(state) if optimizer else None
         self._weights_VV = weights[_TABLE].copy()
+        self._live.put(self._weights_VV)
         self._optimizer_state = {k: v.copy() for k, v in saved.get(_TABLE, {}).items()}
         self.discard_pending()
 
@@ -215,6 +216,7 @@ class BigramSession(SessionCore):
         """See ``backend.Session``."""
         self._closed = True
         self.discard_pending()
+        self._live.close()
 
     def _dropout(self, request: Request, shape: tuple[int, ...], *place: int) -> Floats:
         """Factor of the trained row at each position: all ones outside training."""
@@ -267,34 +269,15 @@ class BigramSession(SessionCore):
             )
         ensure_finite([weights])
         self._weights_VV, self._optimizer_state = weights, state
+        self._live.put(weights)
 
     def _weights_P(self) -> npt.NDArray[np.float32]:  # noqa: N802 - shape suffix
         return self._weights_VV.reshape(-1)
 
-    def _decoder(self) -> BigramDecoder:
-        return BigramDecoder(self)
-
-    def next_logits(self, tokens: Sequence[int]) -> npt.NDArray[Any]:
-        """Logits after each token [B, V], with the weights of now."""
+    def live_weights(self) -> BigramWeights:
+        """See ``backend.Session``."""
         self.ensure_open()
-        index = np.asarray(tokens, dtype=np.int64)
-        logits: npt.NDArray[Any] = self._base_VV[index] + self._weights_VV[index]
-        return logits
-
-
-class BigramDecoder:
-    """The last token is all the cache there is."""
-
-    def __init__(self, session: BigramSession) -> None:
-        self._session = session
-
-    def start(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[Any]:
-        """Logits after each prompt's last token."""
-        return self._session.next_logits([p[-1] for p in prompts])
-
-    def advance(self, tokens: Sequence[int], keep: Sequence[int]) -> npt.NDArray[Any]:  # noqa: ARG002
-        """Logits after each token."""
-        return self._session.next_logits(tokens)
+        return self._live
 
 
 def _require_model(config: TrainingConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,20 +14,18 @@ from tg_tinker.types import OptimizerConfig, TrainingConfig
 from tg_tinker_server.engine.backend import (
     Contribution,
     EngineState,
-    GenerationOptions,
     LossRequest,
     Pass,
     PassResult,
     Request,
     StepRequest,
     StepResult,
-    TokenEvent,
 )
-from tg_tinker_server.engine.generation import Decoder, generate
 from tg_tinker_server.engine.gradients import ParamLayout
 from tg_tinker_server.engine.loss_fns.checks import check_datums
 from tg_tinker_server.engine.pending import PendingBatch
 from tg_tinker_server.engine.requests import check_request
+from tg_tinker_server.engine.sampling.seam import SampledWeights
 from tg_tinker_server.engine.state import ANCHOR, checked_anchor
 from tg_tinker_server.engine.tokenizers import Tokenizer
 
@@ -44,7 +42,6 @@ class SessionCore(ABC):
         vocab_size: int,
         model_positions: int,
         base_dtype: str,
-        group_size: int,
     ) -> None:
         if config.private and config.loss_scale == "dynamic":
             raise DPUnsupportedError(
@@ -60,12 +57,10 @@ class SessionCore(ABC):
         self._pending = PendingBatch(layout, config)
         # What the proximal term pulls back to; None is the weights as they are, until a step moves them.
         self._anchor_P: npt.NDArray[np.float32] | None = None
-        self._group_size = group_size
         self._closed = False
         self.trainable_parameters = layout.size
         self.base_dtype = base_dtype
         self.vocab_size = vocab_size
-        self.model_positions = model_positions
         self.max_positions = min(model_positions, config.max_sequence_length)
         self.eos_token_ids = tokenizer.eos_token_ids
 
@@ -175,21 +170,9 @@ class SessionCore(ABC):
         """The anchor after importing a state with its optimizer."""
         return checked_anchor(state, self._layout) if self._config.optimizer.proximal_mu else None
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: GenerationOptions, *, slice_tokens: int
-    ) -> Iterator[list[TokenEvent]]:
-        """See ``backend.Session``. Prompts are checked at once, before the first slice is asked for."""
-        self.ensure_open()
-        return generate(
-            self._decoder,
-            prompts,
-            params,
-            tokenizer=self._tokenizer,
-            vocab_size=self.vocab_size,
-            max_positions=self.model_positions,
-            slice_tokens=slice_tokens,
-            group_size=self._group_size,
-        )
+    @abstractmethod
+    def live_weights(self) -> SampledWeights:
+        """See ``backend.Session``."""
 
     def encode(self, text: str) -> list[int]:
         """See ``backend.Session``."""
@@ -210,10 +193,6 @@ class SessionCore(ABC):
     @abstractmethod
     def _weights_P(self) -> npt.NDArray[np.float32]:  # noqa: N802 - shape suffix
         """Trained weights, flat in the layout's order [P]; steps to come leave it as it is."""
-
-    @abstractmethod
-    def _decoder(self) -> Decoder:
-        """A decoder with an empty cache."""
 
     @property
     def closed(self) -> bool:

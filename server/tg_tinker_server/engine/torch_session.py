@@ -27,9 +27,9 @@ from tg_tinker_server.engine.microbatch import Limits
 from tg_tinker_server.engine.per_sample import PerSampleGradients, check_complete, columns_of
 from tg_tinker_server.engine.performance import PerformanceConfig
 from tg_tinker_server.engine.probe import probe
+from tg_tinker_server.engine.sampling.torch_weights import TorchWeights
 from tg_tinker_server.engine.session_core import SessionCore, diverged, ensure_finite
 from tg_tinker_server.engine.state import OPTIMIZER, WEIGHTS, checked_optimizer, checked_weights
-from tg_tinker_server.engine.torch_decoder import TorchDecoder
 from tg_tinker_server.engine.torch_pass import TorchPass
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -67,7 +67,6 @@ class TorchSession(SessionCore):
             vocab_size=loaded.vocab_size,
             model_positions=loaded.max_positions,
             base_dtype=str(loaded.dtype).removeprefix("torch."),
-            group_size=performance.generation_rows,
         )
         if config.gradient_checkpointing and not getattr(base.module, "supports_gradient_checkpointing", False):
             raise InvalidRequestError(
@@ -85,6 +84,7 @@ class TorchSession(SessionCore):
         self.random = self.lm.shortcuts.random or (config.lora_config is not None and config.lora_config.dropout > 0)
         fused = fused_parameters(base.module, adapter)
         self._alone = False
+        self._live = TorchWeights(base, adapter, size_bytes=0, on_close=lambda: None)
         # What decides whether gradients per record are right, and how much a token keeps: not the weights.
         self._kind = (tuple(self.layout.shapes.items()), fused, self.random, self.checkpoints)
         self._all_fused = len(fused) == len(self.parameters)
@@ -224,6 +224,7 @@ class TorchSession(SessionCore):
         with torch.no_grad():
             for name, parameter in self._own.items():
                 parameter.copy_(torch.from_numpy(weights[name]))
+        self._live.changed()
         optimizers.restore_state(
             self._torch_optimizer,
             self.parameters,
@@ -247,13 +248,16 @@ class TorchSession(SessionCore):
         self._closed = True
         self.discard_pending()
         self._torch_optimizer.state.clear()
+        self._live.close()
         self._on_close()
 
     def _weights_P(self) -> npt.NDArray[np.float32]:  # noqa: N802 - shape suffix
         return np.concatenate([p.detach().float().cpu().numpy().reshape(-1) for p in self.parameters.values()])
 
-    def _decoder(self) -> TorchDecoder:
-        return TorchDecoder(self.base, self.adapter, self.ensure_open)
+    def live_weights(self) -> TorchWeights:
+        """See ``backend.Session``."""
+        self.ensure_open()
+        return self._live
 
     def _apply(self, grad_P: npt.NDArray[np.float32], learning_rate: float, optimizer: OptimizerConfig) -> None:
         before = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -273,6 +277,7 @@ class TorchSession(SessionCore):
                 raise diverged("the step leaves the range of float32") from e
             raise
         finally:
+            self._live.changed()
             for parameter in self.parameters.values():
                 parameter.grad = None
 

@@ -9,7 +9,7 @@ Shape suffixes: U units or rows, P parameters.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +22,13 @@ from tg_tinker_server.engine import numpy_optimizers
 from tg_tinker_server.engine.backend import (
     Backend,
     EngineState,
-    GenerationOptions,
     Pass,
     PassResult,
     Request,
     Session,
-    TokenEvent,
 )
-from tg_tinker_server.engine.generation import Decoder
 from tg_tinker_server.engine.gradients import Floats, GradientContribution, ParamLayout
+from tg_tinker_server.engine.sampling.seam import SampledWeights
 from tg_tinker_server.engine.session_core import SessionCore, ensure_finite, ensure_finite_pass
 from tg_tinker_server.engine.state import OPTIMIZER, WEIGHTS, checked_optimizer, checked_weights
 
@@ -83,7 +81,6 @@ class VectorSession(SessionCore):
             vocab_size=0,
             model_positions=0,
             base_dtype="float32",
-            group_size=1,
         )
         self._vector_P: npt.NDArray[np.float32] = np.zeros(self._size, dtype=np.float32)
         self._optimizer_state: dict[str, npt.NDArray[np.float32]] = {}
@@ -169,13 +166,7 @@ class VectorSession(SessionCore):
             private=True,
         )
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],  # noqa: ARG002 - part of the seam
-        params: GenerationOptions,  # noqa: ARG002
-        *,
-        slice_tokens: int,  # noqa: ARG002
-    ) -> Iterator[list[TokenEvent]]:
+    def live_weights(self) -> SampledWeights:
         """See ``backend.Session``. A vector says nothing."""
         self.ensure_open()
         raise _no_tokens("prompts")
@@ -216,9 +207,6 @@ class VectorSession(SessionCore):
 
     def _weights_P(self) -> npt.NDArray[np.float32]:  # noqa: N802 - shape suffix
         return self._vector_P
-
-    def _decoder(self) -> Decoder:
-        raise _no_tokens("prompts")
 
 
 def size_of(model_ref: str) -> int:

@@ -1,4 +1,4 @@
-"""SamplingService: text from a run's released weights, tokens from frozen ones."""
+"""SamplingService: text from a run's released weights, tokens from those that were saved."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class SamplingServicer:
         params, completions = sampling_from_proto(request.params)
         value = Generate(prompts=(request.prompt,), params=params, num_completions=completions)
         check(value)
-        async for chunk in self.sampling.stream(run, value):
-            yield chunk_to_proto(chunk)
+        async with aclosing(self.sampling.stream(run, value)) as chunks:
+            async for chunk in chunks:
+                yield chunk_to_proto(chunk)
 
     async def Encode(  # noqa: N802
         self, call: Call, request: sampling_pb2.EncodeRequest

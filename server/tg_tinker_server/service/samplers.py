@@ -19,7 +19,7 @@ from tg_tinker.wire.runs import config_from_json
 from tg_tinker.wire.tokens import SamplerInfo
 from tg_tinker_server.config import SharePasses
 from tg_tinker_server.engine.backend import Backend
-from tg_tinker_server.engine.sampling.seam import FrozenWeights, SamplingBackend
+from tg_tinker_server.engine.sampling.seam import SampledWeights, SamplingBackend
 from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.checkpoints import CheckpointService
 from tg_tinker_server.service.durability import new_id, now
@@ -50,7 +50,7 @@ def sampler_not_found(sampler_id: str) -> ResourceNotFoundError:
 class _Open:
     """Weights in memory, and how many requests use them."""
 
-    weights: FrozenWeights
+    weights: SampledWeights
     users: int = 0
 
 
@@ -69,6 +69,7 @@ class SamplerService:
         backend: Backend,
         models: Callable[[], Awaitable[list[ModelInfo]]],
         executors: Executors,
+        loop: SamplingLoop,
         share: SharePasses,
         *,
         most_waiting: int = MOST_WAITING,
@@ -79,7 +80,7 @@ class SamplerService:
         self._waiting: dict[str, int] = {}
         self._open: dict[tuple[str, str, str], _Open] = {}
         self._opening = asyncio.Lock()
-        self._loop = SamplingLoop(backend, executors)
+        self._loop = loop
 
     async def create(
         self, caller: Caller, *, sampler_id: str = "", base_model: str = "", path: str = ""
@@ -167,7 +168,7 @@ class SamplerService:
         try:
             used = await self._weights_of(caller.tenant, await self._row(caller, sampler_id))
             group = {"everyone": "everyone", "tenant": caller.tenant, "off": object()}[self._share]
-            async with aclosing(self._loop.slices(used.weights, query, group)) as slices:
+            async with aclosing(self._loop.slices(used.weights, [query], group)) as slices:
                 async for events in slices:
                     yield events
         finally:
@@ -197,10 +198,6 @@ class SamplerService:
             return await self._executors.compute(lambda: [used.weights.decode(row) for row in ids])
         finally:
             used.users -= 1
-
-    async def close(self) -> None:
-        """End every request; return when the slice under way has ended."""
-        await self._loop.close()
 
     # Rows.
 
@@ -262,7 +259,7 @@ class SamplerService:
         used.users += 1
         return used
 
-    async def _read_weights(self, tenant: str, row: sampler_rows.SamplerRow) -> FrozenWeights:
+    async def _read_weights(self, tenant: str, row: sampler_rows.SamplerRow) -> SampledWeights:
         backend = self._backend
         if not isinstance(backend, SamplingBackend):
             raise InvalidRequestError(

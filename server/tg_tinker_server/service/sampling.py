@@ -1,21 +1,27 @@
-"""Text from a run's released weights: whole completions in the lane, or a stream beside it."""
+"""Text from a run's released weights: whole completions in the lane, or a stream beside it.
+
+Both are requests of the loop that serves samplers too.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import Sample, SampleResult, StreamChunk
 from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.wire.calls import Generate
-from tg_tinker_server.engine.backend import TokenEvent
+from tg_tinker_server.config import SharePasses
+from tg_tinker_server.engine.sampling.text_query import SampledText, TextQuery, text_queries
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
+from tg_tinker_server.service.passes import sharing_group
 from tg_tinker_server.service.run import Run
+from tg_tinker_server.service.sampling_loop import SamplingLoop
 
-SLICE_TOKENS = 8  # new tokens per turn on the compute thread; reading the prompts takes turns of its own
 MAX_COMPLETIONS = 512
 
 
@@ -49,23 +55,27 @@ class _Progress:
 
 @dataclass(frozen=True, slots=True)
 class SamplingService:
-    """Generation in slices, so that many runs share the compute thread."""
+    """Completions of a run's own prompts. Runs that may share passes share batches too."""
 
     executors: Executors
+    loop: SamplingLoop
+    share: SharePasses
 
     async def sample(self, run: Run, operation: Operation, request: Generate) -> SampleResult:
         """Complete every prompt ``num_completions`` times; prompt-major order."""
         check(request)
         started = time.perf_counter()
         grown = [_Progress(p) for p in request.prompts for _ in range(request.num_completions)]
-        async for events in self._slices(run, [g.prompt for g in grown], request.params, SLICE_TOKENS):
-            for event in events:
-                progress = grown[event.index]
-                progress.text += event.text
-                progress.num_tokens += len(event.token_ids)
-                if event.finish_reason:
-                    progress.finish_reason = event.finish_reason
-                    progress.latency_ms = (time.perf_counter() - started) * 1e3
+        slices = self._slices(run, request.prompts, request.params, completions=request.num_completions)
+        async with aclosing(slices) as news:
+            async for events in news:
+                for event in events:
+                    progress = grown[event.index]
+                    progress.text += event.text
+                    progress.num_tokens += len(event.tokens)
+                    if event.finish_reason:
+                        progress.finish_reason = event.finish_reason
+                        progress.latency_ms = (time.perf_counter() - started) * 1e3
         return SampleResult(
             samples=[
                 Sample(
@@ -81,16 +91,21 @@ class SamplingService:
             latency_ms=operation.elapsed_ms(),
         )
 
-    async def stream(self, run: Run, request: Generate) -> AsyncIterator[StreamChunk]:
-        """Yield text as it is generated; never half a character, never part of a stop sequence."""
-        async for events in self._slices(run, list(request.prompts), request.params, 1):
-            for event in events:
-                yield StreamChunk(
-                    text=event.text,
-                    index=event.index,
-                    token_ids=list(event.token_ids),
-                    finish_reason=event.finish_reason,
-                )
+    async def stream(self, run: Run, request: Generate) -> AsyncGenerator[StreamChunk]:
+        """Yield text as it is generated; never half a character, never part of a stop sequence.
+
+        The run may train meanwhile: each token comes from the weights that were settled when it was chosen. Closing
+        the generator frees its row of the batch.
+        """
+        async with aclosing(self._slices(run, request.prompts, request.params, completions=1)) as news:
+            async for events in news:
+                for event in events:
+                    yield StreamChunk(
+                        text=event.text,
+                        index=event.index,
+                        token_ids=list(event.tokens),
+                        finish_reason=event.finish_reason,
+                    )
 
     async def encode(self, run: Run, texts: list[str]) -> list[list[int]]:
         """Texts to token ids."""
@@ -108,27 +123,21 @@ class SamplingService:
         return await self.executors.compute(lambda: [run.session.decode(row) for row in ids])
 
     async def _slices(
-        self, run: Run, prompts: list[str], params: GenerationOptions, slice_tokens: int
-    ) -> AsyncIterator[list[TokenEvent]]:
+        self, run: Run, prompts: Sequence[str], params: GenerationOptions, *, completions: int
+    ) -> AsyncGenerator[list[SampledText]]:
         run.require_intact()
-        ids = await self.encode(run, prompts)
-        turns = run.session.generate(ids, params, slice_tokens=slice_tokens)
-        try:
-            while True:
-                async with run.weights:  # never weights that are not settled
-                    events = await self.executors.compute(_next, turns)
-                if events is None:
-                    return
-                yield events
-        finally:
-            await self.executors.compute(_close, turns)
+        queries = await self.executors.compute(_queries, run, prompts, params, completions)
+        weights = run.session.live_weights()
+        group = sharing_group(run, self.share) or object()  # the prompts of one request share in any case
+        slices = self.loop.slices(weights, queries, group, unsettled=run.weights)
+        async with aclosing(slices) as news:
+            async for events in news:
+                run.require_intact()  # a step may have failed half-way since
+                if texts := [event for event in events if isinstance(event, SampledText)]:
+                    yield texts
 
 
-def _next(turns: Iterator[list[TokenEvent]]) -> list[TokenEvent] | None:
-    return next(turns, None)
-
-
-def _close(turns: Iterator[list[TokenEvent]]) -> None:
-    close = getattr(turns, "close", None)
-    if close is not None:
-        close()
+def _queries(run: Run, prompts: Sequence[str], params: GenerationOptions, completions: int) -> list[TextQuery]:
+    """On the compute thread: many long prompts take a while."""
+    ids = [run.session.encode(prompt) for prompt in prompts]
+    return text_queries(run.session.live_weights(), ids, params, completions=completions)

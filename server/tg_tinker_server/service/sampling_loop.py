@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Hashable
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 
-from tg_tinker.errors import ServerError, TGTinkerError
+from tg_tinker.errors import InvalidRequestError, ServerError, TGTinkerError
 from tg_tinker.types.tokens import PromptFigures, SampleEvent, SampleQuery
 from tg_tinker_server.engine.backend import Backend
-from tg_tinker_server.engine.sampling.seam import FrozenWeights, Progress, SamplingBackend, Ticket, TokenSampler
+from tg_tinker_server.engine.sampling.seam import Progress, SampledWeights, SamplingBackend, Ticket, TokenSampler
 from tg_tinker_server.service.crashes import place_of
 from tg_tinker_server.service.executors import Executors
 
@@ -21,11 +22,17 @@ log = structlog.get_logger()
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    """One request under way. The ticket belongs to the compute thread, the rest to the event loop."""
+    """One request under way. The ticket belongs to the compute thread, the rest to the event loop.
 
-    weights: FrozenWeights
+    Attributes:
+        unsettled: held while the weights are between two settled states.
+        news: what came of it and, where it is shared, of those asked for with it.
+    """
+
+    weights: SampledWeights
     query: SampleQuery
     group: Hashable
+    unsettled: asyncio.Lock | None = None
     news: asyncio.Queue[tuple[SampleEvent, ...] | Exception] = field(default_factory=asyncio.Queue)
     ticket: Ticket | None = None
     over: bool = False
@@ -45,6 +52,7 @@ class SamplingLoop:
         self._worker: asyncio.Task[None] | None = None
         self._sampler: TokenSampler | None = None  # of the compute thread
         self._closed = False
+        self._arrived = asyncio.Event()
 
     def ensure_open(self) -> None:
         """Refuse what a stopping server would not finish.
@@ -56,26 +64,45 @@ class SamplingLoop:
             raise _stopping()
 
     async def slices(
-        self, weights: FrozenWeights, query: SampleQuery, group: Hashable
+        self,
+        weights: SampledWeights,
+        queries: Sequence[SampleQuery],
+        group: Hashable,
+        *,
+        unsettled: asyncio.Lock | None = None,
     ) -> AsyncGenerator[tuple[SampleEvent, ...]]:
-        """What each slice does for one request. Closing the generator takes the request out of the model's batch.
+        """What each slice does for some requests with the same weights. Closing the generator takes them out of the
+        model's batch.
+
+        Args:
+            group: who may be in one run through the model: requests with equal groups.
+            unsettled: while it is held these weights go through no model.
 
         Raises:
-            TGTinkerError: the request failed.
+            TGTinkerError: one of the requests failed; the others are given up.
         """
-        request = _Request(weights, query, group)
-        self._start(request)
+        self.ensure_open()
+        if not isinstance(self._backend, SamplingBackend):
+            raise InvalidRequestError(
+                "the models of this server cannot be sampled", field="model_ref", constraint="another server"
+            )
+        news: asyncio.Queue[tuple[SampleEvent, ...] | Exception] = asyncio.Queue()
+        requests = [_Request(weights, query, group, unsettled, news) for query in queries]
+        left = len(requests)
+        for request in requests:
+            self._start(request)
         try:
-            while not request.over:
-                news = await request.news.get()
-                request.over = isinstance(news, Exception) or isinstance(news[-1], PromptFigures)
-                if isinstance(news, Exception):
-                    raise news
-                yield news
+            while left:
+                new = await news.get()
+                if isinstance(new, Exception):
+                    raise new
+                left -= isinstance(new[-1], PromptFigures)
+                yield new
         finally:
-            self._leave(request)
+            for request in requests:
+                self._leave(request)
 
-    async def put_away(self, weights: FrozenWeights) -> None:
+    async def put_away(self, weights: SampledWeights) -> None:
         """Close weights that no request uses any more, after those that left are out of the batch."""
         leaving, self._leaving = self._leaving, []
         await self._executors.compute(self._put_away, weights, leaving)
@@ -84,13 +111,14 @@ class SamplingLoop:
     async def close(self) -> None:
         """End every request; return when the slice under way has ended."""
         self._closed = True
+        self._arrived.set()
         self._fail_all(_stopping())
         if self._worker is not None:
             await asyncio.wait({self._worker})
 
     def _start(self, request: _Request) -> None:
-        self.ensure_open()
         self._inbox.append(request)
+        self._arrived.set()
         if self._worker is None:
             self._worker = asyncio.create_task(self._work(), name="samplers")
 
@@ -102,13 +130,19 @@ class SamplingLoop:
                 self._inbox.remove(request)
             else:
                 self._leaving.append(request)
+                self._arrived.set()
 
     async def _work(self) -> None:
         try:
             while not self._closed and (self._inbox or self._live or self._leaving):
+                resting = self._resting()
+                if not self._leaving and all(r.weights in resting for r in (*self._inbox, *self._live.values())):
+                    await self._wait_for_weights()
+                    continue
                 inbox, self._inbox = self._inbox, []
                 leaving, self._leaving = self._leaving, []
-                for progress in await self._executors.compute(self._turn, inbox, leaving):
+                # Nothing was awaited since the look at the locks: a step that begins now waits behind this slice.
+                for progress in await self._executors.compute(self._turn, inbox, leaving, resting):
                     self._tell(progress)
                 self._forget(leaving)
                 await asyncio.sleep(0)  # who asks next gets into the next slice
@@ -121,7 +155,24 @@ class SamplingLoop:
             if self._closed:
                 self._fail_all(_stopping())
 
-    def _turn(self, inbox: list[_Request], leaving: list[_Request]) -> list[Progress]:
+    def _resting(self) -> set[SampledWeights]:
+        """Weights that are not settled just now."""
+        under_way = (*self._inbox, *self._live.values())
+        return {r.weights for r in under_way if r.unsettled is not None and r.unsettled.locked()}
+
+    async def _wait_for_weights(self) -> None:
+        """Until some weights are settled, or somebody comes or goes."""
+        self._arrived.clear()
+        locks = {r.unsettled for r in (*self._inbox, *self._live.values()) if r.unsettled is not None}
+        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(_settled(lock)) for lock in locks]
+        tasks.append(asyncio.ensure_future(self._arrived.wait()))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _turn(self, inbox: list[_Request], leaving: list[_Request], resting: set[SampledWeights]) -> list[Progress]:
         """One visit to the compute thread."""
         self._cancel(leaving)
         if self._sampler is None:
@@ -135,7 +186,7 @@ class SamplingLoop:
                 request.ticket = Ticket()
                 refused.append(Progress(ticket=request.ticket, error=e))
             self._live[request.ticket] = request
-        return [*refused, *self._sampler.step()]
+        return [*refused, *self._sampler.step(resting)]
 
     def _cancel(self, leaving: list[_Request]) -> None:
         for request in leaving:
@@ -156,15 +207,17 @@ class SamplingLoop:
         if progress.error is not None:
             request.news.put_nowait(_presentable(progress.error))
         if progress.error is not None or (progress.events and isinstance(progress.events[-1], PromptFigures)):
+            request.over = True
             del self._live[progress.ticket]
 
     def _fail_all(self, error: Exception) -> None:
         for request in [*self._inbox, *self._live.values()]:
+            request.over = True
             request.news.put_nowait(_presentable(error))
         self._inbox.clear()
         self._live.clear()
 
-    def _put_away(self, weights: FrozenWeights, leaving: list[_Request]) -> None:
+    def _put_away(self, weights: SampledWeights, leaving: list[_Request]) -> None:
         self._cancel(leaving)
         weights.close()
 
@@ -176,6 +229,11 @@ def _presentable(error: Exception) -> TGTinkerError:
     reference = secrets.token_hex(6)
     log.error("sample_crashed", error=type(error).__name__, at=place_of(error), reference=reference)
     return ServerError(f"sampling failed inside the server (reference {reference})", details={"reference": reference})
+
+
+async def _settled(lock: asyncio.Lock) -> None:
+    async with lock:
+        pass
 
 
 def _stopping() -> ServerError:

@@ -6,7 +6,11 @@ import torch
 
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.types import BatchData
-from tg_tinker_server.engine.backend import EngineState, GenerationOptions, PassRequest
+from tg_tinker.types.sampling import GenerationOptions
+from tg_tinker_server.engine.backend import EngineState, PassRequest
+from tg_tinker_server.engine.sampling.text_query import text_queries
+from tg_tinker_server.engine.sampling.token_sampler import BatchedSampler
+from tg_tinker_server.engine.sampling.torch_rows import TorchRows
 
 
 class ModuleCrash(RuntimeError):
@@ -33,6 +37,15 @@ def poison_weights(session, tools):
     with torch.no_grad():
         for parameter in session.parameters.values():
             parameter.fill_(float("nan"))
+
+
+def begin_sample(session, prompt):
+    """A sampler of its own with one request for text."""
+    sampler = BatchedSampler(TorchRows(), most_rows=4, prefix_bytes=2**20)
+    weights = session.live_weights()
+    for query in text_queries(weights, [prompt], GenerationOptions(max_tokens=9, seed=1), completions=8):
+        sampler.submit(weights, query, group=0)
+    return sampler
 
 
 def misbehave(session, tools, kind):
@@ -65,8 +78,10 @@ def misbehave(session, tools, kind):
             finally:
                 handle.remove()
         elif kind == "half a sample":
-            generation = session.generate([[1, 2, 3]], GenerationOptions(max_tokens=9), slice_tokens=1)
-            next(generation)
+            sampler = begin_sample(session, [1, 2, 3])
+            sampler.step()
+            sampler.step()
+            assert not sampler.idle
     except (TGTinkerError, ModuleCrash):
         return True
     return False
@@ -177,9 +192,11 @@ def test_weights_that_are_nan_give_clear_errors_and_the_session_recovers(fresh_b
     with pytest.raises(TGTinkerError, match="not finite") as passed:
         tools.run_pass(session, tools.batch())
     assert passed.value.field == "batch"
-    with pytest.raises(TGTinkerError, match="diverged") as sampled:
-        list(session.generate([[1, 2]], GenerationOptions(max_tokens=3), slice_tokens=1))
-    assert sampled.value.field == "weights"
+    sampler = begin_sample(session, [1, 2])
+    (error,) = [p.error for p in [*sampler.step(), *sampler.step()] if p.error is not None]
+    assert "diverged" in error.message
+    assert error.field == "weights"
+    assert sampler.idle
     session.import_state(saved, optimizer=True)
     assert np.isfinite(tools.accumulate(session, tools.batch()).loss)
     tools.step(session)

@@ -9,7 +9,6 @@ import pytest
 from tg_tinker import ServiceClient
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import BatchData, DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
-from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.engine import vector
@@ -167,7 +166,7 @@ def test_tokens_are_refused_by_name():
         lambda: session.check(request),
         lambda: session.start(request),
         lambda: session.forward_backward(request),
-        lambda: session.generate([[1]], GenerationOptions(), slice_tokens=1),
+        session.live_weights,
         lambda: session.encode("text"),
         lambda: session.decode([1]),
     ]

@@ -161,8 +161,8 @@ def test_fifty_requests_at_once_get_what_each_gets_alone(bigram_server: Embedded
         futures = [pool.submit(sample, clients[i % 5], ids[i % 3], q) for i, q in enumerate(asked)]
         together = [f.result(60).sequences for f in futures]
     assert together == alone
-    wait_until(lambda: service(bigram_server)._loop._worker is None)
-    assert service(bigram_server)._loop._live == {}
+    wait_until(lambda: bigram_server._server._sampling._worker is None)
+    assert bigram_server._server._sampling._live == {}
     assert all(not o.users for o in service(bigram_server)._open.values())
 
 
@@ -174,9 +174,9 @@ def test_hanging_up_frees_the_model(bigram_server: EmbeddedServer, client: RawCl
     next(stream)
     assert service(bigram_server)._waiting == {"tenant-a": 1}
     stream.cancel()
-    wait_until(lambda: service(bigram_server)._loop._worker is None)
-    assert service(bigram_server)._loop._sampler is not None
-    assert service(bigram_server)._loop._sampler.idle
+    wait_until(lambda: bigram_server._server._sampling._worker is None)
+    assert bigram_server._server._sampling._sampler is not None
+    assert bigram_server._server._sampling._sampler.idle
     assert service(bigram_server)._waiting == {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tg_tinker_server.engine.sampling.rows import Memory, RunningRows
-from tg_tinker_server.engine.sampling.seam import FrozenWeights, Progress
+from tg_tinker_server.engine.sampling.seam import Progress, SampledWeights
 from tg_tinker_server.engine.sampling.sequences import Request, Sampling
 
 
@@ -22,7 +22,7 @@ class Batch:
         places = {id(s): at for at, s in enumerate(self.sequences)}
         if [places.get(id(s)) for s in order] == list(range(len(self.sequences))):
             return
-        wanted: list[int | tuple[FrozenWeights, Memory]] = []
+        wanted: list[int | tuple[SampledWeights, Memory]] = []
         for sequence in order:
             at = places.get(id(sequence))
             if at is None:

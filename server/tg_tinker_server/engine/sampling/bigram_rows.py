@@ -5,7 +5,7 @@ Shape suffixes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker_server.engine.sampling.rows import Memory, Reading
-from tg_tinker_server.engine.sampling.seam import FrozenWeights
+from tg_tinker_server.engine.sampling.seam import SampledWeights
 from tg_tinker_server.engine.tokenizers import ByteTokenizer
 
 
 class BigramWeights:
-    """A base table, and what was trained on top. See ``seam.FrozenWeights``."""
+    """A base table, and what was trained on top. See ``seam.SampledWeights``."""
 
     def __init__(
         self, base_VV: npt.NDArray[np.float64], weights_VV: npt.NDArray[np.float32] | None, *, max_positions: int
@@ -28,8 +28,21 @@ class BigramWeights:
         self.vocab_size = len(base_VV)
         self.max_positions = max_positions
         self.eos_token_ids = self._tokenizer.eos_token_ids
+        self.start_token_id = self._tokenizer.start_token_id
+        self.version = 0
         self.size_bytes = 0 if weights_VV is None else weights_VV.nbytes
         self.closed = False
+        self._told: list[Callable[[BigramWeights], None]] = []
+
+    def when_closed(self, tell: Callable[[BigramWeights], None]) -> None:
+        """See ``seam.SampledWeights``."""
+        if tell not in self._told:
+            self._told.append(tell)
+
+    def put(self, weights_VV: npt.NDArray[np.float32]) -> None:
+        """Take what was trained now in the place of what was."""
+        self._weights_VV = weights_VV
+        self.version += 1
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[Any]:
         """Logits after each token [B, V]."""
@@ -38,17 +51,20 @@ class BigramWeights:
         return logits if self._weights_VV is None else logits + self._weights_VV[index]
 
     def encode(self, text: str) -> list[int]:
-        """See ``seam.FrozenWeights``."""
+        """See ``seam.SampledWeights``."""
         return self._tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See ``seam.FrozenWeights``."""
+        """See ``seam.SampledWeights``."""
         return self._tokenizer.decode(ids)
 
     def close(self) -> None:
-        """See ``seam.FrozenWeights``."""
+        """See ``seam.SampledWeights``."""
         self._weights_VV = None
         self.closed = True
+        for tell in self._told:
+            tell(self)
+        self._told.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +82,7 @@ class _Length:
 class BigramRows:
     """See ``rows.ModelRows``."""
 
-    def key(self, weights: FrozenWeights) -> Hashable | None:  # noqa: ARG002 - part of the seam
+    def key(self, weights: SampledWeights) -> Hashable | None:  # noqa: ARG002 - part of the seam
         """See ``rows.ModelRows``. There is one model."""
         return "bigram"
 
@@ -80,7 +96,7 @@ class BigramRows:
             for r in readings
         ]
 
-    def rows(self, weights: FrozenWeights) -> _Running:  # noqa: ARG002 - part of the seam
+    def rows(self, weights: SampledWeights) -> _Running:  # noqa: ARG002 - part of the seam
         """See ``rows.ModelRows``."""
         return _Running()
 
@@ -89,9 +105,9 @@ class _Running:
     """See ``rows.RunningRows``."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[FrozenWeights, int]] = []
+        self._rows: list[tuple[SampledWeights, int]] = []
 
-    def arrange(self, rows: Sequence[int | tuple[FrozenWeights, Memory]]) -> None:
+    def arrange(self, rows: Sequence[int | tuple[SampledWeights, Memory]]) -> None:
         """See ``rows.RunningRows``."""
         self._rows = [self._rows[row] if isinstance(row, int) else (row[0], row[1].length) for row in rows]
 

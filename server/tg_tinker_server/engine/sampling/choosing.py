@@ -1,4 +1,4 @@
-"""One sequence's choices: temperature, top_k, top_p, in this order, and the log-probabilities that go with them.
+"""One sequence's choices: penalties, temperature, top_k, top_p, in this order, and their log-probabilities.
 
 Each sequence has a generator of its own and is computed by itself, so what it chooses does not depend on who else is
 in the batch, but for the rounding of the logits. Shape suffixes: V vocabulary, K alternatives.
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types.tokens import MISSING_LOGPROB, SamplingParams
+from tg_tinker_server.engine.sampling.penalties import Penalties
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -22,7 +23,7 @@ _SEED_BITS = 2**64 - 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """One token: its log-probability when tempered, before anything is cut off, and alternatives."""
+    """One token: its log-probability when penalised and tempered, before anything is cut off, and alternatives."""
 
     token: int
     logprob: float
@@ -36,10 +37,13 @@ class Chooser:
         params: how.
         stream: numbers that name this sequence's random stream: a seed and its index.
         topk: how many alternatives to tell.
+        penalties: what this sequence's own tokens cost, if anything.
     """
 
-    def __init__(self, params: SamplingParams, stream: tuple[int, int], *, topk: int) -> None:
-        self._params, self._topk = params, topk
+    def __init__(
+        self, params: SamplingParams, stream: tuple[int, int], *, topk: int, penalties: Penalties | None = None
+    ) -> None:
+        self._params, self._topk, self._penalties = params, topk, penalties
         self._rng = generator_of(*stream)
 
     def choose(self, logits_V: npt.NDArray[Any]) -> Choice:
@@ -49,23 +53,31 @@ class Chooser:
             InvalidRequestError: the logits are not finite.
         """
         params = self._params
-        logprobs_V = log_softmax(finite(logits_V), params.temperature or 1.0)
+        logits_V = finite(logits_V)
+        if self._penalties is not None:
+            logits_V = self._penalties.applied(logits_V)
+        logprobs_V = log_softmax(logits_V, params.temperature or 1.0)
         token = int(np.argmax(logits_V)) if params.temperature == 0 else self._draw(logprobs_V)
+        if self._penalties is not None:
+            self._penalties.note(token)
         topk = top_k(logprobs_V, self._topk) if self._topk else None
         return Choice(token, float(logprobs_V[token]), topk)
 
     def _draw(self, logprobs_V: Floats) -> int:
+        ids = self.kept(logprobs_V)
+        weights = np.exp(logprobs_V if ids is None else logprobs_V[ids])
+        at = draw(weights, self._rng.random())
+        return at if ids is None else int(ids[at])
+
+    def kept(self, logprobs_V: Floats) -> Ints | None:
+        """Ids that top_k and top_p leave, ascending; ``None``: all."""
         params, size = self._params, logprobs_V.size
         ids: Ints | None = None
         if 0 < params.top_k < size:
             ids = _largest(logprobs_V, params.top_k)
         if params.top_p < 1:
             ids = _nucleus(logprobs_V, ids, params.top_p)
-        if ids is not None:
-            ids = np.sort(ids)
-        kept = logprobs_V if ids is None else logprobs_V[ids]
-        at = draw(np.exp(kept), self._rng.random())
-        return at if ids is None else int(ids[at])
+        return None if ids is None else np.sort(ids)
 
 
 def generator_of(seed: int, index: int) -> np.random.Generator:
@@ -89,7 +101,7 @@ def finite(logits: npt.NDArray[Any]) -> Floats:
     """
     if not np.isfinite(logits).all():
         raise InvalidRequestError(
-            "the model's logits are not finite, so its weights have diverged; sample from an earlier checkpoint and "
+            "the model's logits are not finite, so its weights have diverged; load an earlier checkpoint and "
             "lower the learning rate",
             field="weights",
             constraint="finite",
@@ -97,14 +109,14 @@ def finite(logits: npt.NDArray[Any]) -> Floats:
     return logits.astype(np.float32, copy=False)
 
 
-def log_softmax(logits: Floats, temperature: float = 1.0) -> Floats:
+def log_softmax(logits: npt.NDArray[Any], temperature: float = 1.0) -> Floats:
     """Log-probabilities over the last axis, in nats, at a temperature above 0."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)  # before dividing: a tiny temperature must not overflow
-    if temperature != 1:
-        with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # what is out of float32's reach is minus infinity
+        shifted = logits - logits.max(axis=-1, keepdims=True)  # before dividing: a tiny temperature must not overflow
+        if temperature != 1:
             shifted = (shifted.astype(np.float64) / temperature).astype(np.float32)
-    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
-    return np.asarray(shifted - np.log(total).astype(np.float32), dtype=np.float32)
+        total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
+        return np.asarray(shifted - np.log(total).astype(np.float32), dtype=np.float32)
 
 
 def top_k(logprobs_V: Floats, k: int) -> tuple[npt.NDArray[np.int32], Floats]:

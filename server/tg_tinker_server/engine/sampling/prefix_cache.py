@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker_server.engine.sampling.rows import Memory
-from tg_tinker_server.engine.sampling.seam import FrozenWeights
+from tg_tinker_server.engine.sampling.seam import SampledWeights
 
 Tokens = Sequence[int] | npt.NDArray[np.int64]
 MOST_ENTRIES = 1024
@@ -27,12 +27,12 @@ class PrefixCache:
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._entries: OrderedDict[int, tuple[FrozenWeights, npt.NDArray[np.int64], Memory]] = OrderedDict()
+        self._entries: OrderedDict[int, tuple[SampledWeights, npt.NDArray[np.int64], Memory]] = OrderedDict()
         self._of: dict[int, list[int]] = {}  # entries of each handle
         self._count = 0
         self.size_bytes = 0
 
-    def find(self, weights: FrozenWeights, tokens: Tokens) -> Memory | None:
+    def find(self, weights: SampledWeights, tokens: Tokens) -> Memory | None:
         """Memory of the longest known beginning of these tokens."""
         wanted = np.asarray(tokens, dtype=np.int64)
         best, length = None, 0
@@ -45,7 +45,7 @@ class PrefixCache:
         self._entries.move_to_end(best)
         return self._entries[best][2].cut(length)
 
-    def put(self, weights: FrozenWeights, tokens: Tokens, memory: Memory) -> None:
+    def put(self, weights: SampledWeights, tokens: Tokens, memory: Memory) -> None:
         """Keep the memory of these tokens, in the place of what it continues."""
         known = np.asarray(tokens, dtype=np.int64)
         if memory.size_bytes > self._most_bytes:
@@ -65,7 +65,7 @@ class PrefixCache:
         while self.size_bytes > self._most_bytes or len(self._entries) > MOST_ENTRIES:
             self._drop(next(iter(self._entries)))
 
-    def forget(self, weights: FrozenWeights) -> None:
+    def forget(self, weights: SampledWeights) -> None:
         """Drop all memories of weights that are gone."""
         for number in list(self._of.get(id(weights), ())):
             self._drop(number)

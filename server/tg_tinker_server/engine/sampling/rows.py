@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from tg_tinker_server.engine.sampling.seam import FrozenWeights
+from tg_tinker_server.engine.sampling.seam import SampledWeights
 
 
 class Memory(Protocol):
@@ -43,7 +43,7 @@ class Reading:
         logits: of how many of its last positions they are wanted; at least 1.
     """
 
-    weights: FrozenWeights
+    weights: SampledWeights
     memory: Memory | None
     tokens: Sequence[int]
     logits: int
@@ -52,7 +52,7 @@ class Reading:
 class RunningRows(Protocol):
     """Sequences that go through the model together."""
 
-    def arrange(self, rows: Sequence[int | tuple[FrozenWeights, Memory]]) -> None:
+    def arrange(self, rows: Sequence[int | tuple[SampledWeights, Memory]]) -> None:
         """Become these rows in this order: an index means a row of now, a pair one that joins. Rows of equal weights
         lie next to each other.
         """
@@ -70,7 +70,7 @@ class RunningRows(Protocol):
 class ModelRows(Protocol):
     """The models of one backend."""
 
-    def key(self, weights: FrozenWeights) -> Hashable | None:
+    def key(self, weights: SampledWeights) -> Hashable | None:
         """Weights of equal keys can be in one batch; ``None``: each sequence goes alone, and no memory is reused."""
         ...
 
@@ -80,6 +80,6 @@ class ModelRows(Protocol):
         """
         ...
 
-    def rows(self, weights: FrozenWeights) -> RunningRows:
+    def rows(self, weights: SampledWeights) -> RunningRows:
         """An empty batch for weights of this key."""
         ...

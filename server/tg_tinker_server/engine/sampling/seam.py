@@ -1,21 +1,23 @@
-"""The seam between the service and what samples tokens: frozen weights, and a sampler that many requests share.
+"""The seam between the service and what samples: weights, and a sampler that many requests share.
 
 Every call comes from the compute thread. A request leaves all others as they were, whatever happens to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tg_tinker.types import TrainingConfig
 from tg_tinker.types.tokens import SampleEvent, SampleQuery
 from tg_tinker_server.engine.backend import EngineState
 
 
-class FrozenWeights(Protocol):
-    """Weights that nothing trains any more: a base model, or a run's state on one."""
+class SampledWeights(Protocol):
+    """A handle on weights: those of a base model or of a run's saved state, which nothing trains any more, or those
+    of a run as they are now. Compared by identity.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -33,8 +35,22 @@ class FrozenWeights(Protocol):
         ...
 
     @property
+    def start_token_id(self) -> int | None:
+        """What an empty text begins with; ``None``: this model has no such token."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Counts changes of the weights: what was read with older ones is not remembered."""
+        ...
+
+    @property
     def closed(self) -> bool:
-        """Whether ``close`` was called."""
+        """Whether ``close`` was called, or the run was closed."""
+        ...
+
+    def when_closed(self, tell: Callable[[Any], None]) -> None:
+        """Call this with the handle when it is closed, on the compute thread; never twice for equal ones."""
         ...
 
     @property
@@ -51,7 +67,7 @@ class FrozenWeights(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the memory back. No request may use them any more; closing twice is no error."""
+        """Give the memory back. Requests that still use them fail; closing twice is no error."""
         ...
 
 
@@ -83,7 +99,7 @@ class TokenSampler(Protocol):
         """Whether nothing is left to do."""
         ...
 
-    def submit(self, weights: FrozenWeights, query: SampleQuery, *, group: Hashable) -> Ticket:
+    def submit(self, weights: SampledWeights, query: SampleQuery, *, group: Hashable) -> Ticket:
         """Take a request. No model work yet.
 
         Args:
@@ -96,8 +112,10 @@ class TokenSampler(Protocol):
         """
         ...
 
-    def step(self) -> list[Progress]:
+    def step(self, resting: Collection[SampledWeights] = ()) -> list[Progress]:
         """One slice: a piece of the waiting prompts, or one token of each running sequence of one group.
+
+        Weights that are ``resting`` go through no model in this slice; their requests keep what they have.
 
         A request that fails is reported, and fails alone. Log-probabilities and choices do not depend on who else is
         there, up to float rounding.
@@ -113,7 +131,7 @@ class TokenSampler(Protocol):
 class SamplingBackend(Protocol):
     """A backend that can also sample from frozen weights."""
 
-    def open_weights(self, config: TrainingConfig, state: EngineState | None) -> FrozenWeights:
+    def open_weights(self, config: TrainingConfig, state: EngineState | None) -> SampledWeights:
         """Make frozen weights, in the precision that training has under this configuration.
 
         Args:

@@ -11,15 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.types.tokens import SampledTokens, SampleEvent, SampleQuery, StopReason, TopkLogprobs
+from tg_tinker.types.tokens import SampleEvent, SampleQuery
 from tg_tinker_server.engine.sampling.choosing import Chooser
+from tg_tinker_server.engine.sampling.penalties import penalties_of
 from tg_tinker_server.engine.sampling.prompt_scores import PromptScores
 from tg_tinker_server.engine.sampling.rows import Memory
-from tg_tinker_server.engine.sampling.seam import FrozenWeights, Ticket
-from tg_tinker_server.engine.text import TextStream
+from tg_tinker_server.engine.sampling.seam import SampledWeights, Ticket
+from tg_tinker_server.engine.sampling.telling import Teller, TextTeller, TokenTeller
+from tg_tinker_server.engine.sampling.text_query import TextQuery
 
 
-def check_query(weights: FrozenWeights, query: SampleQuery) -> None:
+def check_query(weights: SampledWeights, query: SampleQuery) -> None:
     """Refuse what does not fit the model.
 
     Raises:
@@ -61,10 +63,13 @@ class Request(Ticket):
         ready: sequences that wait for a place in a batch: parked ones first, then those not begun.
         unfinished: sequences without an end.
         hits: tokens of the prompt that were known when its reading began; ``None``: it has not.
+        remembered: whether what was read may serve others; not where the weights changed meanwhile.
         over: nothing may come of it any more.
+        awake: whether its weights may go through the model now.
     """
 
     __slots__ = (
+        "awake",
         "events",
         "group",
         "hits",
@@ -74,12 +79,13 @@ class Request(Ticket):
         "prompt",
         "query",
         "ready",
+        "remembered",
         "scores",
         "unfinished",
         "weights",
     )
 
-    def __init__(self, weights: FrozenWeights, query: SampleQuery, group: Hashable) -> None:
+    def __init__(self, weights: SampledWeights, query: SampleQuery, group: Hashable) -> None:
         check_query(weights, query)
         seed = secrets.randbits(63) if query.params.seed is None else query.params.seed
         self.weights, self.query, self.group = weights, query, group
@@ -92,6 +98,14 @@ class Request(Ticket):
         self.unfinished = query.num_samples
         self.events: list[SampleEvent] = []
         self.over = False
+        self.awake = self.remembered = True
+
+    def weights_changed(self) -> None:
+        """Forget what was found, and keep what was read, for this request alone."""
+        if self.hits is None:
+            self.memory = None
+        else:
+            self.remembered = False
 
     @property
     def reusable(self) -> int:
@@ -108,23 +122,23 @@ class Sampling:
         since: tokens since it joined a batch.
     """
 
-    __slots__ = ("chooser", "index", "left", "memory", "pending", "request", "since", "stops", "text", "tokens")
+    __slots__ = ("chooser", "left", "memory", "pending", "request", "since", "teller", "tokens")
 
     def __init__(self, request: Request, index: int, seed: int) -> None:
-        query, weights = request.query, request.weights
+        query, weights, stream = request.query, request.weights, index
         params = query.params
         # The last token is never read, so it may lie behind the model's last position.
         room = weights.max_positions - len(query.prompt) + 1
-        self.request, self.index = request, index
+        self.request = request
         self.left = room if params.max_tokens is None else min(room, params.max_tokens)
-        self.chooser = Chooser(params, (seed, index), topk=query.topk_sample_logprobs)
-        stops = params.stop_tokens
-        self.stops = frozenset(weights.eos_token_ids if stops is None else stops)
-        self.text = (
-            TextStream(weights.decode, stop_sequences=params.stop_texts, context=query.prompt)
-            if params.stop_texts
-            else None
-        )
+        self.teller: Teller
+        penalties = None
+        if isinstance(query, TextQuery):
+            self.teller, stream = TextTeller(weights, query, index), query.first + index
+            penalties = penalties_of(query.options, prompt=query.prompt, vocab_size=weights.vocab_size)
+        else:
+            self.teller = TokenTeller(weights, query, index)
+        self.chooser = Chooser(params, (seed, stream), topk=query.topk_sample_logprobs, penalties=penalties)
         self.tokens: list[int] = []
         self.memory: Memory | None = None
         self.pending = 0
@@ -141,18 +155,6 @@ class Sampling:
         self.tokens.append(choice.token)
         self.left -= 1
         self.since += 1
-        if self.text is not None:
-            self.text.push(choice.token)
-        stopped = choice.token in self.stops or (self.text is not None and self.text.stopped)
-        reason: StopReason | None = "stop" if stopped else "length" if self.left == 0 else None
-        topk = choice.topk
-        self.request.events.append(
-            SampledTokens(
-                index=self.index,
-                tokens=(choice.token,),
-                logprobs=(choice.logprob,),
-                topk_logprobs=None if topk is None else TopkLogprobs(token_ids=topk[0][None], logprobs=topk[1][None]),
-                stop_reason=reason,
-            )
-        )
-        return reason is not None
+        event = self.teller.tell(choice, last=self.left == 0)
+        self.request.events.append(event)
+        return event.stop_reason is not None

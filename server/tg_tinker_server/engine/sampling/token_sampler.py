@@ -12,25 +12,21 @@ alternate while there is work of both kinds. Fairness:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 
+from tg_tinker.errors import ServerError
 from tg_tinker.types.tokens import SampleQuery
 from tg_tinker_server.engine.sampling.batches import Batch, joined, requests_of
-from tg_tinker_server.engine.sampling.prefix_cache import PrefixCache, Tokens, common_prefix
-from tg_tinker_server.engine.sampling.rows import Memory, ModelRows, Reading
-from tg_tinker_server.engine.sampling.seam import FrozenWeights, Progress, Ticket
+from tg_tinker_server.engine.sampling.prefix_cache import PrefixCache, Tokens
+from tg_tinker_server.engine.sampling.prompts import WaitingPrompts, key_of
+from tg_tinker_server.engine.sampling.rows import Memory, ModelRows
+from tg_tinker_server.engine.sampling.seam import Progress, SampledWeights, Ticket
 from tg_tinker_server.engine.sampling.sequences import Request, Sampling
 
 PREFILL_TOKENS = 512
 """Most tokens of prompts, padding included, in one slice: how long training waits for a turn."""
-SCORED_NUMBERS = 2**24
-"""Most logits of prompts' positions in one slice."""
 TURN_TOKENS = 32
 """A sequence makes room after that many tokens, if others wait."""
-WORTH_WAITING = 16
-"""A prompt waits for another that is being read if they share that many tokens more than are known."""
-LOOK_AHEAD = 256
-"""Waiting prompts that are looked at for company."""
 
 
 class BatchedSampler:
@@ -46,52 +42,93 @@ class BatchedSampler:
     def __init__(
         self, model: ModelRows, *, most_rows: int, prefix_bytes: int, prefill_tokens: int = PREFILL_TOKENS
     ) -> None:
-        self._model, self._most_rows, self._prefill_tokens = model, most_rows, prefill_tokens
+        self._model, self._most_rows = model, most_rows
         self._cache = PrefixCache(prefix_bytes)
-        self._unread: deque[Request] = deque()
+        self._unread = WaitingPrompts(model, self._cache, most_rows=most_rows, prefill_tokens=prefill_tokens)
         self._ready: deque[Request] = deque()
         self._batches: dict[Hashable, Batch] = {}
         self._read_last = False
-        self._handles: list[FrozenWeights] = []
+        self._versions: dict[SampledWeights, int] = {}
+        self._asleep: set[SampledWeights] = set()
 
     @property
     def idle(self) -> bool:
         """See ``seam.TokenSampler``."""
-        return not (self._unread or self._ready or self._batches)
+        return not (self._unread.requests or self._ready or self._batches)
 
-    def submit(self, weights: FrozenWeights, query: SampleQuery, *, group: Hashable) -> Ticket:
+    def submit(self, weights: SampledWeights, query: SampleQuery, *, group: Hashable) -> Ticket:
         """See ``seam.TokenSampler``."""
         request = Request(weights, query, group)
-        for handle in [h for h in self._handles if h.closed]:
-            self._cache.forget(handle)
-            self._handles.remove(handle)
-        if not any(handle is weights for handle in self._handles):
-            self._handles.append(weights)
-        self._unread.append(request)
+        self._versions.setdefault(weights, weights.version)
+        weights.when_closed(self._let_go)
+        self._unread.requests.append(request)
         return request
 
-    def step(self) -> list[Progress]:
+    def step(self, resting: Collection[SampledWeights] = ()) -> list[Progress]:
         """See ``seam.TokenSampler``."""
-        touched: list[Progress] = []
-        if self._unread and not (self._read_last and (self._ready or self._batches)):
+        touched = self._look_at_weights()
+        self._let_rest(resting)
+        unread = any(r.awake for r in self._unread.requests)
+        ready = any(r.awake for r in self._ready)
+        if unread and not (self._read_last and (ready or self._batches)):
             self._read_last = True
             touched += self._read()
         else:
             self._read_last = False
             touched += self._fill_batches()
             touched += self._advance()
-        return touched
+        return joined(touched)
 
     def cancel(self, ticket: Ticket) -> None:
         """See ``seam.TokenSampler``."""
         if isinstance(ticket, Request) and not ticket.over:
             self._drop([ticket])
 
+    # Weights.
+
+    def _look_at_weights(self) -> list[Progress]:
+        """Forget what was read with weights that changed since; fail requests for those that are gone."""
+        progress: list[Progress] = []
+        for handle, version in list(self._versions.items()):
+            if not handle.closed and handle.version == version:
+                continue
+            self._cache.forget(handle)
+            mine = [r for r in self._requests() if r.weights is handle]
+            if handle.closed:
+                del self._versions[handle]
+                progress += self._fail(mine, ServerError("the session is closed; open the run again"))
+            else:
+                self._versions[handle] = handle.version
+                for request in mine:
+                    request.weights_changed()
+        return progress
+
+    def _let_go(self, handle: SampledWeights) -> None:
+        """Keep nothing of weights that were closed; who still uses them hears of it in the next slice."""
+        self._cache.forget(handle)
+        if not any(r.weights is handle for r in self._requests()):
+            self._versions.pop(handle, None)
+
+    def _let_rest(self, resting: Collection[SampledWeights]) -> None:
+        """Take sequences whose weights rest out of their batches, to the front of those that wait."""
+        if not resting and not self._asleep:
+            return
+        self._asleep = set(resting)
+        for request in self._requests():
+            request.awake = request.weights not in self._asleep
+        if self._asleep:
+            self._set_aside([s for b in self._batches.values() for s in b.sequences if not s.request.awake])
+
+    def _requests(self) -> list[Request]:
+        """All of them, each once."""
+        running = requests_of(s for b in self._batches.values() for s in b.sequences)
+        return list({id(r): r for r in (*self._unread.requests, *self._ready, *running)}.values())
+
     # Prompts.
 
     def _read(self) -> list[Progress]:
-        requests = self._next_to_read()
-        readings = [self._reading(r, self._needs(r, requests)) for r in requests]
+        requests = self._unread.next()
+        readings = [self._unread.reading(r, requests) for r in requests]
         try:
             results = self._model.read(readings)
         except Exception as e:  # noqa: BLE001 - told to whoever asked
@@ -105,78 +142,23 @@ class BatchedSampler:
             except Exception as e:  # noqa: BLE001 - told to whoever asked
                 progress += self._fail([request], e)
                 continue
-            self._unread.remove(request)
+            self._unread.requests.remove(request)
             if memory.length < request.prompt.size:
-                self._unread.append(request)
+                self._unread.requests.append(request)
                 continue
             request.logits = logits_NV[-1]
-            self._remember(request.weights, request.prompt, memory)
+            if request.remembered:
+                self._remember(request.weights, request.prompt, memory)
             self._ready.append(request)
         return progress
-
-    def _next_to_read(self) -> list[Request]:
-        """The head, and those behind it that fit into its slice."""
-        head = self._unread[0]
-        self._recall(head)
-        key = self._key(head)
-        known = _known(head)
-        if key is None or head.scores.wanted or head.prompt.size - known > self._prefill_tokens:
-            return [head]
-        group, widest = [head], head.prompt.size - known
-        for other in list(self._unread)[1:LOOK_AHEAD]:
-            if len(group) >= self._most_rows:
-                break
-            if other.scores.wanted or self._key(other) != key:
-                continue
-            self._recall(other)
-            need = other.prompt.size - _known(other)
-            width = max(widest, need)
-            if (len(group) + 1) * width > self._prefill_tokens or width > 2 * need + WORTH_WAITING:
-                continue
-            if width > 2 * widest + WORTH_WAITING:
-                continue
-            if any(
-                member.weights is other.weights
-                and common_prefix(member.prompt, other.prompt) >= _known(other) + WORTH_WAITING
-                for member in group
-            ):
-                continue  # in a moment it need not be read
-            group.append(other)
-            widest = width
-        return group
-
-    def _recall(self, request: Request) -> None:
-        """Look up what is known of a prompt, as long as none of it was read."""
-        if request.hits is None and self._model.key(request.weights) is not None:
-            request.memory = self._cache.find(request.weights, request.prompt[: max(0, request.reusable)])
-
-    def _needs(self, request: Request, group: list[Request]) -> int:
-        """How many tokens of a prompt to read now. Rows with memory read equally many: some of them again."""
-        need = request.prompt.size - _known(request)
-        if len(group) > 1:
-            return min(int(request.prompt.size), max(r.prompt.size - _known(r) for r in group))
-        most = self._prefill_tokens
-        if request.scores.wanted:
-            most = max(1, min(most, SCORED_NUMBERS // request.weights.vocab_size))
-        return min(need, most)
-
-    def _reading(self, request: Request, count: int) -> Reading:
-        known = _known(request)
-        start = min(known, int(request.prompt.size) - count)
-        end = start + count
-        memory = request.memory if start == known else request.memory.cut(start) if request.memory else None
-        return Reading(
-            weights=request.weights,
-            memory=memory if start else None,
-            tokens=request.prompt[start:end].tolist(),
-            logits=max(1, end - max(start, request.scores.first - 1)) if request.scores.wanted else 1,
-        )
 
     # Sequences.
 
     def _fill_batches(self) -> list[Progress]:
         """Give places to those that wait, in turn; take them from those that had theirs for long."""
         running = sum(len(batch.sequences) for batch in self._batches.values())
+        asleep = [r for r in self._ready if not r.awake]
+        self._ready = deque(r for r in self._ready if r.awake)
         waiting = sum(len(r.ready) for r in self._ready)
         running -= self._park(min(waiting, running + waiting - self._most_rows))
         joining: dict[Hashable, list[Sampling]] = {}
@@ -202,6 +184,7 @@ class BatchedSampler:
                 sequence.memory = request.memory
             joining.setdefault(self._place(sequence), []).append(sequence)
             running += 1
+        self._ready.extendleft(reversed(asleep))
         for place, sequences in joining.items():
             if not sequences:
                 continue
@@ -216,15 +199,18 @@ class BatchedSampler:
         return joined(progress)
 
     def _park(self, count: int) -> int:
-        """Take up to so many sequences that had their turn out of their batches, to the front of those that wait."""
+        """Take up to so many sequences that had their turn out of their batches."""
         if count <= 0:
             return 0
         old = [s for b in self._batches.values() for s in b.sequences if s.since >= TURN_TOKENS]
-        old = sorted(old, key=lambda s: -s.since)[:count]
+        return self._set_aside(sorted(old, key=lambda s: -s.since)[:count])
+
+    def _set_aside(self, old: list[Sampling]) -> int:
+        """Take sequences out of their batches, to the front of those of their requests that wait."""
         for sequence in old:
             batch = self._batches[self._place(sequence)]
             sequence.memory = batch.rows.take(batch.sequences.index(sequence))
-        for place, batch in list(self._batches.items()):
+        for place, batch in list(self._batches.items() if old else ()):
             self._keep(place, [s for s in batch.sequences if s not in old])
         for sequence in old:
             request = sequence.request
@@ -256,7 +242,7 @@ class BatchedSampler:
                 progress += self._fail([request], e, but=place)
                 continue
             if over:
-                if request.query.num_samples == 1:  # a conversation may go on from here
+                if request.remembered and request.query.num_samples == 1:  # a conversation may go on from here
                     tokens = [*request.query.prompt, *sequence.tokens[:-1]]
                     self._remember(request.weights, tokens, batch.rows.take(row))
                 ended.append(sequence)
@@ -268,13 +254,9 @@ class BatchedSampler:
 
     def _place(self, sequence: Sampling) -> Hashable:
         """Which batch a sequence belongs to."""
-        return self._key(sequence.request) or sequence
+        return key_of(self._model, sequence.request) or sequence
 
-    def _key(self, request: Request) -> Hashable | None:
-        key = self._model.key(request.weights)
-        return None if key is None else (key, request.group)
-
-    def _remember(self, weights: FrozenWeights, tokens: Tokens, memory: Memory) -> None:
+    def _remember(self, weights: SampledWeights, tokens: Tokens, memory: Memory) -> None:
         if self._model.key(weights) is not None:
             self._cache.put(weights, tokens, memory)
 
@@ -310,12 +292,8 @@ class BatchedSampler:
             request.over = True
             request.memory = request.logits = None
             request.ready.clear()
-        self._unread = deque(r for r in self._unread if not r.over)
+        self._unread.requests = deque(r for r in self._unread.requests if not r.over)
         self._ready = deque(r for r in self._ready if not r.over)
         for place, batch in list(self._batches.items()):
             if place != but and any(s.request.over for s in batch.sequences):
                 self._keep(place, [s for s in batch.sequences if not s.request.over])
-
-
-def _known(request: Request) -> int:
-    return request.memory.length if request.memory is not None else 0

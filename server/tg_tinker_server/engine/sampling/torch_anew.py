@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from tg_tinker_server.engine.sampling.rows import Memory, Reading
-from tg_tinker_server.engine.sampling.seam import FrozenWeights
+from tg_tinker_server.engine.sampling.seam import SampledWeights
 from tg_tinker_server.engine.sampling.torch_weights import TorchWeights, computing
 
 
@@ -45,7 +45,7 @@ class Anew:
     def __init__(self) -> None:
         self._rows: list[tuple[TorchWeights, tuple[int, ...]]] = []
 
-    def arrange(self, rows: Sequence[int | tuple[FrozenWeights, Memory]]) -> None:
+    def arrange(self, rows: Sequence[int | tuple[SampledWeights, Memory]]) -> None:
         """See ``rows.RunningRows``."""
         self._rows = [
             self._rows[r] if isinstance(r, int) else (cast(TorchWeights, r[0]), cast(_Tokens, r[1]).tokens)

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tg_tinker_server.engine.lora import AdaptedBase
 from tg_tinker_server.engine.sampling.rows import Memory, Reading, RunningRows
-from tg_tinker_server.engine.sampling.seam import FrozenWeights
+from tg_tinker_server.engine.sampling.seam import SampledWeights
 from tg_tinker_server.engine.sampling.torch_anew import Anew, read_anew
 from tg_tinker_server.engine.sampling.torch_weights import TorchWeights, computing
 
@@ -82,7 +82,7 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 class TorchRows:
     """See ``rows.ModelRows``."""
 
-    def key(self, weights: FrozenWeights) -> Hashable | None:
+    def key(self, weights: SampledWeights) -> Hashable | None:
         """See ``rows.ModelRows``."""
         mine = cast(TorchWeights, weights)
         return (id(mine.base), mine.shape) if _can_join(mine.base) else None
@@ -94,7 +94,7 @@ class TorchRows:
             return [read_anew(r) for r in readings]
         return _read(readings, weights)
 
-    def rows(self, weights: FrozenWeights) -> RunningRows:
+    def rows(self, weights: SampledWeights) -> RunningRows:
         """See ``rows.ModelRows``."""
         mine = cast(TorchWeights, weights)
         return _Running(mine.base) if _can_join(mine.base) else Anew()
@@ -145,7 +145,7 @@ class _Running:
         self._lengths: list[int] = []
         self._cache = DynamicCache()
 
-    def arrange(self, rows: Sequence[int | tuple[FrozenWeights, Memory]]) -> None:
+    def arrange(self, rows: Sequence[int | tuple[SampledWeights, Memory]]) -> None:
         """See ``rows.RunningRows``. One copy of everything that stays."""
         stay = [(at, row) for at, row in enumerate(rows) if isinstance(row, int)]
         join = [(at, cast(_Kept, row[1])) for at, row in enumerate(rows) if not isinstance(row, int)]

@@ -1,4 +1,4 @@
-"""Frozen weights of a transformers model: an adapter on a shared base, the base itself, or a copy of its own."""
+"""Weights of a transformers model to sample from: an adapter on a shared base, the base, or a copy of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tg_tinker_server.engine.state import checked_weights
 
 
 class TorchWeights:
-    """See ``seam.FrozenWeights``.
+    """See ``seam.SampledWeights``.
 
     Args:
         base: the model, with the adapter on it.
@@ -30,27 +30,42 @@ class TorchWeights:
         loaded = base.loaded
         self.vocab_size, self.max_positions = loaded.vocab_size, loaded.max_positions
         self.eos_token_ids = tuple(loaded.tokenizer.eos_token_ids)
+        self.start_token_id = loaded.tokenizer.start_token_id
+        self.version = 0
         self.size_bytes = size_bytes
         self.closed = False
+        self._told: list[Callable[[TorchWeights], None]] = []
         own = own_parameters(base.module, adapter) if adapter is not None else {}
         fused = len(fused_parameters(base.module, adapter)) == sum(p.requires_grad for p in own.values())
         shapes = tuple((name, tuple(p.shape)) for name, p in own.items())
         self.shape: Hashable = None if adapter is None else shapes if fused else adapter
         """Weights of equal shapes on one base can go through it together."""
 
+    def when_closed(self, tell: Callable[[TorchWeights], None]) -> None:
+        """See ``seam.SampledWeights``."""
+        if tell not in self._told:
+            self._told.append(tell)
+
+    def changed(self) -> None:
+        """Note that whoever trains these weights has changed them."""
+        self.version += 1
+
     def encode(self, text: str) -> list[int]:
-        """See ``seam.FrozenWeights``."""
+        """See ``seam.SampledWeights``."""
         return self.base.loaded.tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See ``seam.FrozenWeights``."""
+        """See ``seam.SampledWeights``."""
         return self.base.loaded.tokenizer.decode(ids)
 
     def close(self) -> None:
-        """See ``seam.FrozenWeights``."""
+        """See ``seam.SampledWeights``."""
         if not self.closed:
             self.closed = True
             self._on_close()
+            for tell in self._told:
+                tell(self)
+            self._told.clear()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One sequence's choices, against their definitions and against the sampler of text."""
+"""One sequence's choices, against their definitions and against whole sorts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.server.engine.sampling import reference
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.types.tokens import MISSING_LOGPROB, SamplingParams
-from tg_tinker_server.engine.sampler import TokenCounts, choose
 from tg_tinker_server.engine.sampling.choosing import Chooser, draw, log_softmax, top_k
 
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=30).map(lambda v: np.array(v, dtype=np.float32))
@@ -29,19 +29,17 @@ CUTS = st.sampled_from([0.1371, 0.5379, 0.9113, 1.0])
 
 
 @given(STEPS, st.integers(0, 2**64 - 1), st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.integers(1, 5), CUTS)
-def test_it_chooses_what_the_sampler_of_text_chooses(logits, seed, temperature, k, p):
-    """Two implementations: there a full sort in float64, here only of what can be chosen."""
+def test_it_chooses_what_whole_sorts_choose(logits, seed, temperature, k, p):
+    """Two implementations: there whole sorts in float64, here only of what can be chosen."""
     params = SamplingParams(temperature=temperature, top_k=k, top_p=p)
     other = GenerationOptions(temperature=temperature, top_k=k, top_p=p)
-    rng = np.random.default_rng([seed, 0])
-    expected = choose(logits[None], TokenCounts([[0]], logits.size, other), [0], other, [rng])[0]
+    expected = reference.choose(logits, other, np.random.default_rng([seed, 0]).random())
     choice = Chooser(params, (seed, 0), topk=2).choose(logits)
     assert choice.token == expected
     assert choice.logprob == pytest.approx(log_softmax(logits, temperature or 1.0)[expected])
     plain = SamplingParams(temperature=temperature, top_p=p)
     other = GenerationOptions(temperature=temperature, top_p=p)
-    rng = np.random.default_rng([seed, 0])
-    expected = choose(logits[None], TokenCounts([[0]], logits.size, other), [0], other, [rng])[0]
+    expected = reference.choose(logits, other, np.random.default_rng([seed, 0]).random())
     assert Chooser(plain, (seed, 0), topk=0).choose(logits).token == expected
 
 

@@ -331,13 +331,16 @@ def test_figures_of_a_prompt_are_those_of_its_logits(sampling):
 
 def test_draws_for_the_prompt_follow_the_tempered_prediction():
     class Weights:
-        vocab_size, max_positions, eos_token_ids, closed = 4, 100, (), False
+        vocab_size, max_positions, eos_token_ids, closed, version = 4, 100, (), False, 0
 
         def logits(self, tokens):
             return np.tile(np.array([1.0, 0.0, -1.0, 2.0]), (len(tokens), 1))
 
         def decode(self, ids):
             return ""
+
+        def when_closed(self, tell):
+            pass
 
     sampling = Sampling(None, BatchedSampler(BigramRows(), most_rows=4, prefix_bytes=100))
     found = sampling.one(
