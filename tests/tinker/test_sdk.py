@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -249,3 +250,36 @@ def test_mistakes_are_told_in_words(service: Any, credentials: dict[str, str], s
     with pytest.raises(tinker.RequestFailedError, match="no such"):
         foreign.create_training_client_from_state(saved).result()
     foreign.close("success").result(timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "count"), [({"max_tokens": 0}, 1), ({"top_p": 2.0}, 1), ({"temperature": -1.0}, 1), ({}, 0)]
+)
+def test_a_refused_sample_ends_in_an_error(service: Any, wrong: dict[str, Any], count: int) -> None:
+    sampler = service.create_sampling_client(base_model=MODEL).result()
+    prompt = types.ModelInput.from_ints([1, 2, 3])
+    params = types.SamplingParams(**{"max_tokens": 2, **wrong})
+    with pytest.raises(tinker.RequestFailedError):
+        sampler.sample(prompt, num_samples=count, sampling_params=params).result(timeout=15)
+
+
+def test_samples_under_way_at_a_restart_come_from_the_next_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    config = ServerConfig(port=0, tinker_port=port, backend="bigram", data_dir=tmp_path)
+    prompt = types.ModelInput.from_ints([1, 2, 3])
+    with EmbeddedServer(config) as first:
+        key = first.mint_key()
+        service = tinker.ServiceClient(base_url=first.tinker_url, api_key="tml-" + key)
+        sampler = service.create_sampling_client(base_model=MODEL).result()
+        params = [types.SamplingParams(max_tokens=200, seed=n, stop=[]) for n in range(6)]
+        under_way = [sampler.sample(prompt, num_samples=16, sampling_params=p) for p in params]
+        sampler.sample(prompt, num_samples=1, sampling_params=types.SamplingParams(max_tokens=1)).result(timeout=30)
+    with EmbeddedServer(config):
+        for future in under_way:
+            assert [len(s.tokens) for s in future.result(timeout=60).sequences] == [200] * 16
+        service.close("success").result(timeout=20)

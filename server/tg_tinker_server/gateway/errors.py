@@ -33,6 +33,12 @@ class TooLargeError(InvalidRequestError):
     """A body over the limit."""
 
 
+def bare(error: TGTinkerError) -> TGTinkerError:
+    """An error that is kept: without the frames behind it, which would keep the request's body."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
+
+
 def status_of(error: TGTinkerError) -> int:
     """The HTTP status of an error."""
     if isinstance(error, TooLargeError):

@@ -17,7 +17,7 @@ from tg_tinker.errors import (
 from tg_tinker.types import ForwardBackwardOutput, LoadStateResult, OptimStepOutput
 from tg_tinker.types.results import SavedState
 from tg_tinker_server.gateway import names, samples
-from tg_tinker_server.gateway.errors import failure
+from tg_tinker_server.gateway.errors import bare, failure
 from tg_tinker_server.gateway.messages import RetrieveFuture, RetrieveFutures
 from tg_tinker_server.gateway.models import Models
 from tg_tinker_server.gateway.paths import tinker_path
@@ -52,7 +52,7 @@ class Futures:
     def refuse(self, caller: Caller, error: TGTinkerError) -> str:
         """Give a request that could be read and is refused an id, under which its user finds the reason."""
         request_id = names.new_refusal()
-        self._refused[(caller.tenant, request_id)] = error
+        self._refused[(caller.tenant, request_id)] = bare(error)
         while len(self._refused) > MOST_REFUSED:
             self._refused.popitem(last=False)
         return request_id
@@ -84,7 +84,7 @@ class Futures:
             if not making.done():
                 return try_again(request_id, "the model is being made")
         try:
-            await self.training.run(call.caller, model_id)
+            await self.models.run(call.caller, model_id)
         except TGTinkerError as e:
             if making is None:
                 raise
@@ -92,7 +92,10 @@ class Futures:
         return JSONResponse(answer)
 
     async def _operation(self, call: HttpCall, request_id: str, name: names.RequestName) -> Response:
-        run, operation = await self.training.find(call.caller, name.owner, name.seq)
+        try:
+            run, operation = await self.training.find(call.caller, name.owner, name.seq)
+        except RateLimitedError as e:
+            return try_again(request_id, e.message)
         if operation is None:
             raise names.not_found("request", request_id)
         try:
@@ -148,17 +151,28 @@ class Futures:
     async def retrieve_many(self, call: HttpCall) -> Response:
         """What ended of one client's samples since it last asked."""
         asked = await call.message(RetrieveFutures, large=True)
+        await self.require_sampler(call.caller, asked.target.sampling_session_id)
         self.samples.forget(call.caller, asked.retrieved_request_ids)
         wait_s = min(max(asked.timeout if asked.timeout is not None else self.hold_s, 0.0), self.hold_s)
         target = (asked.target.sampling_session_id, asked.target.cloned_sampler_id)
         ended, cursor = await self.samples.ended_after(call.caller, target, asked.prev_cursor, wait_s)
         completions = [
-            {"state": "failed", "request_id": k.request_id}
-            if samples.error_of(k)
-            else {"state": "finished", "request_id": k.request_id, "response_payload_uncompressed_size": k.size}
-            for k in ended
+            {"state": "failed", "request_id": e.request_id}
+            if e.failed
+            else {"state": "finished", "request_id": e.request_id, "response_payload_uncompressed_size": e.size}
+            for e in ended
         ]
         return JSONResponse({"completions": completions, "cursor": cursor})
+
+    async def require_sampler(self, caller: Caller, sampler_id: str) -> None:
+        """Refuse a sampler that is not there for this caller.
+
+        Raises:
+            ResourceNotFoundError: one answer for a missing one and for another's.
+        """
+        await self.samplers.get(caller, sampler_id)
+        if caller.policy is not None:  # its session must be this key's
+            await self.models.sessions.get(caller, names.session_of(sampler_id))
 
     async def cancel(self, call: HttpCall) -> Response:
         """Stop a sample that its client has given up. Training is not cancelled this way."""

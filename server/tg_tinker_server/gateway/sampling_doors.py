@@ -86,16 +86,14 @@ class SamplingDoors:
                 field="sampling_session_id",
                 constraint="given",
             )
-        await self.samplers.get(call.caller, asked.sampling_session_id)
+        sampler_id, seq, body = asked.sampling_session_id, asked.seq_id, canonical(value)
+        await self.futures.require_sampler(call.caller, sampler_id)
         try:
-            query = query_of(asked)
-            request_id = await self.samples.submit(
-                call.caller, asked.sampling_session_id, asked.seq_id, query, canonical(value)
-            )
+            request_id = await self.samples.submit(call.caller, sampler_id, seq, query_of(asked), body)
         except (RateLimitedError, ResourceNotFoundError, ServerError):
             raise
         except TGTinkerError as e:
-            request_id = self.futures.refuse(call.caller, e)
+            request_id = self.samples.refuse(call.caller, sampler_id, seq, e, body)
         count = max(0, min(asked.num_samples, 2**16))
         ids = [f"{request_id}:{i}" for i in range(count)]
         return JSONResponse({"request_id": request_id, "sample_sequence_ids": ids})

@@ -27,7 +27,8 @@ FLAGS: Mapping[str, Any] = {
     "fwdbwd_max_chunk_bytes_count": 5_000_000,
     "billing_exception_max_pause_duration_sec": 0,
     "sample_max_concurrent_requests": 64,
-    "sample_use_retrieve_futures": True,
+    # Off: a client that only waits for the list of what ended would wait for ever for what a restart has taken.
+    "sample_use_retrieve_futures": False,
     "sample_join_sampling_session": False,
 }
 DYNAMIC_FLAGS: Mapping[str, Any] = {

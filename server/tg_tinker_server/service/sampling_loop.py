@@ -179,4 +179,4 @@ def _presentable(error: Exception) -> TGTinkerError:
 
 
 def _stopping() -> ServerError:
-    return ServerError("the server is stopping; send the request to the next one")
+    return ServerError("the server is stopping; send the request to the next one", details={"retry": True})
