@@ -348,6 +348,7 @@ class RunRegistry:
             mechanism=private.event,
             planned_steps=config.max_steps,
             initial_weights=dp.initial_weights,
+            custom_loss=dp.custom_loss,
         )
         return private
 
@@ -390,6 +391,7 @@ class RunRegistry:
                 scope = DatasetScope(tenant=row.tenant, dataset_id=row.dataset_id)
                 private = await self.executors.io(self._private, config, scope, row.noise_multiplier)
             run = await self._assemble(row, config, session, private)
+            run.restored = True
             run.lineage = tuple(state.get("provenance", []))
             kept = await self.executors.io(
                 self.db.read,
