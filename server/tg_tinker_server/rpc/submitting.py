@@ -37,8 +37,6 @@ class Submitting:
                 raise InvalidRequestError(
                     f"{len(units)} privacy_unit_ids", field="privacy_unit_ids", constraint=f"at most {MAX_UNIT_IDS}"
                 )
-            if call.caller.policy is not None:
-                call.caller.policy.refuse_named_units(units)
             return call_from_proto(request)
 
         operation = await self.dispatch.submit(

@@ -87,11 +87,13 @@ def refuse_coupled(run: Run, request: LossPass) -> None:
     name, unit = request.loss.name, private.config.privacy_unit
     if request.coupling == "batch":
         raise DPUnsupportedError(
-            f"the inputs of {name} were computed from other datums of the batch, across privacy units",
+            f"the inputs of {name} look as if they were computed from the whole batch, across privacy units: weights "
+            "below zero, or others than at their forward pass (right after a restart: uneven ones)",
             feature="loss_fn",
             reason="removing one unit would change the gradients of the others, which no clipping bounds",
-            alternative="compute the inputs of a datum from its own privacy unit: create the run with "
-            "DPConfig(privacy_unit='group') and give the group of each datum, or use a loss of each datum alone",
+            alternative="send the data of one privacy unit per call, forward and backward; or create_custom_loss, "
+            "which the server runs for each datum alone; or, where each unit's loss is of that unit alone, attest "
+            "it: DPConfig(custom_loss='independent'), or custom_loss='independent' in the key's policy",
         )
     kind = LOSSES.get(name)
     if kind is not None and kind.coupling == "group" and (unit in _SMALLER_THAN_A_GROUP or request.units is None):
