@@ -84,7 +84,7 @@ class Gateway:
             self._models, s.dispatch, s.operations, s.training, journal, Callers(s.db, io), config.tinker_gap_s
         )
         self._samples = Samples(s.samplers)
-        futures = Futures(self._models, self._training, self._samples, s.samplers)
+        self._futures = futures = Futures(self._models, self._training, self._samples, s.samplers)
         files = WeightFiles(s.checkpoints.vault, s.audit, io, s.scratch, s.hub_ids)
         handlers = {
             **ServiceDoors(

@@ -34,7 +34,10 @@ class TooLargeError(InvalidRequestError):
 
 
 def bare(error: TGTinkerError) -> TGTinkerError:
-    """An error that is kept: without the frames behind it, which would keep the request's body."""
+    """An error that is told or kept, without the frames behind it: they would keep the request's body.
+
+    Every error passes here when it is told, also one that was kept and raised again on behalf of another request.
+    """
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
@@ -50,7 +53,7 @@ def status_of(error: TGTinkerError) -> int:
 
 def refusal(error: TGTinkerError) -> JSONResponse:
     """A refused request; the official client shows ``detail`` to its user word for word."""
-    status = status_of(error)
+    status = status_of(bare(error))
     headers = {}
     if isinstance(error, RateLimitedError):
         headers["Retry-After"] = str(max(1, round(min(error.retry_after, 60.0))))
@@ -61,5 +64,5 @@ def refusal(error: TGTinkerError) -> JSONResponse:
 
 def failure(error: TGTinkerError) -> dict[str, Any]:
     """A failed future: final, whatever the category."""
-    ours = isinstance(error, ServerError) and not isinstance(error, FutureCancelledError)
+    ours = isinstance(bare(error), ServerError) and not isinstance(error, FutureCancelledError)
     return {"error": error.message, "category": "server" if ours else "user"}
