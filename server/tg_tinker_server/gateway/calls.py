@@ -58,19 +58,13 @@ _OPERATIONS = {
     "save_weights_external": "save_state",
     "load_weights": "load_state",
 }
-_MESSAGES: dict[str, type[messages.Positioned] | type[messages.LoadWeights]] = {
-    "forward_backward": messages.JsonPass,
-    "forward": messages.JsonPass,
-    "optim_step": messages.OptimStep,
-    "save_weights": messages.SaveWeights,
-    "save_weights_for_sampler": messages.SaveWeights,
-    "save_weights_external": messages.SaveWeights,
-    "load_weights": messages.LoadWeights,
-}
 
 
 def request_of(name: str, data: bytes, *, protobuf: bool) -> TrainingRequest:
     """A body as a request that can be queued.
+
+    Only its place is read here: its client has given the number away, so a request that says nothing else that can be
+    done fails in its turn, under its own id.
 
     Raises:
         InvalidRequestError: it cannot be read, or does not say where it stands.
@@ -84,15 +78,13 @@ def request_of(name: str, data: bytes, *, protobuf: bool) -> TrainingRequest:
         body = _PROTO + message.SerializeToString(deterministic=True)
         return TrainingRequest(name=name, model_id=message.model_id[:128], seq=message.seq_id, body=body)
     value = parse_json(data)
-    read = messages.read(_MESSAGES[name], value)
-    if read.model_id is None or read.seq_id is None:
-        raise InvalidRequestError("model_id or seq_id is missing", field="seq_id", constraint="from 1")
+    read = messages.read(messages.Place, value)
     return TrainingRequest(
         name=name,
         model_id=read.model_id,
         seq=read.seq_id,
         body=_JSON + canonical(value),
-        sampler=_sampler(read) if name == "save_weights_for_sampler" else None,
+        sampler=read.sampling_session_seq_id if name == "save_weights_for_sampler" and read.path is None else None,
     )
 
 
@@ -189,11 +181,6 @@ def _pass(data: tuple[Datum, ...], loss_fn: str, config: Mapping[str, float | st
             f"{len(data)} datums in one request", field="data", constraint=f"at most {MOST_DATUMS}"
         )
     return LossPass(data=data, loss=Loss.of(loss_fn, config), train=train)
-
-
-def _sampler(message: messages.Message) -> int | None:
-    assert isinstance(message, messages.SaveWeights)
-    return message.sampling_session_seq_id if message.path is None else None
 
 
 def _save(name: str, message: messages.SaveWeights) -> Save:

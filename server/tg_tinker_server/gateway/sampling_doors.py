@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,13 @@ from tg_tinker_server.gateway.calls import canonical
 from tg_tinker_server.gateway.doors import Handler
 from tg_tinker_server.gateway.futures import Futures
 from tg_tinker_server.gateway.messages import read
-from tg_tinker_server.gateway.requests import HttpCall
+from tg_tinker_server.gateway.requests import HttpCall, aside, parse_json
 from tg_tinker_server.gateway.samples import Samples
 from tg_tinker_server.gateway.sessions import Sessions
 from tg_tinker_server.gateway.tensors import DatumReader, model_input_from_json
 from tg_tinker_server.service.samplers import SamplerService
 
+_LARGEST = 2**63
 _PARAMS = ("max_tokens", "seed", "temperature", "top_k", "top_p")
 
 
@@ -78,18 +78,19 @@ class SamplingDoors:
 
     async def sample(self, call: HttpCall) -> Response:
         """Begin to sample. Too many at once: 429, and the client sends it again."""
-        value = await call.json(large=True)
-        asked = read(messages.Sample, value)
+        data = await call.json_body(large=True)
+        asked, body = await aside(len(data), lambda: _read(data))
         if asked.sampling_session_id is None or asked.seq_id is None:
             raise InvalidRequestError(
                 "sampling_session_id or seq_id is missing; create a sampling session first",
                 field="sampling_session_id",
                 constraint="given",
             )
-        sampler_id, seq, body = asked.sampling_session_id, asked.seq_id, canonical(value)
+        sampler_id, seq = asked.sampling_session_id, asked.seq_id
         await self.futures.require_sampler(call.caller, sampler_id)
         try:
-            request_id = await self.samples.submit(call.caller, sampler_id, seq, query_of(asked), body)
+            query = await aside(len(data), lambda: query_of(asked))
+            request_id = await self.samples.submit(call.caller, sampler_id, seq, query, body)
         except (RateLimitedError, ResourceNotFoundError, ServerError):
             raise
         except TGTinkerError as e:
@@ -97,6 +98,11 @@ class SamplingDoors:
         count = max(0, min(asked.num_samples, 2**16))
         ids = [f"{request_id}:{i}" for i in range(count)]
         return JSONResponse({"request_id": request_id, "sample_sequence_ids": ids})
+
+
+def _read(data: bytes) -> tuple[messages.Sample, bytes]:
+    value = parse_json(data)
+    return read(messages.Sample, value), canonical(value)
 
 
 def query_of(asked: messages.Sample) -> SampleQuery:
@@ -124,7 +130,7 @@ def _params(value: Mapping[str, Any]) -> SamplingParams:
     for key, number in given.items():
         whole = key in ("max_tokens", "seed", "top_k")
         fits = isinstance(number, int) if whole else isinstance(number, int | float)
-        if isinstance(number, bool) or not fits or not math.isfinite(number):
+        if isinstance(number, bool) or not fits or not -_LARGEST < number < _LARGEST:
             raise InvalidRequestError(f"{key} is not a number", field=f"sampling_params.{key}", constraint="a number")
     return SamplingParams(**given, stop=value.get("stop"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.server.gateway.conftest import MODEL, Raw, cross_entropy, datum
 from tg_tinker.proto.v1 import gateway_pb2 as pb
@@ -226,3 +227,26 @@ def test_refusals_are_kept_without_the_bodies_that_were_refused(server: Embedded
     kept = [making.task.exception(), *gateway._futures._refused.values()]
     assert len(kept) >= 4
     assert not any(e.__traceback__ or e.__context__ or e.__cause__ for e in kept)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"path": "x" * 201},
+        {"path": 7},
+        {"path": "x", "ttl_seconds": -1},
+        {"path": "x", "user_metadata": []},
+        {"path": "x", "age_encryption_recipients": ["no"] * 65},
+    ],
+)
+def test_a_request_that_cannot_be_done_fails_in_its_turn_and_takes_its_number_along(
+    client: Raw, wrong: dict[str, Any]
+) -> None:
+    model = client.create()
+    trained = client.train(model, 1, [1, 2, 3])
+    saved = client.submit("save_weights", model, 2, **wrong)
+    assert saved == f"{model}:op:2"
+    stepped = client.step(model, 3)
+    assert client.retrieve(saved)["category"] == "user"
+    assert isinstance(client.retrieve(trained, proto=True), bytes)
+    assert client.retrieve(stepped)["metrics"]["unclipped_grad_norm"] > 0
