@@ -155,9 +155,9 @@ class RestDoors:
         if text is not None:
             try:
                 start = datetime.combine(datetime.fromisoformat(text).date(), time(), UTC)
-            except ValueError as e:
+                end = start + timedelta(days=1)
+            except (ValueError, OverflowError) as e:
                 raise InvalidRequestError("day is not a date", field="day", constraint="YYYY-MM-DD") from e
-            end = start + timedelta(days=1)
         kind = call.request.query_params.get("event_type", "all")
         entries = await self.registry.executors.io(
             lambda: self.audit.query(call.caller.tenant, start=start, end=end, limit=MOST_AUDITED)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,6 @@ def test_a_revoked_key_ends(server: EmbeddedServer) -> None:
     for _ in range(60):
         if raw.post("client/config", {}).status_code == 401:
             return
-        import time
-
         time.sleep(0.05)
     raise AssertionError("it still works")
 
@@ -108,7 +108,7 @@ def test_sampling_options_of_any_type_are_never_our_fault(client: Raw) -> None:
     body = {"session_id": client.session, "sampling_session_seq_id": 0, "base_model": MODEL}
     sampler = client.ok("create_sampling_session", body)["sampling_session_id"]
     prompt = {"chunks": [{"tokens": [1], "type": "encoded_text"}]}
-    strange: list[Any] = [None, -1, 2**80, "x", [], {}, [[]], [None], True, 1.5, "", [""], [2**40]]
+    strange: list[Any] = [None, -1, 2**80, 10**400, "x", [], {}, [[]], [None], True, 1.5, "", [""], [2**40]]
     seq = 0
     for place in ("max_tokens", "seed", "stop", "temperature", "top_k", "top_p"):
         for value in strange:
@@ -134,6 +134,39 @@ def test_sampling_options_of_any_type_are_never_our_fault(client: Raw) -> None:
             asked = {"sampling_session_id": sampler, "seq_id": seq, "prompt": prompt, place: value}
             asked["sampling_params"] = {"max_tokens": 1}
             assert client.post("asample", asked).status_code < 500, (place, value)
+
+
+@pytest.mark.parametrize("day", ["9999-12-31", "0000-00-00", "x"])
+def test_days_without_an_end_are_none(server: EmbeddedServer, day: str) -> None:
+    auditor = Raw(server.tinker_url, server.mint_key(roles=("auditor",)))
+    assert auditor.call("GET", f"audit?day={day}").status_code == 400
+
+
+def test_a_large_body_of_one_keeps_no_other_waiting(client: Raw, server: EmbeddedServer) -> None:
+    body = {"session_id": client.session, "sampling_session_seq_id": 0, "base_model": MODEL}
+    sampler = client.ok("create_sampling_session", body)["sampling_session_id"]
+    start = f'{{"sampling_session_id":"{sampler}","seq_id":0,"prompt":{{"chunks":['
+    bodies = [
+        (start + end).encode() for end in ("[]," * 1_300_000 + "[]]}}", "1," * 2_000_000 + "1]}}", "1," * 10**7)
+    ]
+    slowest, ended = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal slowest
+        with httpx.Client() as http:
+            while not ended.is_set():
+                began = time.perf_counter()
+                http.get(f"{server.tinker_url}/api/v1/healthz")
+                slowest = max(slowest, time.perf_counter() - began)
+
+    other = threading.Thread(target=watch)
+    other.start()
+    statuses = [client.post("asample", content=b).status_code for b in bodies]
+    small = client.post("create_session", content=b'{"tags":["' + b"x" * 2**19 + b'"]}').status_code
+    ended.set()
+    other.join()
+    assert (statuses, small) == ([400, 200, 413], 413)  # 200: a failed sample
+    assert slowest < 2.0
 
 
 def test_telemetry_is_accepted_and_nothing_of_it_kept(client: Raw, server: EmbeddedServer) -> None:
