@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from tg_tinker_server.gateway.paths import tinker_path
 from tg_tinker_server.gateway.requests import PROTOBUF, HttpCall
 from tg_tinker_server.gateway.results import finite, pass_to_json, pass_to_proto, sample_to_proto
 from tg_tinker_server.gateway.samples import Samples
-from tg_tinker_server.gateway.training import Training
+from tg_tinker_server.gateway.training import Training, sampler_seal
 from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.samplers import SamplerService
 
@@ -96,7 +97,8 @@ class Futures:
             run, operation = await self.training.find(call.caller, name.owner, name.seq)
         except RateLimitedError as e:
             return try_again(request_id, e.message)
-        if operation is None:
+        sealed = not name.sampler or hmac.compare_digest(name.seal, sampler_seal(run, name.seq, name.sampler))
+        if operation is None or not sealed:
             raise names.not_found("request", request_id)
         try:
             await self.training.operations.wait(operation, self.hold_s)

@@ -153,6 +153,9 @@ class ServiceDoors:
     async def finish(self, call: HttpCall) -> Response:
         """Its client is done. Models and checkpoints stay."""
         session_id = call.part("session")
+        row = await self.sessions.get(call.caller, session_id)
+        if row.key_id != call.caller.key_id:
+            call.caller.require("SAMPLE")  # it ends what others are doing
         await self.sessions.finish(call.caller, session_id)
         self.samples.forget_session(call.caller.tenant, session_id)
         return Response(status_code=204)

@@ -190,3 +190,8 @@ class Training:
         """Stop watching."""
         for task in [*self._watching, *self._resuming.values()]:
             task.cancel()
+
+
+def sampler_seal(run: Run, seq: int, sampler_id: str) -> str:
+    """What shows, in a request's id, that the request asked for this sampler: anybody who may read sends ids."""
+    return run.mac("sampler", f"{seq}:{sampler_id}".encode()).hex()[:24]

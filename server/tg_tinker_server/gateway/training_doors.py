@@ -26,7 +26,7 @@ from tg_tinker_server.gateway.futures import Futures
 from tg_tinker_server.gateway.messages import read
 from tg_tinker_server.gateway.requests import SMALL_BYTES, HttpCall, aside, parse_json
 from tg_tinker_server.gateway.sessions import Sessions
-from tg_tinker_server.gateway.training import Training
+from tg_tinker_server.gateway.training import Training, sampler_seal
 from tg_tinker_server.service.custom_losses import CustomLosses
 from tg_tinker_server.service.run_info import RunInfos
 
@@ -119,11 +119,17 @@ class TrainingDoors:
 
     async def _submit(self, call: HttpCall, name: str, data: bytes, *, protobuf: bool) -> Response:
         request = await aside(len(data), lambda: request_of(name, data, protobuf=protobuf))
+        if name == "save_weights_external":
+            call.caller.require("TRAIN")  # it takes a number of the model's
+        seal = ""
         try:
             await self.training.submit(call.caller, request)
+            if request.sampler is not None:
+                run = await self.training.run(call.caller, request.model_id)
+                seal = sampler_seal(run, request.seq, names.sampler_of(request.model_id, request.sampler))
         except TGTinkerError as e:
             return self._refused(call, e)
-        request_id = names.operation_request(request.model_id, request.seq, request.sampler)
+        request_id = names.operation_request(request.model_id, request.seq, request.sampler, seal)
         return _submitted(request_id, request.model_id)
 
     def _refused(self, call: HttpCall, error: TGTinkerError) -> Response:

@@ -17,6 +17,8 @@ from tests.server.gateway.conftest import MODEL, Raw, config, cross_entropy
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.gateway.doors import SCOPES, Doors
+from tg_tinker_server.service.policy import KeyPolicy
+from tg_tinker_server.store import tables as t
 
 PARTS = {"session": "0" * 32, "model": "x", "kind": "weights", "name": "n", "sampler": "s", "token": "t", "file": "f"}
 
@@ -56,6 +58,43 @@ def test_a_key_does_only_what_its_roles_allow(server: EmbeddedServer) -> None:
         for raw, scopes in ((auditor, ("READ", "AUDIT")), (sampler, ("READ", "SAMPLE"))):
             status = raw.call(method, path, {}).status_code
             assert (status == 403) == (scope not in (*scopes, "PUBLIC")), (name, status)
+
+
+def test_who_may_only_read_changes_nothing(server: EmbeddedServer, client: Raw) -> None:
+    auditor = Raw(server.tinker_url, server.mint_key(roles=("auditor",)))
+    exporter = Raw(server.tinker_url, server.mint_key(roles=("exporter",)))
+    model = client.create()
+    request = client.submit("save_weights_for_sampler", model, 1, sampling_session_seq_id=5)
+    plain = client.submit("save_weights", model, 2, path="a")
+    client.retrieve(plain)
+    for forged in (request.replace(":sampler:5:", ":sampler:6:"), f"{plain}:sampler:7:{'0' * 24}"):
+        assert auditor.post("retrieve_future", {"request_id": forged}).status_code == 404
+    assert client.retrieve(request)["sampling_session_id"] == f"{client.session}:sample:5"
+    for n in (6, 7):
+        assert client.call("GET", f"samplers/{client.session}:sample:{n}").status_code == 404
+    external = {"model_id": model, "seq_id": 3, "path": "out"}
+    assert exporter.post("save_weights_external", external).status_code == 403
+    finish = f"sessions/{client.session}/finish"
+    assert auditor.post(finish, {}).status_code == 403
+    assert client.post("session_heartbeat", {"session_id": client.session}).status_code == 200
+    own = auditor.open()
+    assert own.post(f"sessions/{own.session}/finish", {}).status_code == 204
+
+
+def test_a_key_with_a_policy_reads_the_audit_log_of_its_own_runs(server: EmbeddedServer, client: Raw) -> None:
+    policy = KeyPolicy(dataset_id="audited", target_epsilon=8.0, target_delta=1e-6, noise_multiplier=2.0)
+    bound = Raw(server.tinker_url, server.mint_key(roles=("trainer", "auditor"), policy=policy)).open()
+    models = [raw.create() for raw in (client, bound)]
+    for raw, model in zip((client, bound), models, strict=True):
+        raw.retrieve(raw.submit("save_weights", model, 1, path="a"))
+    mine = f"tinker/{models[1]}"
+    runs = server._foundation.db.read(lambda tx: {r.request_id: r.run_id for r in tx.execute(t.runs.select())})
+    for _ in range(100):
+        entries = bound.call("GET", "audit").json()["entries"]
+        if entries:
+            break
+        time.sleep(0.02)
+    assert {e["model_id"] for e in entries} == {runs[mine]}
 
 
 def test_a_revoked_key_ends(server: EmbeddedServer) -> None:
