@@ -286,6 +286,16 @@ def test_every_method_answers_for_what_is_outside_as_for_what_is_missing(desk: D
             desk.bound.send(sampling_pb2.CreateSamplerRequest(path=name))
 
 
+@pytest.mark.parametrize("dp", [None, DPConfig(dataset_id="oncology-2026")])
+def test_a_report_on_a_run_outside_names_neither_its_dataset_nor_its_privacy(desk: Desk, dp: DPConfig | None) -> None:
+    outside = desk.owner.create(CONFIG.model_copy(update={"dp_config": dp})).run_id
+    for asked in (outside, "run_" + "0" * 24):
+        with pytest.raises(ResourceNotFoundError) as refused:
+            desk.bound.send(privacy_pb2.GetPrivacyReportRequest(dataset_id=asked))
+        assert refused.value.details["resource_id"] == asked
+        assert "oncology" not in str(vars(refused.value))
+
+
 def by_path(*paths: str) -> Iterator[Message]:
     for path in paths:
         yield artifacts_pb2.GetArtifactRequest(artifact_id=path)
@@ -400,12 +410,17 @@ def test_fresh_names_for_the_same_people_are_not_counted_as_others(bigram_server
 
 def an_answer(sampled: int, **inputs: Any) -> Datum:
     """To the prompt 5, 6, 7."""
-    given = {"target_tokens": [6, 7, sampled], "logprobs": [0.0, 0.0, -2.0], "advantages": [0.0, 0.0, 1.0]}
+    given: dict[str, Any] = {
+        "target_tokens": [6, 7, sampled],
+        "logprobs": [0.0, 0.0, -2.0],
+        "advantages": [0.0, 0.0, 1.0],
+    }
     return Datum(ModelInput.from_ints([5, 6, 7]), {**given, **inputs})
 
 
 def a_text(*tokens: int, weight: float = 1.0) -> Datum:
-    return Datum(ModelInput.from_ints(tokens), {"target_tokens": tokens, "weights": [weight] * len(tokens)})
+    inputs: dict[str, Any] = {"target_tokens": list(tokens), "weights": [weight] * len(tokens)}
+    return Datum(ModelInput.from_ints(tokens), inputs)
 
 
 def test_a_policy_names_the_units_of_datums_natively_too(bigram_server: EmbeddedServer) -> None:
@@ -448,7 +463,8 @@ def test_what_was_seen_before_a_restart_is_not_forgotten_in_silence(tmp_path: Pa
     from tg_tinker_server.config import ServerConfig
 
     config = ServerConfig(port=0, backend="bigram", data_dir=tmp_path / "data")
-    uneven = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3], "weights": [0.25, 0.5]})
+    uneven_inputs: dict[str, Any] = {"target_tokens": [2, 3], "weights": [0.25, 0.5]}
+    uneven = Datum(ModelInput.from_ints([1, 2]), uneven_inputs)
     call = LossPass(data=(uneven, a_text(3, 4)), loss=Loss.of("cross_entropy"))
     with EmbeddedServer(config) as server:
         key = server.mint_key("acme", EVERY_ROLE, policy=POLICY)
