@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,9 +30,11 @@ class Patient(Raw):
             try:
                 response = super().call(method, path, json, **options)
             except httpx.TransportError:
-                continue
-            if response.status_code < 500 and response.status_code != 429:
-                return response
+                pass
+            else:
+                if response.status_code < 500 and response.status_code != 429:
+                    return response
+            time.sleep(0.05)
 
 
 class Killer:
