@@ -252,6 +252,33 @@ def test_mistakes_are_told_in_words(service: Any, credentials: dict[str, str], s
     foreign.close("success").result(timeout=20)
 
 
+def test_ids_at_the_positions_of_a_prompt_are_scored_as_they_were_listed(service: Any) -> None:
+    import torch
+
+    sampler = service.create_sampling_client(base_model=MODEL).result()
+    prompt, params = types.ModelInput.from_ints([1, 2, 3, 4]), types.SamplingParams(max_tokens=1)
+    ids = torch.full((3, 40), -1)  # wide enough that the client sends it sparse
+    ids[0, 1], ids[1, 0], ids[1, 30] = 2, 5, 6
+
+    def scored(targets: Any) -> Any:
+        return (
+            sampler.sample(prompt, num_samples=1, sampling_params=params, target_prompt_logprobs=targets)
+            .result()
+            .target_prompt_logprobs
+        )
+
+    dense = scored(types.TensorData.from_torch(ids))
+    sparse = scored(types.TensorData.from_torch_sparse(ids, pad_value=-1))
+    by_hand = sampler.compute_logprobs(prompt).result()
+    found = dense.to_torch()
+    assert found[0, 1] == pytest.approx(by_hand[1])
+    assert bool(((found == 0) == (ids == -1)).all())
+    assert sparse.sparse_crow_indices is not None
+    assert list(sparse.sparse_crow_indices) == [0, 1, 3, 3]
+    assert list(sparse.sparse_col_indices) == [1, 0, 30]
+    assert list(sparse.data) == [found[0, 1], found[1, 0], found[1, 30]]
+
+
 @pytest.mark.parametrize(
     ("wrong", "count"), [({"max_tokens": 0}, 1), ({"top_p": 2.0}, 1), ({"temperature": -1.0}, 1), ({}, 0)]
 )

@@ -148,7 +148,7 @@ class Futures:
             return _failed(error, request_id)
         if kept.delivered is None:
             kept.delivered = asyncio.get_running_loop().time()
-        return Response(sample_to_proto(kept.task.result()).SerializeToString(), media_type=PROTOBUF)
+        return Response(sample_to_proto(kept.task.result(), kept.layout).SerializeToString(), media_type=PROTOBUF)
 
     async def retrieve_many(self, call: HttpCall) -> Response:
         """What ended of one client's samples since it last asked."""

@@ -13,6 +13,7 @@ from tg_tinker.errors import InvalidRequestError, ServerError, TGTinkerError
 from tg_tinker.types.tokens import SampleQuery, SampleResponse
 from tg_tinker_server.gateway import names
 from tg_tinker_server.gateway.errors import bare
+from tg_tinker_server.gateway.tensors import Layout
 from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.samplers import SamplerService
 
@@ -33,6 +34,7 @@ class Kept:
         delivered: when it was first given out, on the monotonic clock.
         size: of the answer, bytes; about.
         unwanted: its client has given it up.
+        layout: of the ids it asks for at the prompt's positions, if sparse.
     """
 
     tenant: str
@@ -45,6 +47,7 @@ class Kept:
     delivered: float | None = None
     size: int = 0
     unwanted: bool = False
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,15 @@ class Samples:
     def __post_init__(self) -> None:
         self._last = self._first
 
-    async def submit(self, caller: Caller, sampler_id: str, seq: int, query: SampleQuery, body: bytes) -> str:
+    async def submit(
+        self,
+        caller: Caller,
+        sampler_id: str,
+        seq: int,
+        query: SampleQuery,
+        body: bytes,
+        layout: Layout | None = None,
+    ) -> str:
         """Begin to sample, unless this request has begun already; returns its id.
 
         Raises:
@@ -98,6 +109,7 @@ class Samples:
         self._tidy()
         task = asyncio.create_task(self.samplers.sample(caller, sampler_id, query), name=f"sample-{seq}")
         kept = self._keep(caller, sampler_id, seq, digest, task)
+        kept.layout = layout
         await asyncio.sleep(0)  # a full queue refuses at once, and so do we
         if task.done() and not task.cancelled() and (error := task.exception()) is not None:
             self._drop(kept)
