@@ -20,6 +20,7 @@ from tg_tinker_server.service.samplers import SamplerService
 CLONE = 1_000_000_000  # sequence numbers of the n-th copy of a client begin at n times this
 MOST_KEPT = 20_000
 KEPT_BYTES = 256 * 2**20
+SILENT_S = 900.0  # without a sign of life a client is gone; its heartbeat comes every ten seconds
 KEPT_S = 600.0  # after the first delivery: an answer can be lost on its way
 
 
@@ -80,6 +81,7 @@ class Samples:
     samplers: SamplerService
     _kept: dict[tuple[str, str], Kept] = field(default_factory=dict)
     _feeds: dict[tuple[str, str, int], _Feed] = field(default_factory=dict)
+    _seen: dict[tuple[str, str], float] = field(default_factory=dict)
     _bytes: int = 0
     _first: int = field(default_factory=_first_cursor)
     _last: int = 0
@@ -139,6 +141,8 @@ class Samples:
     def get(self, caller: Caller, request_id: str) -> Kept | None:
         """A sample that this caller may see, if this process knows it."""
         kept = self._kept.get((caller.tenant, request_id))
+        if kept is not None:
+            self.seen(caller.tenant, names.session_of(kept.target[1]))
         # A key with a policy is one party's: what another key of the tenant drew is not for it.
         return None if kept is None or (caller.policy is not None and kept.key_id != caller.key_id) else kept
 
@@ -167,6 +171,7 @@ class Samples:
                 constraint="0, or as this server last said",
             )
         key = (caller.tenant, *target)
+        self.seen(caller.tenant, names.session_of(target[0]))
         feed = self._feeds.setdefault(key, _Feed())
         for number in [n for n in feed.ended if n <= cursor]:  # what was seen is not told again
             del feed.ended[number]
@@ -188,8 +193,19 @@ class Samples:
             if kept is not None and kept.task.done():
                 self._drop(kept)
 
+    def seen(self, tenant: str, session_id: str) -> None:
+        """A session's client is there."""
+        self._seen[(tenant, session_id)] = time.monotonic()
+
+    def forget_silent(self) -> None:
+        """Stop and free what clients asked for that are gone. Their models stay, as durable as they were."""
+        now = time.monotonic()
+        for key in [k for k, when in self._seen.items() if now - when > SILENT_S]:
+            self.forget_session(*key)
+
     def forget_session(self, tenant: str, session_id: str) -> None:
         """A session is over: nobody fetches its samples."""
+        self._seen.pop((tenant, session_id), None)
         mine = [k for k in self._kept.values() if k.tenant == tenant and k.request_id.startswith(session_id + ":")]
         for kept in mine:
             kept.task.cancel()
@@ -221,6 +237,7 @@ class Samples:
         target = (caller.tenant, sampler_id, seq // CLONE)
         kept = Kept(caller.tenant, caller.key_id, request_id, target, digest, task)
         self._kept[(caller.tenant, request_id)] = kept
+        self.seen(caller.tenant, names.session_of(sampler_id))
         return kept
 
     def _ended(self, kept: Kept) -> None:

@@ -148,6 +148,7 @@ class ServiceDoors:
         row = await self.sessions.get(call.caller, session_id)
         if row.finished is not None:
             return JSONResponse({"detail": "the session is finished"}, status_code=410)
+        self.samples.seen(call.caller.tenant, session_id)
         return JSONResponse({"type": "session_heartbeat"})
 
     async def finish(self, call: HttpCall) -> Response:

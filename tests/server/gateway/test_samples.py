@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import weakref
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.server.gateway.conftest import MODEL, Raw
+from tests.server.gateway.conftest import MODEL, Raw, config
 from tg_tinker.errors import InvalidRequestError, RateLimitedError
 from tg_tinker.types.tokens import SampledSequence, SampleQuery, SampleResponse
 from tg_tinker_server.app import EmbeddedServer
+from tg_tinker_server.gateway import application
 from tg_tinker_server.gateway import samples as samples_module
 from tg_tinker_server.gateway.samples import CLONE, Samples, error_of
 from tg_tinker_server.service.caller import Caller
@@ -190,6 +193,55 @@ def test_a_cancelled_sample_fails_and_a_session_that_is_over_frees_everything() 
         assert samples.get(ME, request) is None
 
     asyncio.run(go())
+
+
+def test_samples_of_clients_that_are_gone_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        clock = [1000.0]
+        monkeypatch.setattr(samples_module.time, "monotonic", lambda: clock[0])
+        slow = Slow()
+        samples = Samples(slow)  # type: ignore[arg-type]
+        gone, there = await _begin(slow, samples, 0), "1" * 32
+        other = await samples.submit(ME, f"{there}:sample:0", 0, QUERY, b"x")
+        kept = samples._kept["t", gone].task
+        clock[0] += samples_module.SILENT_S - 1
+        samples.seen("t", there)  # a heartbeat
+        samples.forget_silent()
+        assert ("t", gone) in samples._kept
+        clock[0] += 2
+        samples.forget_silent()
+        assert list(samples._kept) == [("t", other)]
+        await asyncio.wait({kept})
+        assert kept.cancelled()
+        await samples.close()
+
+    asyncio.run(go())
+
+
+def test_the_server_stops_samples_of_sessions_without_a_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples_module, "SILENT_S", 0.5)
+    monkeypatch.setattr(application, "SWEEP_S", 0.1)
+    with EmbeddedServer(config(tmp_path)) as server:
+        client = Raw(server.tinker_url, server.mint_key()).open()
+        request = _asked(client)
+        for _ in range(10):
+            client.ok("session_heartbeat", {"session_id": client.session})
+            time.sleep(0.1)
+        assert isinstance(client.retrieve(request, proto=True), bytes)
+        time.sleep(1.0)
+        assert client.post("retrieve_future", {"request_id": request}).status_code == 410
+        client.ok("session_heartbeat", {"session_id": client.session})  # it may come back
+        assert isinstance(client.retrieve(_asked(client), proto=True), bytes)
+
+
+def _asked(client: Raw) -> str:
+    body = {"session_id": client.session, "sampling_session_seq_id": 0, "base_model": MODEL}
+    sampler = client.ok("create_sampling_session", body)["sampling_session_id"]
+    prompt = {"chunks": [{"tokens": [1, 2], "type": "encoded_text"}]}
+    asked = {"sampling_session_id": sampler, "seq_id": 0, "prompt": prompt, "sampling_params": {"max_tokens": 2}}
+    return str(client.ok("asample", asked)["request_id"])
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
