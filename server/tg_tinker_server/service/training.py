@@ -40,7 +40,7 @@ from tg_tinker_server.engine.requests import naming_of
 from tg_tinker_server.engine.schedules import learning_rate_at
 from tg_tinker_server.ledger.participation import BY_ID
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
-from tg_tinker_server.ledger.reservation import Reservation
+from tg_tinker_server.ledger.reservation import Reservation, Spent
 from tg_tinker_server.service.crashes import log_crash
 from tg_tinker_server.service.custom_losses import CustomLosses
 from tg_tinker_server.service.datums import check_datums, outputs_of, prepare_datums, tokens_of
@@ -117,14 +117,18 @@ class TrainingService:
             digest, engine_request = prepare_datums(run, request, graph)
         else:
             digest, engine_request = await self.executors.io(prepare_datums, run, request, graph)
+        spent: dict[str, float] = {}
         if request.train and run.private is not None:
             await self.refuse_if_unaffordable(run, run.private)
+            # Also here, because some scripts log what their passes say and not what their steps say.
+            spent = _spent_so_far(await self.executors.io(self.ledger.spent, run.private.scope))
         result = await self._pass(run, operation, engine_request)
         output = await self._take(run, operation, request, digest, result)
         shown = run.private is None or run.private.config.diagnostics == "owner"
+        figures = {"loss:sum": result.loss_sum, **result.metrics} if shown else {"loss:sum": NAN}
         return replace(
             output,
-            metrics={"loss:sum": result.loss_sum, **result.metrics} if shown else {"loss:sum": NAN},
+            metrics=figures | spent,
             loss_fn_output_type="ArrayRecord",
             loss_fn_outputs=outputs_of(request, result.logprobs if shown else None),
         )
@@ -508,6 +512,14 @@ def _privacy_metrics(private: PrivateRun, paid: Reservation, dp: DPMetrics) -> d
     }
     if private.config.target_epsilon is not None and private.config.finite_target:
         metrics["privacy/target_epsilon"] = private.config.target_epsilon
+    return metrics
+
+
+def _spent_so_far(spent: Spent) -> dict[str, float]:
+    """What the dataset had spent before the step that a pass belongs to; the largest of several parts. Public."""
+    metrics = {"privacy/epsilon:max": spent.epsilon, "privacy/delta:max": spent.delta}
+    if spent.target_epsilon is not None and math.isfinite(spent.target_epsilon):
+        metrics["privacy/target_epsilon:max"] = spent.target_epsilon
     return metrics
 
 

@@ -105,7 +105,7 @@ def test_without_diagnostics_a_pass_tells_nothing(client: RawClient) -> None:
     result: Any = client.call(run.run_id, 1, call).result
     assert [o["logprobs"].shape for o in result.loss_fn_outputs] == [[6], [4]]
     assert all(np.isnan(o["logprobs"].to_numpy()).all() for o in result.loss_fn_outputs)
-    assert list(result.metrics) == ["loss:sum"]
+    assert [name for name in result.metrics if not name.startswith("privacy/")] == ["loss:sum"]
     assert math.isnan(result.metrics["loss:sum"])
     assert math.isnan(result.loss)
     assert result.num_tokens == 0
@@ -288,7 +288,10 @@ def test_what_a_step_cost_lands_among_its_metrics(client: RawClient) -> None:
     run = client.create(private(noise_multiplier=2.0, diagnostics="off"))
     totals = [0.0]
     for seq in (1, 3):
-        client.call(run.run_id, seq, loss_pass())
+        passed: Any = client.call(run.run_id, seq, loss_pass()).result
+        before = {k: v for k, v in passed.metrics.items() if k.startswith("privacy/")}
+        assert before.pop("privacy/epsilon:max") == pytest.approx(totals[-1])
+        assert before == {"privacy/delta:max": 1e-5, "privacy/target_epsilon:max": 1000.0}
         result: Any = client.call(run.run_id, seq + 1, Step()).result
         dp = result.dp_metrics
         assert {k: v for k, v in result.metrics.items() if k.startswith("privacy/")} == {
@@ -307,6 +310,12 @@ def test_what_a_step_cost_lands_among_its_metrics(client: RawClient) -> None:
     assert result.metrics["privacy/epsilon"] == math.inf
     assert result.metrics["privacy/noise_multiplier"] == 0.0
     assert "privacy/target_epsilon" not in result.metrics
+    passed = client.call(run.run_id, 3, loss_pass()).result
+    assert passed.metrics["privacy/epsilon:max"] == math.inf
+    assert "privacy/target_epsilon:max" not in passed.metrics
+    assert not any(
+        k.startswith("privacy/") for k in client.call(run.run_id, 4, loss_pass(train=False)).result.metrics
+    )
 
 
 def test_a_repeated_request_is_one_pass_and_a_changed_one_is_refused(client: RawClient) -> None:
