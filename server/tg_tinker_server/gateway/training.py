@@ -136,12 +136,11 @@ class Training:
         entry = await self.journal.entry(run.tenant, model_id, seq)
         if entry is None:
             return
-        caller = await self.callers.of(run.tenant, entry.actor)
         request = kept_request(entry.name, model_id, seq, entry.body)
         while True:
             before = run.lane.next_pending
             try:
-                await self._dispatch(caller, run, request)
+                await self._dispatch(await self.callers.of(run.tenant, entry.actor), run, request)
             except TGTinkerError as e:
                 full = isinstance(e, RateLimitedError) or e.details.get("constraint") == NEAR
                 if full and before is not None:

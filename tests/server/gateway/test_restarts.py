@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.server.gateway.conftest import Raw, config, cross_entropy
+from tg_tinker.errors import AuthorizationError
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.engine.bigram import BigramSession
 from tg_tinker_server.gateway import training as training_module
@@ -174,6 +175,20 @@ def test_a_model_that_was_being_made_is_made_after_a_restart(tmp_path: Path) -> 
         assert client.create(0) == f"{client.session}:train:0"
         assert _wait_empty(second)
         assert len(second._foundation.db.read(lambda tx: tx.execute(t.runs.select()).all())) == 1
+
+
+def test_what_a_key_sent_of_which_nothing_is_known_is_not_done(tmp_path: Path) -> None:
+    with EmbeddedServer(config(tmp_path)) as server:
+        callers = server._server._gateway._training.callers  # type: ignore[union-attr]
+        key_id = server.mint_key().split("_")[1]
+
+        def found(tenant: str, key: str) -> str:
+            return asyncio.run_coroutine_threadsafe(callers.of(tenant, key), server._loop).result(10).key_id
+
+        assert found("default", key_id) == key_id
+        for tenant, key in (("default", "0" * 16), ("other", key_id)):
+            with pytest.raises(AuthorizationError):
+                found(tenant, key)
 
 
 def test_requests_lie_encrypted_and_go_once_they_are_durable(tmp_path: Path) -> None:
