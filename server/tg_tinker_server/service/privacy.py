@@ -9,7 +9,7 @@ from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.ledger import LedgerEntry
 from tg_tinker.ledger.audits import MAX_BYTES, summary_of
 from tg_tinker.types import TrainingConfig
-from tg_tinker.wire.calls import json_from_text
+from tg_tinker.wire.json_text import json_from_text
 from tg_tinker_server.dp.calibration import Forecast, noise_multiplier_for
 from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, SampledGaussian
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger

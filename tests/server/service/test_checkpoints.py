@@ -13,7 +13,8 @@ from tests.server.rpc.raw_client import RawClient, batch
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError, TGTinkerError
 from tg_tinker.proto.v1 import artifacts_pb2, runs_pb2, sampling_pb2
 from tg_tinker.types import DPConfig, OptimizerConfig, TrainingConfig
-from tg_tinker.wire.calls import Load, Position, Save, Step, call_to_proto
+from tg_tinker.wire.call_messages import call_to_proto
+from tg_tinker.wire.calls import Load, Position, Save, Step
 from tg_tinker.wire.runs import config_from_json
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig

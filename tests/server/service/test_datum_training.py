@@ -22,7 +22,8 @@ from tg_tinker.types import DPConfig, OptimizerConfig, TrainingConfig
 from tg_tinker.types.datum import Datum, ModelInput, TensorData
 from tg_tinker.types.losses import LOSSES, Loss
 from tg_tinker.types.optim import AdamParams
-from tg_tinker.wire.calls import LossPass, Position, Save, Step, call_to_proto
+from tg_tinker.wire.call_messages import call_to_proto
+from tg_tinker.wire.calls import LossPass, Position, Save, Step
 from tg_tinker.wire.datums import data_digest
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
