@@ -60,6 +60,7 @@ from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.service.samplers import SamplerService
 from tg_tinker_server.service.sampling import SamplingService
 from tg_tinker_server.service.sealed_text import SealedText
+from tg_tinker_server.service.steps import StepService
 from tg_tinker_server.service.sweeper import Sweeper
 from tg_tinker_server.service.tokenizers import Tokenizers
 from tg_tinker_server.service.training import TrainingService
@@ -149,23 +150,10 @@ class Server:
             db, ledger, dataset_keys, max_bytes=config.max_dataset_bytes, max_records=config.max_dataset_records
         )
         losses = CustomLosses(db, keyring, texts, executors, _loss_parser(config))
-        training = TrainingService(
-            ledger,
-            log,
-            durability,
-            executors,
-            self._passes,
-            DrawService(
-                db,
-                dataset_keys,
-                executors,
-                PassLimits(max_records=config.max_batch_records, max_tokens=config.max_batch_tokens),
-            ),
-            losses,
-            config.share_passes,
-            config.max_batch_records,
-            config.max_batch_tokens,
-        )
+        limits = PassLimits(max_records=config.max_batch_records, max_tokens=config.max_batch_tokens)
+        draws = DrawService(db, dataset_keys, executors, limits)
+        training = TrainingService(ledger, executors, self._passes, draws, losses, config.share_passes, limits)
+        steps = StepService(ledger, log, durability, executors)
         sampling = SamplingService(executors)
         self._samplers = samplers = SamplerService(
             db, texts, checkpoints, backend, self._registry.models, executors, config.share_passes
@@ -189,7 +177,7 @@ class Server:
         imports = ImportService(ledger, signers, intake)
         weights = WeightsService(self._registry, audit, executors, intake, checkpoints)
         updates = UpdatesService(training, executors)
-        dispatch = Dispatch(operations, training, updates, checkpoints, sampling)
+        dispatch = Dispatch(operations, training, steps, updates, checkpoints, sampling)
         submitting = Submitting(self._registry, operations, dispatch)
         tokenizers = Tokenizers(model_sources(config))
         infos = RunInfos(self._registry, privacy, tokenizers, operations.epoch)

@@ -14,6 +14,7 @@ from tg_tinker_server.service.lanes import Operation
 from tg_tinker_server.service.operations import LARGE_PAYLOAD, OperationService
 from tg_tinker_server.service.run import Run
 from tg_tinker_server.service.sampling import SamplingService
+from tg_tinker_server.service.steps import StepService
 from tg_tinker_server.service.training import TrainingService
 from tg_tinker_server.service.units import PassWatch, named
 from tg_tinker_server.service.updates import UpdatesService
@@ -30,6 +31,7 @@ class Dispatch:
 
     operations: OperationService
     training: TrainingService
+    steps: StepService
     updates: UpdatesService
     checkpoints: CheckpointService
     sampling: SamplingService
@@ -102,7 +104,7 @@ class Dispatch:
                 return await self.updates.add_updates(run, operation, call)
             case Step():
                 try:
-                    return await self.training.optim_step(run, operation, call)
+                    return await self.steps.optim_step(run, operation, call)
                 finally:
                     run.restored = False
             case Save():
