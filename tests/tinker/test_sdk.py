@@ -11,12 +11,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import tinker
+from tinker import types
 
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
-
-tinker = pytest.importorskip("tinker")
-from tinker import types  # noqa: E402
 
 MODEL = "bigram"
 

@@ -18,13 +18,13 @@ from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.store import gateway_rows
 
 MOST_LISTED = 1000
+MOST_CHUNK_BYTES = 48_000_000  # the client has 50 MB under way at most
 # What a client may do, for a server of a few users; docs/how-to/tinker.md explains each.
 FLAGS: Mapping[str, Any] = {
     "pjwt_auth_enabled": False,
     "credential_default_source": "api_key",
     "parallel_fwdbwd_chunks": False,  # chunks in order
     "fwdbwd_max_chunk_len": 1024,
-    "fwdbwd_max_chunk_bytes_count": 5_000_000,
     "billing_exception_max_pause_duration_sec": 0,
     "sample_max_concurrent_requests": 64,
     # Off: a client that only waits for the list of what ended would wait for ever for what a restart has taken.
@@ -80,9 +80,15 @@ class ServiceDoors:
         """It answers."""
         return JSONResponse({"status": "ok"})
 
-    async def config(self, _call: HttpCall) -> Response:
+    async def config(self, call: HttpCall) -> Response:
         """How the client shall behave."""
-        return JSONResponse({**FLAGS, "proto_compress_fwdbwd": self.zstd, "custom_loss_server_side": self.graphs})
+        own = {
+            # As large as a request may be, with room for what the client does not count: every cut may part a pair.
+            "fwdbwd_max_chunk_bytes_count": min(MOST_CHUNK_BYTES, call.most_bytes * 3 // 4),
+            "proto_compress_fwdbwd": self.zstd,
+            "custom_loss_server_side": self.graphs,
+        }
+        return JSONResponse({**FLAGS, **own})
 
     async def dynamic_config(self, _call: HttpCall) -> Response:
         """The same, of what may change."""
