@@ -60,6 +60,7 @@ from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.service.samplers import SamplerService
 from tg_tinker_server.service.sampling import SamplingService
 from tg_tinker_server.service.sealed_text import SealedText
+from tg_tinker_server.service.states import StateService
 from tg_tinker_server.service.steps import StepService
 from tg_tinker_server.service.sweeper import Sweeper
 from tg_tinker_server.service.tokenizers import Tokenizers
@@ -126,7 +127,7 @@ class Server:
         texts = SealedText(keyring)
         durability = Durability(db, vault, keyring, executors, config.kept_results)
         paths = Paths(db, keyring, texts, now)
-        checkpoints = CheckpointService(db, vault, ledger, durability, executors, texts, paths)
+        checkpoints = CheckpointService(db, vault, executors, texts, paths)
         self._sweeper = Sweeper(checkpoints)
         self._registry = RunRegistry(
             db,
@@ -177,7 +178,8 @@ class Server:
         imports = ImportService(ledger, signers, intake)
         weights = WeightsService(self._registry, audit, executors, intake, checkpoints)
         updates = UpdatesService(training, executors)
-        dispatch = Dispatch(operations, training, steps, updates, checkpoints, sampling)
+        states = StateService(checkpoints, vault, ledger, durability, executors, texts, paths)
+        dispatch = Dispatch(operations, training, steps, updates, states, sampling)
         submitting = Submitting(self._registry, operations, dispatch)
         tokenizers = Tokenizers(model_sources(config))
         infos = RunInfos(self._registry, privacy, tokenizers, operations.epoch)

@@ -26,7 +26,7 @@ from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
 from tg_tinker_server.engine.pending import PendingBatch
 from tg_tinker_server.engine.torch_pass import TorchPass
 from tg_tinker_server.service import draws, runs
-from tg_tinker_server.service.checkpoints import CheckpointService
+from tg_tinker_server.service.states import StateService
 from tg_tinker_server.store import ledger_rows
 
 
@@ -155,7 +155,7 @@ def seeded_noise(patch: pytest.MonkeyPatch) -> None:
 
 def noise_put_back_by_load_state(patch: pytest.MonkeyPatch) -> None:
     """The generator's state is part of a checkpoint, as for a run that must repeat exactly."""
-    load, fresh = CheckpointService._settle_load, SecureNormal.normals
+    load, fresh = StateService._settle_load, SecureNormal.normals
     served: dict[int, list[np.ndarray]] = {}
     again: dict[int, int] = {}
 
@@ -173,7 +173,7 @@ def noise_put_back_by_load_state(patch: pytest.MonkeyPatch) -> None:
         return await load(self, run, *rest)
 
     patch.setattr(SecureNormal, "normals", normals)
-    patch.setattr(CheckpointService, "_settle_load", settle)
+    patch.setattr(StateService, "_settle_load", settle)
 
 
 def drawn_at_twice_the_rate(patch: pytest.MonkeyPatch) -> None:

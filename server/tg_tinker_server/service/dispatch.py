@@ -9,11 +9,11 @@ from typing import Any
 from tg_tinker.errors import FutureCancelledError
 from tg_tinker.wire.calls import OPERATION, Call, Generate, Load, LossPass, Pass, Save, Step, Updates
 from tg_tinker_server.service.caller import Caller
-from tg_tinker_server.service.checkpoints import CheckpointService
 from tg_tinker_server.service.lanes import Operation
 from tg_tinker_server.service.operations import LARGE_PAYLOAD, OperationService
 from tg_tinker_server.service.run import Run
 from tg_tinker_server.service.sampling import SamplingService
+from tg_tinker_server.service.states import StateService
 from tg_tinker_server.service.steps import StepService
 from tg_tinker_server.service.training import TrainingService
 from tg_tinker_server.service.units import PassWatch, named
@@ -33,7 +33,7 @@ class Dispatch:
     training: TrainingService
     steps: StepService
     updates: UpdatesService
-    checkpoints: CheckpointService
+    states: StateService
     sampling: SamplingService
     watch: PassWatch = field(default_factory=PassWatch)
 
@@ -108,8 +108,8 @@ class Dispatch:
                 finally:
                     run.restored = False
             case Save():
-                return await self.checkpoints.save(run, operation, call)
+                return await self.states.save(run, operation, call)
             case Load():
-                return await self.checkpoints.load(caller, run, operation, call)
+                return await self.states.load(caller, run, operation, call)
             case Generate():
                 return await self.sampling.sample(run, operation, call)

@@ -19,7 +19,8 @@ from tg_tinker_server.engine.backend import Backend, Session
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
 from tg_tinker_server.ledger.reservation import DatasetScope
 from tg_tinker_server.service.caller import Caller
-from tg_tinker_server.service.checkpoints import CheckpointService, check_page, takes_optimizer
+from tg_tinker_server.service.checkpoint_fit import check_fits, lineage_with, takes_optimizer
+from tg_tinker_server.service.checkpoints import CheckpointService, check_page
 from tg_tinker_server.service.crashes import crash_to_error
 from tg_tinker_server.service.datasets import with_dataset
 from tg_tinker_server.service.durability import Durability, new_id, now
@@ -314,11 +315,11 @@ class RunRegistry:
             run = await self._assemble(row, config, session, private)
             if start is not None:
                 engine, state = start
-                self.checkpoints.check_fits(run, state)
+                check_fits(run, state)
                 with_optimizer = takes_optimizer(checkpoint_id, optimizer, state)
                 await self.executors.compute(session.import_state, engine, optimizer=with_optimizer)
                 run.step = int(state["step"])
-                run.lineage = self.checkpoints.lineage(run, artifact_id, state)
+                run.lineage = lineage_with(run, artifact_id, state)
             engine = await self.executors.compute(session.export_state, optimizer=True)
             run.state_id = await self.durability.write_state(run, engine, step=run.step)
             values = {k: getattr(row, k) for k in row.__dataclass_fields__}

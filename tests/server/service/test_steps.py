@@ -10,9 +10,7 @@ import pytest
 
 from tests.server.rpc.raw_client import RawClient, batch
 from tests.server.service.datum_calls import CONFIG, datum, error_of, loss_pass, private
-from tg_tinker.errors import (
-    InvalidRequestError,
-)
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import OptimizerConfig
 from tg_tinker.types.datum import Datum
 from tg_tinker.types.optim import AdamParams
