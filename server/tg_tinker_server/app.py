@@ -55,6 +55,8 @@ from tg_tinker_server.service.passes import PassQueue
 from tg_tinker_server.service.paths import Paths
 from tg_tinker_server.service.policy import KeyPolicy
 from tg_tinker_server.service.privacy import PrivacyService
+from tg_tinker_server.service.resident_runs import ResidentRuns
+from tg_tinker_server.service.run_factory import RunFactory
 from tg_tinker_server.service.run_info import RunInfos
 from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.service.samplers import SamplerService
@@ -129,7 +131,8 @@ class Server:
         paths = Paths(db, keyring, texts, now)
         checkpoints = CheckpointService(db, vault, executors, texts, paths)
         self._sweeper = Sweeper(checkpoints)
-        self._registry = RunRegistry(
+        resident = ResidentRuns(db, durability, executors, config.max_runs_per_tenant)
+        factory = RunFactory(
             db,
             WithVectors(backend),
             ledger,
@@ -139,8 +142,8 @@ class Server:
             checkpoints,
             executors,
             max_queue=config.max_queue,
-            max_runs_per_tenant=config.max_runs_per_tenant,
         )
+        self._registry = RunRegistry(db, texts, durability, checkpoints, executors, factory, resident)
         audit = AuditLog(db)
         self._operations = operations = OperationService(db, self._registry, durability, audit, executors)
         reports = ReportWriter(ledger, tree, most_bytes=min(MAX_BYTES, config.max_request_bytes))

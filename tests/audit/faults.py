@@ -25,7 +25,7 @@ from tg_tinker_server.engine.bigram import BigramSession
 from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
 from tg_tinker_server.engine.pending import PendingBatch
 from tg_tinker_server.engine.torch_pass import TorchPass
-from tg_tinker_server.service import draws, runs
+from tg_tinker_server.service import draws, run_factory
 from tg_tinker_server.service.states import StateService
 from tg_tinker_server.store import ledger_rows
 
@@ -150,7 +150,7 @@ class _Seeded:
 
 
 def seeded_noise(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(runs, "SecureNormal", _Seeded)
+    patch.setattr(run_factory, "SecureNormal", _Seeded)
 
 
 def noise_put_back_by_load_state(patch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def sessions(bigram_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> 
     """How many sessions the backend opened, and how many of them were closed."""
     counts = {"opened": 0, "closed": 0}
     server: Any = bigram_server._server
-    backend = server._registry.backend
+    backend = server._registry.factory.backend
     opening = backend.open
 
     def counted(**arguments: Any) -> Any:
