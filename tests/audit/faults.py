@@ -123,10 +123,10 @@ def batch_token_mean(patch: pytest.MonkeyPatch) -> None:
     """The loss is the mean over the call's tokens, as transformers returns it: records weigh on each other."""
     contribution, part = BigramSession._contribution, TorchPass.part
 
-    def coupled(self, units, unit_of_B, errors):
+    def coupled(self, units, unit_of_B, errors, **form):
         total = max(1, sum(len(tokens) for tokens, _ in errors))
         weighed = [(tokens, rows * (len(tokens) * len(errors) / total)) for tokens, rows in errors]
-        return contribution(self, units, unit_of_B, weighed)
+        return contribution(self, units, unit_of_B, weighed, **form)
 
     def coupled_torch(self, gradient):
         if gradient is not None:
