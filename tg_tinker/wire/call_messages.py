@@ -165,8 +165,7 @@ def _loss_pass_to_proto(call: LossPass, key: common_pb2.OperationKey) -> trainin
 
 
 def _loss_pass_from_proto(request: training_pb2.ForwardBackwardRequest) -> LossPass:
-    if request.mode not in (training_pb2.PASS_MODE_TRAIN, training_pb2.PASS_MODE_EVAL):
-        raise InvalidRequestError("the pass has no mode", field="mode", constraint="train or eval")
+    train = _trains(request)
     if any(request.HasField(name) for name in _BATCH_FIELDS) or request.dataset_id or request.batch_hash:
         raise InvalidRequestError(
             "a loss_fn is computed on datums; send datums or a batch, not both",
@@ -190,10 +189,16 @@ def _loss_pass_from_proto(request: training_pb2.ForwardBackwardRequest) -> LossP
     return LossPass(
         data=data,
         loss=loss,
-        train=request.mode == training_pb2.PASS_MODE_TRAIN,
+        train=train,
         units=tuple(request.privacy_unit_ids) or None,
         coupling="batch" if request.coupling else "independent",
     )
+
+
+def _trains(request: training_pb2.ForwardBackwardRequest) -> bool:
+    if request.mode not in (training_pb2.PASS_MODE_TRAIN, training_pb2.PASS_MODE_EVAL):
+        raise InvalidRequestError("the pass has no mode", field="mode", constraint="train or eval")
+    return request.mode == training_pb2.PASS_MODE_TRAIN
 
 
 def _adam_to_proto(adam: AdamParams) -> training_pb2.AdamParams:
@@ -242,8 +247,7 @@ def _ttl(seconds: int | None) -> int | None:
 
 
 def _pass_from_proto(request: training_pb2.ForwardBackwardRequest) -> Pass:
-    if request.mode not in (training_pb2.PASS_MODE_TRAIN, training_pb2.PASS_MODE_EVAL):
-        raise InvalidRequestError("the pass has no mode", field="mode", constraint="train or eval")
+    train = _trains(request)
     if request.dataset_id:
         if any(request.HasField(name) for name in _BATCH_FIELDS) or request.privacy_unit_ids or request.batch_hash:
             raise InvalidRequestError(
@@ -251,7 +255,7 @@ def _pass_from_proto(request: training_pb2.ForwardBackwardRequest) -> Pass:
                 field="dataset",
                 constraint="a batch or a dataset",
             )
-        return Pass.drawn_from(request.dataset_id, train=request.mode == training_pb2.PASS_MODE_TRAIN)
+        return Pass.drawn_from(request.dataset_id, train=train)
     if not request.HasField("input_ids"):
         raise InvalidRequestError("batch has no input_ids", field="batch.input_ids", constraint="required")
     arrays = {
@@ -261,7 +265,7 @@ def _pass_from_proto(request: training_pb2.ForwardBackwardRequest) -> Pass:
     }
     return Pass(
         batch=BatchData(**arrays),
-        train=request.mode == training_pb2.PASS_MODE_TRAIN,
+        train=train,
         units=tuple(request.privacy_unit_ids) or None,
         batch_hash=request.batch_hash or None,
     )

@@ -15,6 +15,7 @@ from tg_tinker.types.losses import LOSSES
 from tg_tinker.wire.calls import LossPass
 from tg_tinker.wire.datums import data_digest
 from tg_tinker_server.engine.backend import LossRequest
+from tg_tinker_server.service.pass_checks import may_be_empty
 from tg_tinker_server.service.run import Run
 
 VALUES_PER_TOKEN = 16  # of one input, on average over a call: alternatives of a position
@@ -34,10 +35,8 @@ def check_datums(run: Run, request: LossPass, *, max_tokens: int) -> None:
         DPUnsupportedError: the loss couples privacy units.
     """
     refuse_coupled(run, request)
-    private = run.private
-    empty_draw = request.train and private is not None and private.config.sampling == "poisson"
     lengths = [datum.model_input.length for datum in request.data]
-    if (not lengths and not empty_draw) or 0 in lengths:
+    if (not lengths and not may_be_empty(run, request)) or 0 in lengths:
         raise InvalidRequestError(
             "there are no datums, or one without tokens; only a Poisson draw (DPConfig.sampling='poisson') may be "
             "empty",

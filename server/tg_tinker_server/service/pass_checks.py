@@ -46,11 +46,9 @@ def check_batch(run: Run, request: Pass, limits: PassLimits) -> None:
         InvalidRequestError: naming the field.
     """
     records, tokens = request.batch.input_ids.shape
-    private = run.private
     if request.train:
         refuse_if_drawn_here(run, field="batch")
-    empty_draw = request.train and private is not None and private.config.sampling == "poisson"
-    if (records == 0 or tokens == 0) and not empty_draw:
+    if (records == 0 or tokens == 0) and not may_be_empty(run, request):
         raise InvalidRequestError(
             "the batch is empty; only a Poisson draw (DPConfig.sampling='poisson') may be",
             field="batch.input_ids",
@@ -72,6 +70,11 @@ def check_batch(run: Run, request: Pass, limits: PassLimits) -> None:
             constraint=f"at most {run.config.max_sequence_length} tokens",
         )
     check_units(run, request, records)
+
+
+def may_be_empty(run: Run, request: Pass | LossPass) -> bool:
+    """Whether a pass over nothing means something: a Poisson draw may come out empty."""
+    return request.train and run.private is not None and run.private.config.sampling == "poisson"
 
 
 def check_units(run: Run, request: Pass | LossPass, records: int) -> None:

@@ -104,9 +104,7 @@ class RunRegistry:
             InvalidRequestError: another base model; or it came from elsewhere, without a configuration.
         """
         _check_request_id(request_id)
-        made = await self.executors.io(
-            self.db.read, lambda tx: run_rows.find_run_by_request(tx, caller.tenant, request_id)
-        )
+        made = await self._made(caller.tenant, request_id)
         if made is not None:
             return await self.get(caller, made.run_id)
         row = await self.checkpoints.row(caller, path)
@@ -120,9 +118,7 @@ class RunRegistry:
         # One create of a tenant at a time: neither a repeated request nor the limit of runs can be raced.
         tenant = caller.tenant
         async with self.resident.lock(tenant):
-            made = await self.executors.io(
-                self.db.read, lambda tx: run_rows.find_run_by_request(tx, tenant, request_id)
-            )
+            made = await self._made(tenant, request_id)
             config = await self.executors.io(self.factory.with_dataset, tenant, config)
             if made is not None:
                 run = await self.get(caller, made.run_id)
@@ -144,6 +140,10 @@ class RunRegistry:
             self.resident.add(run)
             return run
 
+    async def _made(self, tenant: str, request_id: str) -> run_rows.RunRow | None:
+        """The run that a request has made."""
+        return await self.executors.io(self.db.read, lambda tx: run_rows.find_run_by_request(tx, tenant, request_id))
+
     async def get(self, caller: Caller, run_id: str) -> Run:
         """A run that the caller may see, restored from its last settled state if this process does not hold it yet.
 
@@ -164,9 +164,7 @@ class RunRegistry:
         Raises:
             ResourceNotFoundError: it made none for this caller.
         """
-        made = await self.executors.io(
-            self.db.read, lambda tx: run_rows.find_run_by_request(tx, caller.tenant, request_id)
-        )
+        made = await self._made(caller.tenant, request_id)
         if made is None:
             raise run_not_found(request_id)
         return await self.row(caller, made.run_id)

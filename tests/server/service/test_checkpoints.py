@@ -18,11 +18,6 @@ from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.service import checkpoints as module
 
 
-@pytest.fixture
-def client(bigram_server: EmbeddedServer) -> RawClient:
-    return RawClient(bigram_server.address, bigram_server.mint_key())
-
-
 def test_a_checkpoint_has_one_address_for_each_purpose_and_an_id(client: RawClient) -> None:
     run = client.create(CONFIG, request_id="tinker/" + "a" * 32 + ":train:0")
     saved = {

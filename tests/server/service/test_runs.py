@@ -22,11 +22,6 @@ CONFIG = TrainingConfig(model_ref="bigram", batch_size=4, seed=1)
 
 
 @pytest.fixture
-def client(bigram_server: EmbeddedServer) -> RawClient:
-    return RawClient(bigram_server.address, bigram_server.mint_key())
-
-
-@pytest.fixture
 def sessions(bigram_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many sessions the backend opened, and how many of them were closed."""
     counts = {"opened": 0, "closed": 0}

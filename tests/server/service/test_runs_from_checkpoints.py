@@ -10,12 +10,6 @@ from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.proto.v1 import artifacts_pb2, runs_pb2
 from tg_tinker.types import DPConfig
 from tg_tinker.wire.runs import config_from_json
-from tg_tinker_server.app import EmbeddedServer
-
-
-@pytest.fixture
-def client(bigram_server: EmbeddedServer) -> RawClient:
-    return RawClient(bigram_server.address, bigram_server.mint_key())
 
 
 def test_a_run_goes_on_where_a_checkpoint_was_saved(client: RawClient) -> None:

@@ -16,11 +16,6 @@ from tg_tinker.wire.calls import Load, Position, Save
 from tg_tinker_server.app import EmbeddedServer
 
 
-@pytest.fixture
-def client(bigram_server: EmbeddedServer) -> RawClient:
-    return RawClient(bigram_server.address, bigram_server.mint_key())
-
-
 @pytest.mark.parametrize("name", [".", "..", "../x", "a/b", "a b", "x" * 129, "\u00e9", "a\x00"])
 def test_a_name_that_cannot_be_part_of_an_address_is_refused(
     client: RawClient, bigram_server: EmbeddedServer, name: str

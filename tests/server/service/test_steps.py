@@ -15,12 +15,6 @@ from tg_tinker.types import OptimizerConfig
 from tg_tinker.types.datum import Datum
 from tg_tinker.types.optim import AdamParams
 from tg_tinker.wire.calls import Step
-from tg_tinker_server.app import EmbeddedServer
-
-
-@pytest.fixture
-def client(bigram_server: EmbeddedServer) -> RawClient:
-    return RawClient(bigram_server.address, bigram_server.mint_key())
 
 
 def test_units_that_are_counted_may_be_known_by_content(client: RawClient) -> None:

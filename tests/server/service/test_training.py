@@ -27,11 +27,6 @@ from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 
 
-@pytest.fixture
-def client(bigram_server: EmbeddedServer) -> RawClient:
-    return RawClient(bigram_server.address, bigram_server.mint_key())
-
-
 def test_outputs_are_the_targets_log_probabilities_and_the_loss_is_their_weighted_sum(client: RawClient) -> None:
     run = client.create(CONFIG)
     call = loss_pass(train=False)
