@@ -30,6 +30,7 @@ from tg_tinker.operation import Operation
 from tg_tinker.types import LoadStateResult, OptimStepOutput, OptimStepResult
 from tg_tinker.types.run import RunInfo
 from tg_tinker.wire import calls
+from tg_tinker.wire.call_messages import call_to_proto
 from tg_tinker.wire.calls import LossPass, Pass, Position, Step, Updates
 from tg_tinker.wire.operations import (
     FAILED,
@@ -138,7 +139,7 @@ class Session:
             known_size = self._guard.known_size
             call = replace(call, incomplete=self._incomplete, known_log_size=known_size)
         position = Position(run_id=self.run_id, seq=seq, handle=self._handle)
-        method, payload = encode(calls.call_to_proto(call, position))
+        method, payload = encode(call_to_proto(call, position))
         if len(payload) > MAX_MESSAGE_BYTES:
             raise too_large(len(payload), MAX_MESSAGE_BYTES)
         entry = Entry(self._transport, self, position, calls.OPERATION[type(call)], known=False)

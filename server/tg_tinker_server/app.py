@@ -55,12 +55,16 @@ from tg_tinker_server.service.passes import PassQueue
 from tg_tinker_server.service.paths import Paths
 from tg_tinker_server.service.policy import KeyPolicy
 from tg_tinker_server.service.privacy import PrivacyService
+from tg_tinker_server.service.resident_runs import ResidentRuns
+from tg_tinker_server.service.run_factory import RunFactory
 from tg_tinker_server.service.run_info import RunInfos
 from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.service.samplers import SamplerService
 from tg_tinker_server.service.sampling import SamplingService
 from tg_tinker_server.service.sampling_loop import SamplingLoop
 from tg_tinker_server.service.sealed_text import SealedText
+from tg_tinker_server.service.states import StateService
+from tg_tinker_server.service.steps import StepService
 from tg_tinker_server.service.sweeper import Sweeper
 from tg_tinker_server.service.tokenizers import Tokenizers
 from tg_tinker_server.service.training import TrainingService
@@ -126,9 +130,10 @@ class Server:
         texts = SealedText(keyring)
         durability = Durability(db, vault, keyring, executors, config.kept_results)
         paths = Paths(db, keyring, texts, now)
-        checkpoints = CheckpointService(db, vault, ledger, durability, executors, texts, paths)
+        checkpoints = CheckpointService(db, vault, executors, texts, paths)
         self._sweeper = Sweeper(checkpoints)
-        self._registry = RunRegistry(
+        resident = ResidentRuns(db, durability, executors, config.max_runs_per_tenant)
+        factory = RunFactory(
             db,
             WithVectors(backend),
             ledger,
@@ -138,8 +143,8 @@ class Server:
             checkpoints,
             executors,
             max_queue=config.max_queue,
-            max_runs_per_tenant=config.max_runs_per_tenant,
         )
+        self._registry = RunRegistry(db, texts, durability, checkpoints, executors, factory, resident)
         audit = AuditLog(db)
         self._operations = operations = OperationService(db, self._registry, durability, audit, executors)
         reports = ReportWriter(ledger, tree, most_bytes=min(MAX_BYTES, config.max_request_bytes))
@@ -150,23 +155,10 @@ class Server:
             db, ledger, dataset_keys, max_bytes=config.max_dataset_bytes, max_records=config.max_dataset_records
         )
         losses = CustomLosses(db, keyring, texts, executors, _loss_parser(config))
-        training = TrainingService(
-            ledger,
-            log,
-            durability,
-            executors,
-            self._passes,
-            DrawService(
-                db,
-                dataset_keys,
-                executors,
-                PassLimits(max_records=config.max_batch_records, max_tokens=config.max_batch_tokens),
-            ),
-            losses,
-            config.share_passes,
-            config.max_batch_records,
-            config.max_batch_tokens,
-        )
+        limits = PassLimits(max_records=config.max_batch_records, max_tokens=config.max_batch_tokens)
+        draws = DrawService(db, dataset_keys, executors, limits)
+        training = TrainingService(ledger, executors, self._passes, draws, losses, config.share_passes, limits)
+        steps = StepService(ledger, log, durability, executors)
         self._sampling = sampling_loop = SamplingLoop(backend, executors)
         sampling = SamplingService(executors, sampling_loop, config.share_passes)
         self._samplers = samplers = SamplerService(
@@ -190,8 +182,8 @@ class Server:
         intake = Intake(db, vault, audit, texts, Uploads(executors))
         imports = ImportService(ledger, signers, intake)
         weights = WeightsService(self._registry, audit, executors, intake, checkpoints)
-        updates = UpdatesService(training, executors)
-        dispatch = Dispatch(operations, training, updates, checkpoints, sampling)
+        states = StateService(checkpoints, vault, ledger, durability, executors, texts, paths)
+        dispatch = Dispatch(operations, training, steps, UpdatesService(training, executors), states, sampling)
         submitting = Submitting(self._registry, operations, dispatch)
         tokenizers = Tokenizers(model_sources(config))
         infos = RunInfos(self._registry, privacy, tokenizers, operations.epoch)

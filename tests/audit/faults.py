@@ -25,8 +25,8 @@ from tg_tinker_server.engine.bigram import BigramSession
 from tg_tinker_server.engine.dp_optimizer import UnitClippingOptimizer
 from tg_tinker_server.engine.pending import PendingBatch
 from tg_tinker_server.engine.torch_pass import TorchPass
-from tg_tinker_server.service import draws, runs
-from tg_tinker_server.service.checkpoints import CheckpointService
+from tg_tinker_server.service import draws, run_factory
+from tg_tinker_server.service.states import StateService
 from tg_tinker_server.store import ledger_rows
 
 
@@ -123,10 +123,10 @@ def batch_token_mean(patch: pytest.MonkeyPatch) -> None:
     """The loss is the mean over the call's tokens, as transformers returns it: records weigh on each other."""
     contribution, part = BigramSession._contribution, TorchPass.part
 
-    def coupled(self, units, unit_of_B, errors):
+    def coupled(self, units, unit_of_B, errors, **form):
         total = max(1, sum(len(tokens) for tokens, _ in errors))
         weighed = [(tokens, rows * (len(tokens) * len(errors) / total)) for tokens, rows in errors]
-        return contribution(self, units, unit_of_B, weighed)
+        return contribution(self, units, unit_of_B, weighed, **form)
 
     def coupled_torch(self, gradient):
         if gradient is not None:
@@ -150,12 +150,12 @@ class _Seeded:
 
 
 def seeded_noise(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(runs, "SecureNormal", _Seeded)
+    patch.setattr(run_factory, "SecureNormal", _Seeded)
 
 
 def noise_put_back_by_load_state(patch: pytest.MonkeyPatch) -> None:
     """The generator's state is part of a checkpoint, as for a run that must repeat exactly."""
-    load, fresh = CheckpointService._settle_load, SecureNormal.normals
+    load, fresh = StateService._settle_load, SecureNormal.normals
     served: dict[int, list[np.ndarray]] = {}
     again: dict[int, int] = {}
 
@@ -173,7 +173,7 @@ def noise_put_back_by_load_state(patch: pytest.MonkeyPatch) -> None:
         return await load(self, run, *rest)
 
     patch.setattr(SecureNormal, "normals", normals)
-    patch.setattr(CheckpointService, "_settle_load", settle)
+    patch.setattr(StateService, "_settle_load", settle)
 
 
 def drawn_at_twice_the_rate(patch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,10 @@ def test_dpo_clips_pairs(cookbook: Cookbook, tmp_path: Path) -> None:
         behavior_if_log_dir_exists="delete",
     )
     assert len(column(metrics, "dpo_loss")) == 4
+    spent = column(metrics, "privacy/epsilon:max")  # before each step: this recipe logs what its passes say
+    assert spent[0] == 0
+    assert spent == sorted(set(spent))
+    assert spent[-1] < 8
     assert cookbook.steps_in_ledger("pairs-clinic", "pairs") == 4
 
 

@@ -160,7 +160,7 @@ def be_wrong(doors: Doors, run: TrainingClient) -> None:
 
 def crash(doors: Doors, run: TrainingClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Defects of ours whose exceptions quote what they were given."""
-    for method in ("_compute", "_apply", "export_state", "_decoder", "encode"):
+    for method in ("_compute", "_apply", "export_state", "live_weights", "encode"):
         reached = []
 
         def quote(_: object, *args: object, **named: object) -> None:

@@ -24,7 +24,8 @@ from tg_tinker import (
     TrainingClient,
     TrainingConfig,
 )
-from tg_tinker.wire.calls import Pass, Position, Step, call_to_proto
+from tg_tinker.wire.call_messages import call_to_proto
+from tg_tinker.wire.calls import Pass, Position, Step
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.dp.mechanism import GaussianMechanism

@@ -15,7 +15,8 @@ from tests.server.rpc.raw_client import RawClient, batch
 from tg_tinker.ledger import PrivacyLedger
 from tg_tinker.proto.v1 import privacy_pb2, runs_pb2
 from tg_tinker.types import DPConfig, OptimizerConfig, TrainingConfig
-from tg_tinker.wire.calls import Position, Step, call_to_proto
+from tg_tinker.wire.call_messages import call_to_proto
+from tg_tinker.wire.calls import Position, Step
 from tg_tinker.wire.methods import method_of
 from tg_tinker.wire.operations import resume_request
 from tg_tinker_server.app import EmbeddedServer

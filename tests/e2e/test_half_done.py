@@ -23,7 +23,8 @@ from tg_tinker.errors import (
 )
 from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2
 from tg_tinker.types import BatchData, DPConfig, TrainingConfig
-from tg_tinker.wire.calls import Generate, Load, Pass, Position, Save, Step, call_to_proto
+from tg_tinker.wire.call_messages import call_to_proto
+from tg_tinker.wire.calls import Generate, Load, Pass, Position, Save, Step
 from tg_tinker.wire.operations import cancel_future_request, resume_request
 from tg_tinker.wire.privacy import report_of
 from tg_tinker_server.app import EmbeddedServer

@@ -16,7 +16,8 @@ from tests.e2e.server_process import batch
 from tests.server.rpc.raw_client import RawClient
 from tests.server.rpc.raw_client import batch as raw_batch
 from tg_tinker import DPConfig, FutureCancelledError, InvalidRequestError, LoRAConfig, ServiceClient, TrainingConfig
-from tg_tinker.wire.calls import Position, call_to_proto
+from tg_tinker.wire.call_messages import call_to_proto
+from tg_tinker.wire.calls import Position
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.engine.bigram import BigramBackend, BigramSession

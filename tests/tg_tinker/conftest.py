@@ -48,17 +48,8 @@ from tg_tinker.types.info import ModelInfo
 from tg_tinker.types.log import LogState
 from tg_tinker.types.run import PrivacyState, RunInfo
 from tg_tinker.wire.artifacts import artifact_to_proto
-from tg_tinker.wire.calls import (
-    OPERATION,
-    Load,
-    Pass,
-    Position,
-    Save,
-    Step,
-    Updates,
-    call_from_proto,
-    position_from_proto,
-)
+from tg_tinker.wire.call_messages import call_from_proto, position_from_proto
+from tg_tinker.wire.calls import OPERATION, Load, Pass, Position, Save, Step, Updates
 from tg_tinker.wire.federation import weights_to_proto
 from tg_tinker.wire.log import checkpoint_to_proto
 from tg_tinker.wire.methods import methods

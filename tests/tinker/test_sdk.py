@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -10,12 +11,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import tinker
+from tinker import types
 
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
-
-tinker = pytest.importorskip("tinker")
-from tinker import types  # noqa: E402
 
 MODEL = "bigram"
 
@@ -249,3 +249,63 @@ def test_mistakes_are_told_in_words(service: Any, credentials: dict[str, str], s
     with pytest.raises(tinker.RequestFailedError, match="no such"):
         foreign.create_training_client_from_state(saved).result()
     foreign.close("success").result(timeout=20)
+
+
+def test_ids_at_the_positions_of_a_prompt_are_scored_as_they_were_listed(service: Any) -> None:
+    import torch
+
+    sampler = service.create_sampling_client(base_model=MODEL).result()
+    prompt, params = types.ModelInput.from_ints([1, 2, 3, 4]), types.SamplingParams(max_tokens=1)
+    ids = torch.full((3, 40), -1)  # wide enough that the client sends it sparse
+    ids[0, 1], ids[1, 0], ids[1, 30] = 2, 5, 6
+
+    def scored(targets: Any) -> Any:
+        return (
+            sampler.sample(prompt, num_samples=1, sampling_params=params, target_prompt_logprobs=targets)
+            .result()
+            .target_prompt_logprobs
+        )
+
+    dense = scored(types.TensorData.from_torch(ids))
+    sparse = scored(types.TensorData.from_torch_sparse(ids, pad_value=-1))
+    by_hand = sampler.compute_logprobs(prompt).result()
+    found = dense.to_torch()
+    assert found[0, 1] == pytest.approx(by_hand[1])
+    assert bool(((found == 0) == (ids == -1)).all())
+    assert sparse.sparse_crow_indices is not None
+    assert list(sparse.sparse_crow_indices) == [0, 1, 3, 3]
+    assert list(sparse.sparse_col_indices) == [1, 0, 30]
+    assert list(sparse.data) == [found[0, 1], found[1, 0], found[1, 30]]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "count"), [({"max_tokens": 0}, 1), ({"top_p": 2.0}, 1), ({"temperature": -1.0}, 1), ({}, 0)]
+)
+def test_a_refused_sample_ends_in_an_error(service: Any, wrong: dict[str, Any], count: int) -> None:
+    sampler = service.create_sampling_client(base_model=MODEL).result()
+    prompt = types.ModelInput.from_ints([1, 2, 3])
+    params = types.SamplingParams(**{"max_tokens": 2, **wrong})
+    with pytest.raises(tinker.RequestFailedError):
+        sampler.sample(prompt, num_samples=count, sampling_params=params).result(timeout=15)
+
+
+def test_samples_under_way_at_a_restart_come_from_the_next_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    config = ServerConfig(port=0, tinker_port=port, backend="bigram", data_dir=tmp_path)
+    prompt = types.ModelInput.from_ints([1, 2, 3])
+    with EmbeddedServer(config) as first:
+        key = first.mint_key()
+        service = tinker.ServiceClient(base_url=first.tinker_url, api_key="tml-" + key)
+        sampler = service.create_sampling_client(base_model=MODEL).result()
+        params = [types.SamplingParams(max_tokens=200, seed=n, stop=[]) for n in range(6)]
+        under_way = [sampler.sample(prompt, num_samples=16, sampling_params=p) for p in params]
+        sampler.sample(prompt, num_samples=1, sampling_params=types.SamplingParams(max_tokens=1)).result(timeout=30)
+    with EmbeddedServer(config):
+        for future in under_way:
+            assert [len(s.tokens) for s in future.result(timeout=60).sequences] == [200] * 16
+        service.close("success").result(timeout=20)

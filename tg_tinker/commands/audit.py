@@ -72,7 +72,7 @@ def attach(file: Path, dataset_id: str) -> None:
     The server is found by TG_TINKER_BASE_URL and TG_TINKER_API_KEY; the key needs the role auditor.
     """
     from tg_tinker.service_client import ServiceClient
-    from tg_tinker.wire.calls import json_from_text
+    from tg_tinker.wire.json_text import json_from_text
 
     try:
         result = json_from_text(file.read_text(encoding="utf-8"), field="result")

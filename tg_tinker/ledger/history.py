@@ -29,7 +29,7 @@ FIELDS: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
     "register": (_TERMS | {"slots", "actor"}, frozenset()),
     "raise": (_ACT | {"from_epsilon", "target_epsilon", "reason", "request_id"}, frozenset()),
     "erase": (_ACT | {"records", "whole"}, frozenset()),
-    "open": (_TERMS | {"mechanism"}, frozenset({"initial_weights", "planned_steps"})),
+    "open": (_TERMS | {"mechanism"}, frozenset({"initial_weights", "planned_steps", "custom_loss"})),
     "charge": (_STEP | {"event", "unit", "neighbours", "accountant", "delta", "epsilon_after"}, frozenset()),
     "settle": (_STEP | {"charge_position", "outcome", "update_hash"}, frozenset()),
     "audit": (_ACT | {"result"}, frozenset()),
@@ -74,6 +74,7 @@ class Charge:
 class Run:
     """What one run did on the dataset; ``weights`` "public": it began with weights that the client calls public.
 
+    ``custom_loss`` "independent": by the client's word its own losses were computed from one unit at a time.
     ``counted``: the noise multiplier at which participation is counted; ``None`` before the first such step.
     """
 
@@ -82,6 +83,7 @@ class Run:
     released: int = 0
     failed: int = 0
     weights: str = "base"
+    custom_loss: str = "refuse"
     counted: float | None = None
 
     @property
@@ -230,7 +232,8 @@ class History:
             planned = count_of(steps, "planned_steps")
             self.plan = Plan(run_id=run_id, release=release, steps=planned, target_epsilon=terms.target_epsilon)
         self.terms = terms
-        self.runs[run_id] = Run(run_id=run_id, weights=text_of(weights, "initial_weights"))
+        losses = text_of(body.get("custom_loss", "refuse"), "custom_loss")
+        self.runs[run_id] = Run(run_id=run_id, weights=text_of(weights, "initial_weights"), custom_loss=losses)
 
     def _charged(self, body: Mapping[str, Any]) -> None:
         terms, run = self.in_force, self._run(body)

@@ -115,6 +115,11 @@ def _warnings(report: Mapping[str, Any]) -> str:
     public = sum(run["initial_weights"] == "public" for run in report["coverage"]["runs"])
     if public:
         found.append(f"{public} of the runs began from weights that are public by the client’s word alone.")
+    own = sum(run.get("custom_loss") == "independent" for run in report["coverage"]["runs"])
+    if own:
+        found.append(
+            f"In {own} of the runs callers may compute losses themselves, each from one unit by their word alone."
+        )
     return "".join(f'<p class="warn" role="note">{text(t)}</p>' for t in found)
 
 

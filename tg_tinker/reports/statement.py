@@ -216,16 +216,22 @@ def _coverage(history: History) -> dict[str, Any]:
             "failed": r.failed,
             "unsettled": r.unsettled,
             "initial_weights": r.weights,
+            **({} if r.custom_loss == "refuse" else {"custom_loss": r.custom_loss}),
         }
         for r in history.runs.values()
     ]
     public = [r.run_id for r in history.runs.values() if r.weights == "public"]
     attested = [f"Weights loaded into {', '.join(public)} are public by the client's word and not covered."]
+    own = [r.run_id for r in history.runs.values() if r.custom_loss == "independent"]
+    losses = [
+        f"Losses that callers of {', '.join(own)} compute themselves are of one unit at a time by the client's word: "
+        "in a loss over several, one unit shows in the gradients of the others."
+    ]
     return {
         "what": ALL_RUNS,
         "runs": runs,
         "covered": list(COVERED),
-        "not_covered": [*NOT_COVERED, *(attested if public else [])],
+        "not_covered": [*NOT_COVERED, *(attested if public else []), *(losses if own else [])],
         "changes": list(history.changes),
         "earlier_reports": len(history.reports) - 1,
     }

@@ -124,9 +124,13 @@ class DPConfig(_Config):
             as another one: then give ids.
         privacy_unit: what one epsilon protects; "datum" is a record, "site" all that one party of a federation sends.
         diagnostics: "owner" returns exact losses and norms to the caller; "off" returns none.
-        merge_units: the same unit in several calls of one logical batch is summed and clipped once.
+        merge_units: the same unit in several calls of one logical batch is summed and clipped once. Units that are
+            known by their content are not: equal content may be of two.
         initial_weights: "public" attests that checkpoints of runs without privacy, when loaded into this run, were
             trained on public data; the ledger and the report say so. With "base" they are refused.
+        custom_loss: "independent" attests that losses which the caller computes itself, and sends as weights, are
+            computed from one privacy unit at a time; the ledger and the report say so. With "refuse" the server
+            refuses what looks like another over HTTP, and from keys with a policy.
         allow_unnoised_steps: with no finite target, permits ``apply_dp_noise=False``; epsilon is then inf.
     """
 
@@ -146,6 +150,7 @@ class DPConfig(_Config):
     merge_units: bool = False
     allow_unnoised_steps: bool = False
     initial_weights: Literal["base", "public"] = "base"
+    custom_loss: Literal["refuse", "independent"] = "refuse"
 
     @field_validator("dataset_id")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tg_tinker.proto.v1 import artifacts_pb2
 from tg_tinker.types import ArtifactInfo
-from tg_tinker.wire.calls import json_from_text, json_to_text
+from tg_tinker.wire.json_text import json_from_text, json_to_text
 from tg_tinker.wire.times import time_from_proto, time_to_proto
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.proto.v1 import common_pb2, runs_pb2, training_pb2
-from tg_tinker.wire.calls import Position, position_from_proto, position_to_proto
+from tg_tinker.wire.call_messages import position_from_proto, position_to_proto
+from tg_tinker.wire.calls import Position
 from tg_tinker.wire.results import RESULTS, Result
 from tg_tinker.wire.status import error_from_status, error_to_status
 

@@ -13,7 +13,7 @@ from tg_tinker.ledger import ChainEntry, PrivacyLedger
 from tg_tinker.proto.v1 import privacy_pb2
 from tg_tinker.transparency._encoding import from_base64
 from tg_tinker.types import AuditLogEntry
-from tg_tinker.wire.calls import json_from_text
+from tg_tinker.wire.json_text import json_from_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,8 @@ from typing import Any
 from tg_tinker.proto.v1 import artifacts_pb2, privacy_pb2, runs_pb2, sampling_pb2, training_pb2
 from tg_tinker.types import TrainingConfig
 from tg_tinker.types.sampling import GenerationOptions
-from tg_tinker.wire.calls import json_to_text, sampling_to_proto
+from tg_tinker.wire.call_messages import sampling_to_proto
+from tg_tinker.wire.json_text import json_to_text
 from tg_tinker.wire.runs import config_to_json
 from tg_tinker.wire.times import time_to_proto
 

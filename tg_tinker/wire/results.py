@@ -19,8 +19,8 @@ from tg_tinker.types import (
     SavedState,
     StreamChunk,
 )
-from tg_tinker.wire.calls import json_from_text, json_to_text
 from tg_tinker.wire.datums import tensors_from_proto, tensors_to_proto
+from tg_tinker.wire.json_text import json_from_text, json_to_text
 from tg_tinker.wire.log import receipt_from_proto, receipt_to_proto
 from tg_tinker.wire.times import time_from_proto, time_to_proto
 

@@ -42,6 +42,7 @@ from tg_tinker_server.service.weight_files import WeightFiles
 from tg_tinker_server.store.database import Database
 
 log = structlog.get_logger()
+SWEEP_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,7 @@ class Gateway:
             self._models, s.dispatch, s.operations, s.training, journal, Callers(s.db, io), config.tinker_gap_s
         )
         self._samples = Samples(s.samplers)
-        futures = Futures(self._models, self._training, self._samples, s.samplers)
+        self._futures = futures = Futures(self._models, self._training, self._samples, s.samplers)
         files = WeightFiles(s.checkpoints.vault, s.audit, io, s.scratch, s.hub_ids)
         handlers = {
             **ServiceDoors(
@@ -98,7 +99,7 @@ class Gateway:
         doors = Doors(s.authenticator, io, config.max_request_bytes, config.tinker_zstd)
         app = Starlette(routes=doors.routes(handlers), exception_handlers={404: not_here, 405: not_here})
         self._listener = HttpListener(config, app, port=config.tinker_port)
-        self._resuming: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def url(self) -> str:
@@ -108,16 +109,24 @@ class Gateway:
     async def start(self) -> None:
         """Accept calls, and go on with what was acknowledged before."""
         await self._listener.start()
-        self._resuming = asyncio.create_task(self._resume(), name="tinker-resume")
+        self._tasks = [
+            asyncio.create_task(self._resume(), name="tinker-resume"),
+            asyncio.create_task(self._sweep(), name="tinker-sweep"),
+        ]
 
     async def stop(self, grace_s: float) -> None:
         """Refuse calls. What was acknowledged and has not ended is on disk; samples are sent again."""
-        if self._resuming is not None:
-            self._resuming.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._samples.close()
         await self._models.close()
         await self._listener.stop(grace_s)
         await self._training.close()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._samples.forget_silent()
 
     async def _resume(self) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tg_tinker.errors import AuthorizationError
 from tg_tinker_server.service.caller import SCOPES_OF_ROLE, Caller
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.policy import KeyPolicy
@@ -19,10 +20,14 @@ class Callers:
     executors: Executors
 
     async def of(self, tenant: str, key_id: str) -> Caller:
-        """The caller that a key stands for, with its policy. A key revoked since still ends what it began."""
+        """The caller that a key stands for, with its policy. A key revoked since still ends what it began.
+
+        Raises:
+            AuthorizationError: nothing is known of the key: it may have had a policy.
+        """
         row = await self.executors.io(self.db.read, lambda tx: key_rows.get_api_key(tx, key_id))
         if row is None or row.tenant != tenant:
-            return Caller(tenant=tenant, key_id=key_id, scopes=frozenset())
+            raise AuthorizationError("the key that sent this is not known any more; send it again with another")
         scopes = frozenset().union(*(SCOPES_OF_ROLE.get(r, frozenset()) for r in row.roles))
         policy = None if row.policy is None else KeyPolicy.from_json(row.policy)
         return Caller(tenant=tenant, key_id=key_id, scopes=scopes, policy=policy)

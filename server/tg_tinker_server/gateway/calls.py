@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -19,8 +19,6 @@ from tg_tinker_server.gateway import messages
 from tg_tinker_server.gateway.privacy import step_params
 from tg_tinker_server.gateway.requests import parse_json
 from tg_tinker_server.gateway.tensors import DatumReader
-from tg_tinker_server.gateway.units import CustomLoss, PassWatch, units_of
-from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.run import Run
 from tg_tinker_server.service.weight_files import RECIPIENTS
 
@@ -60,19 +58,13 @@ _OPERATIONS = {
     "save_weights_external": "save_state",
     "load_weights": "load_state",
 }
-_MESSAGES: dict[str, type[messages.Positioned] | type[messages.LoadWeights]] = {
-    "forward_backward": messages.JsonPass,
-    "forward": messages.JsonPass,
-    "optim_step": messages.OptimStep,
-    "save_weights": messages.SaveWeights,
-    "save_weights_for_sampler": messages.SaveWeights,
-    "save_weights_external": messages.SaveWeights,
-    "load_weights": messages.LoadWeights,
-}
 
 
 def request_of(name: str, data: bytes, *, protobuf: bool) -> TrainingRequest:
     """A body as a request that can be queued.
+
+    Only its place is read here: its client has given the number away, so a request that says nothing else that can be
+    done fails in its turn, under its own id.
 
     Raises:
         InvalidRequestError: it cannot be read, or does not say where it stands.
@@ -86,15 +78,13 @@ def request_of(name: str, data: bytes, *, protobuf: bool) -> TrainingRequest:
         body = _PROTO + message.SerializeToString(deterministic=True)
         return TrainingRequest(name=name, model_id=message.model_id[:128], seq=message.seq_id, body=body)
     value = parse_json(data)
-    read = messages.read(_MESSAGES[name], value)
-    if read.model_id is None or read.seq_id is None:
-        raise InvalidRequestError("model_id or seq_id is missing", field="seq_id", constraint="from 1")
+    read = messages.read(messages.Place, value)
     return TrainingRequest(
         name=name,
         model_id=read.model_id,
         seq=read.seq_id,
         body=_JSON + canonical(value),
-        sampler=_sampler(read) if name == "save_weights_for_sampler" else None,
+        sampler=read.sampling_session_seq_id if name == "save_weights_for_sampler" and read.path is None else None,
     )
 
 
@@ -119,13 +109,11 @@ def canonical(value: Any) -> bytes:
 class CallReader:
     """Makes calls of requests."""
 
-    watch: PassWatch = field(default_factory=PassWatch)
-
     def has_effect(self, request: TrainingRequest) -> bool:
         """Whether it may change weights or the pending gradient."""
         return request.name in ("forward_backward", "optim_step", "load_weights")
 
-    def read(self, caller: Caller, run: Run, request: TrainingRequest) -> Call:
+    def read(self, run: Run, request: TrainingRequest) -> Call:
         """The call in a request.
 
         Raises:
@@ -134,25 +122,15 @@ class CallReader:
         encoding, data = request.body[:1], request.body[1:]
         if request.name in ("forward", "forward_backward"):
             train = request.name == "forward_backward"
-            read = _pass_of_proto(data, train) if encoding == _PROTO else _pass_of_json(parse_json(data), train)
-            return self._private(caller, run, read)
+            return _pass_of_proto(data, train) if encoding == _PROTO else _pass_of_json(parse_json(data), train)
         value = parse_json(data)
         if request.name == "optim_step":
             step = messages.read(messages.OptimStep, value)
-            self.watch.stepped(run)
             return Step(adam=step_params(run.config, step.adam_params, step.optimizer_params))
         if request.name == "load_weights":
             load = messages.read(messages.LoadWeights, value)
             return Load(artifact_id=load.path, optimizer=load.optimizer)
         return _save(request.name, messages.read(messages.SaveWeights, value))
-
-    def _private(self, caller: Caller, run: Run, call: LossPass) -> LossPass:
-        """With whose each datum is, and whether a loss over several was computed elsewhere."""
-        policy = caller.policy
-        units = units_of(run, call.data, call.loss, unit_of=policy.unit_of if policy else None)
-        custom: CustomLoss = policy.custom_loss if policy else "refuse"
-        coupling = self.watch.coupling_of(run, call, custom_loss=custom)
-        return replace(call, units=units, coupling=coupling)
 
 
 def _parse(data: bytes) -> pb.ForwardBackwardRequest:
@@ -203,11 +181,6 @@ def _pass(data: tuple[Datum, ...], loss_fn: str, config: Mapping[str, float | st
             f"{len(data)} datums in one request", field="data", constraint=f"at most {MOST_DATUMS}"
         )
     return LossPass(data=data, loss=Loss.of(loss_fn, config), train=train)
-
-
-def _sampler(message: messages.Message) -> int | None:
-    assert isinstance(message, messages.SaveWeights)
-    return message.sampling_session_seq_id if message.path is None else None
 
 
 def _save(name: str, message: messages.SaveWeights) -> Save:

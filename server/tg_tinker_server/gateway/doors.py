@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from tg_tinker.errors import AuthenticationError, InvalidRequestError, ServerError, TGTinkerError
+from tg_tinker_server.gateway.connections import show
 from tg_tinker_server.gateway.errors import refusal
 from tg_tinker_server.gateway.requests import HttpCall
 from tg_tinker_server.service.caller import HOW_TO_GET_A_KEY, Authenticator, Caller
@@ -135,6 +136,7 @@ class Doors:
         caller = self.authenticator.cached(token, None)
         if caller is None:
             caller = await self.executors.io(self.authenticator.authenticate, token, None)
+        show(request.state)
         caller.require(scope)
         return caller
 

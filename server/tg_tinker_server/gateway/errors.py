@@ -33,6 +33,15 @@ class TooLargeError(InvalidRequestError):
     """A body over the limit."""
 
 
+def bare(error: TGTinkerError) -> TGTinkerError:
+    """An error that is told or kept, without the frames behind it: they would keep the request's body.
+
+    Every error passes here when it is told, also one that was kept and raised again on behalf of another request.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
+
+
 def status_of(error: TGTinkerError) -> int:
     """The HTTP status of an error."""
     if isinstance(error, TooLargeError):
@@ -44,7 +53,7 @@ def status_of(error: TGTinkerError) -> int:
 
 def refusal(error: TGTinkerError) -> JSONResponse:
     """A refused request; the official client shows ``detail`` to its user word for word."""
-    status = status_of(error)
+    status = status_of(bare(error))
     headers = {}
     if isinstance(error, RateLimitedError):
         headers["Retry-After"] = str(max(1, round(min(error.retry_after, 60.0))))
@@ -55,5 +64,5 @@ def refusal(error: TGTinkerError) -> JSONResponse:
 
 def failure(error: TGTinkerError) -> dict[str, Any]:
     """A failed future: final, whatever the category."""
-    ours = isinstance(error, ServerError) and not isinstance(error, FutureCancelledError)
+    ours = isinstance(bare(error), ServerError) and not isinstance(error, FutureCancelledError)
     return {"error": error.message, "category": "server" if ours else "user"}

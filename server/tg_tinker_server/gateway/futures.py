@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +18,14 @@ from tg_tinker.errors import (
 from tg_tinker.types import ForwardBackwardOutput, LoadStateResult, OptimStepOutput
 from tg_tinker.types.results import SavedState
 from tg_tinker_server.gateway import names, samples
-from tg_tinker_server.gateway.errors import failure
+from tg_tinker_server.gateway.errors import bare, failure
 from tg_tinker_server.gateway.messages import RetrieveFuture, RetrieveFutures
 from tg_tinker_server.gateway.models import Models
 from tg_tinker_server.gateway.paths import tinker_path
 from tg_tinker_server.gateway.requests import PROTOBUF, HttpCall
 from tg_tinker_server.gateway.results import finite, pass_to_json, pass_to_proto, sample_to_proto
 from tg_tinker_server.gateway.samples import Samples
-from tg_tinker_server.gateway.training import Training
+from tg_tinker_server.gateway.training import Training, sampler_seal
 from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.samplers import SamplerService
 
@@ -52,7 +53,7 @@ class Futures:
     def refuse(self, caller: Caller, error: TGTinkerError) -> str:
         """Give a request that could be read and is refused an id, under which its user finds the reason."""
         request_id = names.new_refusal()
-        self._refused[(caller.tenant, request_id)] = error
+        self._refused[(caller.tenant, request_id)] = bare(error)
         while len(self._refused) > MOST_REFUSED:
             self._refused.popitem(last=False)
         return request_id
@@ -84,7 +85,7 @@ class Futures:
             if not making.done():
                 return try_again(request_id, "the model is being made")
         try:
-            await self.training.run(call.caller, model_id)
+            await self.models.run(call.caller, model_id)
         except TGTinkerError as e:
             if making is None:
                 raise
@@ -92,8 +93,12 @@ class Futures:
         return JSONResponse(answer)
 
     async def _operation(self, call: HttpCall, request_id: str, name: names.RequestName) -> Response:
-        run, operation = await self.training.find(call.caller, name.owner, name.seq)
-        if operation is None:
+        try:
+            run, operation = await self.training.find(call.caller, name.owner, name.seq)
+        except RateLimitedError as e:
+            return try_again(request_id, e.message)
+        sealed = not name.sampler or hmac.compare_digest(name.seal, sampler_seal(run, name.seq, name.sampler))
+        if operation is None or not sealed:
             raise names.not_found("request", request_id)
         try:
             await self.training.operations.wait(operation, self.hold_s)
@@ -143,22 +148,33 @@ class Futures:
             return _failed(error, request_id)
         if kept.delivered is None:
             kept.delivered = asyncio.get_running_loop().time()
-        return Response(sample_to_proto(kept.task.result()).SerializeToString(), media_type=PROTOBUF)
+        return Response(sample_to_proto(kept.task.result(), kept.layout).SerializeToString(), media_type=PROTOBUF)
 
     async def retrieve_many(self, call: HttpCall) -> Response:
         """What ended of one client's samples since it last asked."""
         asked = await call.message(RetrieveFutures, large=True)
+        await self.require_sampler(call.caller, asked.target.sampling_session_id)
         self.samples.forget(call.caller, asked.retrieved_request_ids)
         wait_s = min(max(asked.timeout if asked.timeout is not None else self.hold_s, 0.0), self.hold_s)
         target = (asked.target.sampling_session_id, asked.target.cloned_sampler_id)
         ended, cursor = await self.samples.ended_after(call.caller, target, asked.prev_cursor, wait_s)
         completions = [
-            {"state": "failed", "request_id": k.request_id}
-            if samples.error_of(k)
-            else {"state": "finished", "request_id": k.request_id, "response_payload_uncompressed_size": k.size}
-            for k in ended
+            {"state": "failed", "request_id": e.request_id}
+            if e.failed
+            else {"state": "finished", "request_id": e.request_id, "response_payload_uncompressed_size": e.size}
+            for e in ended
         ]
         return JSONResponse({"completions": completions, "cursor": cursor})
+
+    async def require_sampler(self, caller: Caller, sampler_id: str) -> None:
+        """Refuse a sampler that is not there for this caller.
+
+        Raises:
+            ResourceNotFoundError: one answer for a missing one and for another's.
+        """
+        await self.samplers.get(caller, sampler_id)
+        if caller.policy is not None:  # its session must be this key's
+            await self.models.sessions.get(caller, names.session_of(sampler_id))
 
     async def cancel(self, call: HttpCall) -> Response:
         """Stop a sample that its client has given up. Training is not cancelled this way."""

@@ -13,6 +13,7 @@ import uvicorn
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker_server.config import ServerConfig
+from tg_tinker_server.gateway.connections import HEADER_BYTES, Connection, most_connections
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections
@@ -50,6 +51,9 @@ class HttpListener:
             uvicorn.Config(
                 app,
                 loop="none",
+                http=Connection,
+                h11_max_incomplete_event_size=HEADER_BYTES,
+                limit_concurrency=most_connections(),
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -58,6 +58,13 @@ class Positioned(OfModel):
     seq_id: _Position
 
 
+class Place(Positioned):
+    """Where a request of any kind stands, and of which sampler it is to give the weights."""
+
+    path: Any = None
+    sampling_session_seq_id: _Number | None = None
+
+
 class OptimStep(Positioned):
     adam_params: dict[str, Any] | None = None
     optimizer_params: dict[str, Any] | None = None
@@ -83,13 +90,6 @@ class LoadWeights(Message):
     base_model: _Text | None = None
     user_metadata: _Object = Field(default_factory=dict)
     weights_access_token: str | None = None
-
-
-class JsonPass(Positioned):
-    """``forward_backward`` and ``forward`` as clients before 0.25 send them."""
-
-    forward_backward_input: dict[str, Any] | None = None
-    forward_input: dict[str, Any] | None = None
 
 
 class CreateSampler(OfSession):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import structlog
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError, TGTinkerError
 from tg_tinker_server.gateway import names
 from tg_tinker_server.gateway.calls import canonical
+from tg_tinker_server.gateway.errors import bare
 from tg_tinker_server.gateway.messages import CreateModel, LoadWeights, read
 from tg_tinker_server.gateway.privacy import step_params, training_config
 from tg_tinker_server.gateway.requests import parse_json
@@ -26,6 +28,7 @@ from tg_tinker_server.store import run_rows
 from tg_tinker_server.store.database import Database
 
 log = structlog.get_logger()
+MOST_MAKINGS = 10_000  # outcomes in memory; older ones are looked up, or made again
 CREATE, LOAD = "create_model", "load_weights"
 
 
@@ -82,8 +85,9 @@ class Models:
             return model_id
         gate = asyncio.Event()
         task = asyncio.create_task(self._make(caller, model_id, name, body, gate), name=f"create-{model_id}")
-        task.add_done_callback(lambda t: t.cancelled() or t.exception())  # asked for later, or never
+        task.add_done_callback(_ended)
         self._making[(caller.tenant, model_id)] = _Making(digest, task)
+        self._tidy()
         try:
             if await self._find(caller.tenant, model_id) is None:
                 entry = Entry(model_id=model_id, seq=0, name=name, body=body, actor=caller.key_id)
@@ -107,9 +111,11 @@ class Models:
             if not (isinstance(e, ServerError) and e.details.get("retry") is True):
                 self.journal.drop(caller.tenant, model_id, seqs=(0,))
             raise
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 - a defect of ours, told without its text
             log.error("create_crashed", error=type(e).__name__, at=place_of(e))
-            raise ServerError("the model could not be made, by a fault inside the server; tell its operator") from e
+            raise ServerError(
+                "the model could not be made, by a fault inside the server; tell its operator"
+            ) from None
         self.journal.drop(caller.tenant, model_id, seqs=(0,))
         self._run_ids[(caller.tenant, model_id)] = run.run_id
         return run.run_id
@@ -183,8 +189,19 @@ class Models:
             self._run_ids[(tenant, model_id)] = row.run_id
         return None if row is None else row.run_id
 
+    def _tidy(self) -> None:
+        for key in list(itertools.islice(self._making, max(0, len(self._making) - MOST_MAKINGS))):
+            if self._making[key].task.done():
+                del self._making[key]
+
     async def close(self) -> None:
         """Let models that are being made be made."""
         tasks = [m.task for m in self._making.values() if not m.task.done()]
         if tasks:
             await asyncio.wait(tasks, timeout=10.0)
+
+
+def _ended(task: asyncio.Task[str]) -> None:
+    """What went wrong is asked for later, or never; it is kept without the request."""
+    if not task.cancelled() and isinstance(error := task.exception(), TGTinkerError):
+        bare(error)

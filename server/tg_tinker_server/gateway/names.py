@@ -4,7 +4,8 @@
 <session>:train:<n>                        a model: the run whose request_id is "tinker/" and this
 <session>:sample:<n>                       a sampler
 <model>:create, <model>:load               the request that makes a model, of saved weights or of none
-<model>:op:<seq>[:sampler:<n>]             one training operation, and the sampler to make of what it saves
+<model>:op:<seq>[:sampler:<n>:<seal>]      one training operation, and the sampler to make of what it saves; the seal
+                                           shows that the operation's own request asked for that sampler
 <sampler>:req:<seq>                        one sample
 <session>:loss:<n>:<loss>                  a custom loss, with its id
 refused:<hex>                              a request that could be read and was refused
@@ -26,7 +27,9 @@ _SAMPLER = f"(?P<session>[0-9a-f]{{32}}):sample:(?P<n>{_NUMBER})"
 _PATTERNS: dict[str, re.Pattern[str]] = {
     "create": re.compile(f"(?P<owner>{_MODEL}):create"),
     "load": re.compile(f"(?P<owner>{_MODEL}):load"),
-    "operation": re.compile(f"(?P<owner>{_MODEL}):op:(?P<seq>{_NUMBER})(:sampler:(?P<sampler>{_NUMBER}))?"),
+    "operation": re.compile(
+        f"(?P<owner>{_MODEL}):op:(?P<seq>{_NUMBER})(:sampler:(?P<sampler>{_NUMBER}):(?P<seal>[0-9a-f]{{24}}))?"
+    ),
     "sample": re.compile(f"(?P<owner>{_SAMPLER}):req:(?P<seq>{_NUMBER})"),
     "loss": re.compile(f"(?P<owner>[0-9a-f]{{32}}):loss:(?P<seq>{_NUMBER}):(?P<loss>loss_[0-9a-f]{{1,64}})"),
     "refused": re.compile("(?P<owner>refused):(?P<seq>[0-9a-f]{32})"),
@@ -42,6 +45,7 @@ class RequestName:
         owner: the model, the sampler or the session that the request belongs to.
         seq: its number there; 0 of a creation.
         sampler: full id of the sampler that is made of what the operation saves; empty: none.
+        seal: what the server gave that out with.
         loss: id of the custom loss that was made.
     """
 
@@ -49,6 +53,7 @@ class RequestName:
     owner: str
     seq: int
     sampler: str = ""
+    seal: str = ""
     loss: str = ""
 
 
@@ -82,9 +87,9 @@ def load_request(model: str) -> str:
     return f"{model}:load"
 
 
-def operation_request(model: str, seq: int, sampler: int | None = None) -> str:
+def operation_request(model: str, seq: int, sampler: int | None = None, seal: str = "") -> str:
     """The request at a position of a model."""
-    return f"{model}:op:{seq}" + ("" if sampler is None else f":sampler:{sampler}")
+    return f"{model}:op:{seq}" + ("" if sampler is None else f":sampler:{sampler}:{seal}")
 
 
 def sample_request(sampler: str, seq: int) -> str:
@@ -101,6 +106,11 @@ def session_of(text: str) -> str:
     """The session of a model or a sampler; empty where the id is neither."""
     found = re.fullmatch(f"{_MODEL}", text) or re.fullmatch(f"{_SAMPLER}", text)
     return found["session"] if found else ""
+
+
+def sampler_of(model: str, n: int) -> str:
+    """The id of the n-th sampler of a model's session."""
+    return sampler_id(session_of(model), n)
 
 
 def is_model(text: str) -> bool:
@@ -121,7 +131,14 @@ def parse_request(text: str) -> RequestName:
         parts = found.groupdict()
         sampler = sampler_id(parts["session"], int(parts["sampler"])) if parts.get("sampler") else ""
         seq = int(parts.get("seq") or 0) if kind != "refused" else 0
-        return RequestName(kind=kind, owner=parts["owner"], seq=seq, sampler=sampler, loss=parts.get("loss") or "")  # type: ignore[arg-type]
+        return RequestName(
+            kind=kind,  # type: ignore[arg-type]
+            owner=parts["owner"],
+            seq=seq,
+            sampler=sampler,
+            seal=parts.get("seal") or "",
+            loss=parts.get("loss") or "",
+        )
     raise not_found("request", text)
 
 

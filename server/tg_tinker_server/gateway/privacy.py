@@ -55,6 +55,7 @@ class DPRequest:
     diagnostics: str | None = None
     merge_units: bool | None = None
     initial_weights: str | None = None
+    custom_loss: str | None = None
 
     def given(self) -> dict[str, Any]:
         """What was said, without ``planned_steps``, which is no part of a ``DPConfig``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,13 +12,23 @@ import zstandard
 from starlette.requests import ClientDisconnect, Request
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker_server.config import LOOPBACK
 from tg_tinker_server.gateway.errors import TooLargeError
 from tg_tinker_server.gateway.messages import Message, read
 from tg_tinker_server.service.caller import Caller
 
 PROTOBUF = "application/x-protobuf"
 SMALL_BYTES = 4 * 2**20  # of JSON that carries no tensors
+TINY_BYTES = 2**18  # of JSON that carries a few names
+LARGE_JSON = 2**16  # bytes from which reading leaves the event loop
+MOST_CONTAINERS = 200_000  # lists and objects in one body: each costs far more memory and time than its two bytes
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+
+
+async def aside(size: int, work: Callable[[], T]) -> T:
+    """Do what takes time in proportion to a body, beside the event loop if the body is large."""
+    return await asyncio.to_thread(work) if size >= LARGE_JSON else work()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +61,12 @@ class HttpCall:
         return min(int(text), most)
 
     @property
+    def from_this_machine(self) -> bool:
+        """Whether it came over loopback, and no proxy said otherwise."""
+        client = self.request.client
+        return client is not None and client.host in LOOPBACK
+
+    @property
     def is_protobuf(self) -> bool:
         """Whether the body is a protobuf message."""
         return self.request.headers.get("content-type", "").partition(";")[0].strip().lower() == PROTOBUF
@@ -59,17 +77,21 @@ class HttpCall:
         return PROTOBUF in self.request.headers.get("accept", "")
 
     async def message(self, kind: type[M], *, large: bool = False) -> M:
-        """The body as a value."""
-        return read(kind, await self.json(large=large))
-
-    async def json(self, *, large: bool = False) -> Any:
-        """The body as JSON; an empty one is an empty object.
+        """The body as a value; an empty one is an empty object.
 
         Raises:
-            InvalidRequestError: it is not JSON, or too large.
+            InvalidRequestError: it is not JSON, not such a value, or too large.
         """
-        data = await self.body(self.most_bytes if large else min(SMALL_BYTES, self.most_bytes))
-        return parse_json(data)
+        data = await self.json_body(large=large)
+        return await aside(len(data), lambda: read(kind, parse_json(data)))
+
+    async def json_body(self, *, large: bool = False) -> bytes:
+        """The body of a request in JSON.
+
+        Raises:
+            InvalidRequestError: too large.
+        """
+        return await self.body(min(SMALL_BYTES if large else TINY_BYTES, self.most_bytes))
 
     async def body(self, limit: int | None = None) -> bytes:
         """The body, decompressed.
@@ -121,8 +143,14 @@ def parse_json(data: bytes) -> Any:
     """JSON from bytes; nothing is an empty object.
 
     Raises:
-        InvalidRequestError: it is not JSON.
+        InvalidRequestError: it is not JSON, or has too many parts.
     """
+    if data.count(b"[") + data.count(b"{") > MOST_CONTAINERS:
+        raise InvalidRequestError(
+            f"the body has over {MOST_CONTAINERS} lists and objects; send smaller requests",
+            field="body",
+            constraint=f"at most {MOST_CONTAINERS} lists and objects",
+        )
     try:
         return json.loads(data) if data.strip() else {}
     except (ValueError, RecursionError) as e:

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from tg_tinker.errors import DPUnsupportedError, InvalidRequestError
+from tg_tinker.errors import DPUnsupportedError, InvalidRequestError, ResourceNotFoundError
 from tg_tinker.types import TrainingConfig
 from tg_tinker_server.gateway import messages, names
 from tg_tinker_server.gateway.doors import Handler
@@ -155,14 +155,17 @@ class RestDoors:
         if text is not None:
             try:
                 start = datetime.combine(datetime.fromisoformat(text).date(), time(), UTC)
-            except ValueError as e:
+                end = start + timedelta(days=1)
+            except (ValueError, OverflowError) as e:
                 raise InvalidRequestError("day is not a date", field="day", constraint="YYYY-MM-DD") from e
-            end = start + timedelta(days=1)
         kind = call.request.query_params.get("event_type", "all")
         entries = await self.registry.executors.io(
             lambda: self.audit.query(call.caller.tenant, start=start, end=end, limit=MOST_AUDITED)
         )
         bodies: list[dict[str, Any]] = [dict(e.body) for e in entries]
+        if call.caller.policy is not None:  # one party's key: what its tenant does elsewhere is not for it
+            seen = {r: await self._sees(call.caller, r) for r in {b["training_client_id"] for b in bodies}}
+            bodies = [b for b in bodies if seen[b["training_client_id"]]]
         if kind == "checkpoints":
             bodies = [b for b in bodies if b["artifact_ids"]]
         elif kind != "all":
@@ -177,6 +180,13 @@ class RestDoors:
             for b in bodies
         ]
         return JSONResponse({"entries": shown_entries})
+
+    async def _sees(self, caller: Caller, run_id: str) -> bool:
+        try:
+            await self.registry.row(caller, run_id)
+        except ResourceNotFoundError:
+            return False
+        return True
 
     async def _row(self, caller: Caller, model_id: str) -> RunRow:
         if not names.is_model(model_id):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tg_tinker.proto.v1 import gateway_pb2 as pb
 from tg_tinker.types.datum import TensorData
 from tg_tinker.types.tokens import SampleResponse, TopkLogprobs
+from tg_tinker_server.gateway.tensors import Layout
 
 ARRAY_RECORD = "ArrayRecord"
 _LARGEST = 1.7976931348623157e308  # stands for infinity, which JSON does not have
@@ -50,8 +51,12 @@ def pass_to_json(outputs: Sequence[Mapping[str, TensorData]], metrics: Mapping[s
     }
 
 
-def sample_to_proto(response: SampleResponse) -> pb.SampleResponse:
-    """What came of a sample."""
+def sample_to_proto(response: SampleResponse, layout: Layout | None = None) -> pb.SampleResponse:
+    """What came of a sample.
+
+    Args:
+        layout: of the ids that were asked for at the prompt's positions, if those were sparse: so is the answer.
+    """
     message = pb.SampleResponse(prompt_cache_hit_tokens=response.prompt_cache_hit_tokens)
     for sequence in response.sequences:
         added = message.sequences.add(
@@ -69,7 +74,8 @@ def sample_to_proto(response: SampleResponse) -> pb.SampleResponse:
     # Here row i belongs to position i; there the first position, which nothing precedes, has no row.
     if response.target_prompt_logprobs is not None:
         targets = np.nan_to_num(response.target_prompt_logprobs[1:], nan=0.0)
-        message.target_prompt_logprobs.CopyFrom(_tensor(targets, "float32"))
+        found = _tensor(targets, "float32") if layout is None else _sparse(targets, layout)
+        message.target_prompt_logprobs.CopyFrom(found)
     if response.prompt_alt_tokens is not None:
         drawn = response.prompt_alt_tokens
         message.prompt_alt_tokens.tokens.CopyFrom(_tensor(drawn.token_ids[1:], "int64"))
@@ -121,3 +127,12 @@ def _topk(topk: TopkLogprobs) -> pb.TopkLogprobs:
 def _tensor(array: npt.NDArray[Any], kind: str) -> pb.Tensor:
     dtype, stored = _DTYPES[kind]
     return pb.Tensor(dense=np.ascontiguousarray(array, dtype=stored).tobytes(), dtype=dtype, shape=array.shape)
+
+
+def _sparse(array: npt.NDArray[Any], layout: Layout) -> pb.Tensor:
+    csr = pb.SparseCsr(
+        values=np.ascontiguousarray(array[layout.cells], dtype="<f4").tobytes(),
+        crow_indices=layout.crow.astype("<i8").tobytes(),
+        col_indices=layout.col.astype("<i8").tobytes(),
+    )
+    return pb.Tensor(sparse_csr=csr, dtype=pb.DTYPE_FLOAT32, shape=layout.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,13 @@ from tg_tinker_server.gateway.calls import canonical
 from tg_tinker_server.gateway.doors import Handler
 from tg_tinker_server.gateway.futures import Futures
 from tg_tinker_server.gateway.messages import read
-from tg_tinker_server.gateway.requests import HttpCall
+from tg_tinker_server.gateway.requests import HttpCall, aside, parse_json
 from tg_tinker_server.gateway.samples import Samples
 from tg_tinker_server.gateway.sessions import Sessions
-from tg_tinker_server.gateway.tensors import DatumReader, model_input_from_json
+from tg_tinker_server.gateway.tensors import DatumReader, Layout, listed_from_json, model_input_from_json
 from tg_tinker_server.service.samplers import SamplerService
 
+_LARGEST = 2**63
 _PARAMS = ("max_tokens", "seed", "temperature", "top_k", "top_p")
 
 
@@ -78,47 +78,53 @@ class SamplingDoors:
 
     async def sample(self, call: HttpCall) -> Response:
         """Begin to sample. Too many at once: 429, and the client sends it again."""
-        value = await call.json(large=True)
-        asked = read(messages.Sample, value)
+        data = await call.json_body(large=True)
+        asked, body = await aside(len(data), lambda: _read(data))
         if asked.sampling_session_id is None or asked.seq_id is None:
             raise InvalidRequestError(
                 "sampling_session_id or seq_id is missing; create a sampling session first",
                 field="sampling_session_id",
                 constraint="given",
             )
-        await self.samplers.get(call.caller, asked.sampling_session_id)
+        sampler_id, seq = asked.sampling_session_id, asked.seq_id
+        await self.futures.require_sampler(call.caller, sampler_id)
         try:
-            query = query_of(asked)
-            request_id = await self.samples.submit(
-                call.caller, asked.sampling_session_id, asked.seq_id, query, canonical(value)
-            )
+            query, layout = await aside(len(data), lambda: query_of(asked))
+            request_id = await self.samples.submit(call.caller, sampler_id, seq, query, body, layout)
         except (RateLimitedError, ResourceNotFoundError, ServerError):
             raise
         except TGTinkerError as e:
-            request_id = self.futures.refuse(call.caller, e)
+            request_id = self.samples.refuse(call.caller, sampler_id, seq, e, body)
         count = max(0, min(asked.num_samples, 2**16))
         ids = [f"{request_id}:{i}" for i in range(count)]
         return JSONResponse({"request_id": request_id, "sample_sequence_ids": ids})
 
 
-def query_of(asked: messages.Sample) -> SampleQuery:
-    """The request for the sampler.
+def _read(data: bytes) -> tuple[messages.Sample, bytes]:
+    value = parse_json(data)
+    return read(messages.Sample, value), canonical(value)
+
+
+def query_of(asked: messages.Sample) -> tuple[SampleQuery, Layout | None]:
+    """The request for the sampler, and the layout of the ids it asks for where that is sparse.
 
     Raises:
         InvalidRequestError: naming the option that cannot be.
     """
     prompt = tuple(model_input_from_json(asked.prompt))
-    return SampleQuery(
+    targets, layout = _targets(asked.target_prompt_logprobs)
+    query = SampleQuery(
         prompt=prompt,
         num_samples=asked.num_samples,
         params=_params(asked.sampling_params),
         prompt_logprobs=asked.prompt_logprobs,
         topk_prompt_logprobs=asked.topk_prompt_logprobs,
         topk_sample_logprobs=asked.topk_sample_logprobs,
-        target_prompt_logprobs=_targets(asked.target_prompt_logprobs),
+        target_prompt_logprobs=targets,
         prompt_alt_tokens_k=asked.prompt_alt_tokens_k,
         prompt_logprobs_last_n=asked.prompt_logprobs_last_n,
     )
+    return query, layout
 
 
 def _params(value: Mapping[str, Any]) -> SamplingParams:
@@ -126,25 +132,26 @@ def _params(value: Mapping[str, Any]) -> SamplingParams:
     for key, number in given.items():
         whole = key in ("max_tokens", "seed", "top_k")
         fits = isinstance(number, int) if whole else isinstance(number, int | float)
-        if isinstance(number, bool) or not fits or not math.isfinite(number):
+        if isinstance(number, bool) or not fits or not -_LARGEST < number < _LARGEST:
             raise InvalidRequestError(f"{key} is not a number", field=f"sampling_params.{key}", constraint="a number")
     return SamplingParams(**given, stop=value.get("stop"))
 
 
-def _targets(value: Mapping[str, Any] | None) -> npt.NDArray[np.int64] | None:
-    """Row i there scores position i + 1; here row i scores position i, so there is one row more. -1 asks nothing."""
+def _targets(value: Mapping[str, Any] | None) -> tuple[npt.NDArray[np.int64] | None, Layout | None]:
+    """Row i there scores position i + 1; here row i scores position i, so there is one row more. -1 asks nothing,
+    and of a sparse tensor what is not listed asks nothing either.
+    """
     if value is None:
-        return None
-    given = (
-        DatumReader()
-        .from_json({"model_input": {"chunks": []}, "loss_fn_inputs": {"target_prompt_logprobs": value}})
-        .loss_fn_inputs["target_prompt_logprobs"]
-    )
-    rows = given.to_numpy()
-    if given.dtype != "int64" or rows.ndim not in (1, 2):
+        return None, None
+    name, layout = "target_prompt_logprobs", None
+    rows: npt.NDArray[Any]
+    if value.get("sparse_crow_indices") is not None:
+        rows, layout = listed_from_json(name, value, filling=-1)
+    else:
+        sent = {"model_input": {"chunks": []}, "loss_fn_inputs": {name: value}}
+        rows = DatumReader().from_json(sent).loss_fn_inputs[name].to_numpy()
+    if value.get("dtype") != "int64" or rows.ndim not in (1, 2):
         raise InvalidRequestError(
-            "target_prompt_logprobs are token ids, int64 [prompt - 1] or [prompt - 1, K]",
-            field="target_prompt_logprobs",
-            constraint="int64",
+            f"{name} are token ids, int64 [prompt - 1] or [prompt - 1, K]", field=name, constraint="int64"
         )
-    return np.concatenate([np.full((1, *rows.shape[1:]), -1, dtype=np.int64), rows])
+    return np.concatenate([np.full((1, *rows.shape[1:]), -1, dtype=np.int64), rows]), layout

@@ -18,16 +18,17 @@ from tg_tinker_server.service.runs import RunRegistry
 from tg_tinker_server.store import gateway_rows
 
 MOST_LISTED = 1000
+MOST_CHUNK_BYTES = 48_000_000  # the client has 50 MB under way at most
 # What a client may do, for a server of a few users; docs/how-to/tinker.md explains each.
 FLAGS: Mapping[str, Any] = {
     "pjwt_auth_enabled": False,
     "credential_default_source": "api_key",
     "parallel_fwdbwd_chunks": False,  # chunks in order
     "fwdbwd_max_chunk_len": 1024,
-    "fwdbwd_max_chunk_bytes_count": 5_000_000,
     "billing_exception_max_pause_duration_sec": 0,
     "sample_max_concurrent_requests": 64,
-    "sample_use_retrieve_futures": True,
+    # Off: a client that only waits for the list of what ended would wait for ever for what a restart has taken.
+    "sample_use_retrieve_futures": False,
     "sample_join_sampling_session": False,
 }
 DYNAMIC_FLAGS: Mapping[str, Any] = {
@@ -79,9 +80,15 @@ class ServiceDoors:
         """It answers."""
         return JSONResponse({"status": "ok"})
 
-    async def config(self, _call: HttpCall) -> Response:
+    async def config(self, call: HttpCall) -> Response:
         """How the client shall behave."""
-        return JSONResponse({**FLAGS, "proto_compress_fwdbwd": self.zstd, "custom_loss_server_side": self.graphs})
+        own = {
+            # As large as a request may be, with room for what the client does not count: every cut may part a pair.
+            "fwdbwd_max_chunk_bytes_count": min(MOST_CHUNK_BYTES, call.most_bytes * 3 // 4),
+            "proto_compress_fwdbwd": self.zstd,
+            "custom_loss_server_side": self.graphs,
+        }
+        return JSONResponse({**FLAGS, **own})
 
     async def dynamic_config(self, _call: HttpCall) -> Response:
         """The same, of what may change."""
@@ -147,11 +154,15 @@ class ServiceDoors:
         row = await self.sessions.get(call.caller, session_id)
         if row.finished is not None:
             return JSONResponse({"detail": "the session is finished"}, status_code=410)
+        self.samples.seen(call.caller.tenant, session_id)
         return JSONResponse({"type": "session_heartbeat"})
 
     async def finish(self, call: HttpCall) -> Response:
         """Its client is done. Models and checkpoints stay."""
         session_id = call.part("session")
+        row = await self.sessions.get(call.caller, session_id)
+        if row.key_id != call.caller.key_id:
+            call.caller.require("SAMPLE")  # it ends what others are doing
         await self.sessions.finish(call.caller, session_id)
         self.samples.forget_session(call.caller.tenant, session_id)
         return Response(status_code=204)

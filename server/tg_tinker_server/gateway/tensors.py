@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,47 @@ _STORED: dict[int, npt.DTypeLike] = {
     pb.DTYPE_INT32: "<i4",
     pb.DTYPE_BFLOAT16: "<u2",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which cells of a sparse tensor are listed: row ``i`` lists ``col[crow[i]:crow[i + 1]]``."""
+
+    shape: tuple[int, int]
+    crow: npt.NDArray[np.int64]
+    col: npt.NDArray[np.int64]
+
+    @property
+    def cells(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Row of each listed cell, and its number in that row."""
+        counts = np.diff(self.crow)
+        rows = np.repeat(np.arange(len(counts)), counts)
+        return rows, np.arange(len(self.col)) - np.repeat(self.crow[:-1], counts)
+
+
+def listed_from_json(name: str, value: Mapping[str, Any], *, filling: int) -> tuple[npt.NDArray[np.int64], Layout]:
+    """What a sparse tensor of integers lists, moved to the left of each row, and where it belongs.
+
+    Raises:
+        InvalidRequestError: it is none, or lists too much.
+    """
+    try:
+        flat = [np.asarray(value[k], dtype=np.int64) for k in ("data", "sparse_crow_indices", "sparse_col_indices")]
+        rows, columns = (int(n) for n in value["shape"])
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        raise _refuse(f"{name} is no sparse tensor of int64 in two dimensions", "CSR") from e
+    data, crow, col = flat
+    fits = all(a.ndim == 1 for a in flat) and rows >= 0 and crow.size == rows + 1
+    fits = fits and crow[0] == 0 and bool((np.diff(crow) >= 0).all()) and crow[-1] == col.size == data.size
+    if not fits or (col < 0).any() or (col >= columns).any():
+        raise _refuse(f"the indices of {name} do not fit its shape and values", "CSR")
+    layout = Layout((rows, columns), crow, col)
+    width = max(1, int(np.diff(crow).max(initial=0)))
+    if rows * width > MOST_ELEMENTS:
+        raise _refuse(f"{name} lists too much", f"rows by most cells of a row at most {MOST_ELEMENTS}")
+    dense = np.full((rows, width), filling, dtype=np.int64)
+    dense[layout.cells] = data
+    return dense, layout
 
 
 class DatumReader:

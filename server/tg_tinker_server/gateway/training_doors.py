@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,13 @@ from tg_tinker_server.gateway.doors import Handler
 from tg_tinker_server.gateway.errors import TooLargeError
 from tg_tinker_server.gateway.futures import Futures
 from tg_tinker_server.gateway.messages import read
-from tg_tinker_server.gateway.requests import SMALL_BYTES, HttpCall
+from tg_tinker_server.gateway.requests import SMALL_BYTES, HttpCall, aside, parse_json
 from tg_tinker_server.gateway.sessions import Sessions
-from tg_tinker_server.gateway.training import Training
+from tg_tinker_server.gateway.training import Training, sampler_seal
 from tg_tinker_server.service.custom_losses import CustomLosses
 from tg_tinker_server.service.run_info import RunInfos
 
+JSON_PASS_BYTES = 4 * SMALL_BYTES  # of clients that do not send protobuf; a body of theirs is read in one go
 # These a client must hear at once: to wait, to give up, or to correct its key or its ids.
 _AT_ONCE = (
     AuthenticationError,
@@ -63,7 +65,8 @@ class TrainingDoors:
 
     async def create_model(self, call: HttpCall) -> Response:
         """A new model, as a future."""
-        value = await call.json()
+        data = await call.json_body()
+        value = await aside(len(data), lambda: parse_json(data))
         message = read(messages.CreateModel, value)
         try:
             model_id = await self.training.models.create(call.caller, message, value)
@@ -73,10 +76,11 @@ class TrainingDoors:
 
     async def load_weights(self, call: HttpCall) -> Response:
         """A new model that begins with saved weights; or, as old clients do it, weights into a model."""
-        value = await call.json()
+        data = await call.json_body()
+        value = await aside(len(data), lambda: parse_json(data))
+        if isinstance(value, dict) and value.get("model_id") is not None:
+            return await self._submit(call, "load_weights", data, protobuf=False)
         message = read(messages.LoadWeights, value)
-        if message.model_id is not None:
-            return await self._submit(call, "load_weights", canonical(value), protobuf=False)
         try:
             model_id = await self.training.models.load(call.caller, message, value)
         except TGTinkerError as e:
@@ -87,15 +91,19 @@ class TrainingDoors:
         """What a model is."""
         model_id = (await call.message(messages.OfModel)).model_id
         run = await self.training.run(call.caller, model_id)
-        return JSONResponse(model_info(model_id, await self.infos.of_run(run)))
+        info = await self.infos.of_run(run)
+        # Clients load the tokenizer themselves, from the hub or from a folder, which only this machine has.
+        folder = self.infos.tokenizers.folder_of(info.model_name) if call.from_this_machine else None
+        return JSONResponse(model_info(model_id, info, tokenizer_id=str(folder or info.tokenizer_id)))
 
     async def create_custom_loss(self, call: HttpCall) -> Response:
         """A loss that runs on the server, as a graph of functions that are on a list."""
-        message = await call.message(messages.CreateCustomLoss)
+        message = await call.message(messages.CreateCustomLoss, large=True)
         await self.sessions.get(call.caller, message.session_id)
         graph = {**message.graph, "inputs": [i.model_dump() for i in message.inputs]}
         try:
-            loss_id = await self.losses.create(call.caller.tenant, canonical(graph).decode())
+            text = await asyncio.to_thread(lambda: canonical(graph).decode())
+            loss_id = await self.losses.create(call.caller.tenant, text)
         except TGTinkerError as e:
             return self._refused(call, e)
         return _submitted(names.loss_request(message.session_id, message.custom_loss_seq_id, loss_id), None)
@@ -103,24 +111,25 @@ class TrainingDoors:
     def _operation(self, name: str) -> Handler:
         async def submit(call: HttpCall) -> Response:
             tensors = name in ("forward_backward", "forward")
-            data = await call.body() if tensors else await call.body(min(SMALL_BYTES, call.most_bytes))
+            limit = call.most_bytes if call.is_protobuf else JSON_PASS_BYTES if tensors else SMALL_BYTES
+            data = await call.body(min(limit, call.most_bytes))
             return await self._submit(call, name, data, protobuf=call.is_protobuf)
 
         return submit
 
     async def _submit(self, call: HttpCall, name: str, data: bytes, *, protobuf: bool) -> Response:
-        large = len(data) >= 2**20
-        executors = self.training.models.executors
-        request = (
-            await executors.io(lambda: request_of(name, data, protobuf=protobuf))
-            if large
-            else request_of(name, data, protobuf=protobuf)
-        )
+        request = await aside(len(data), lambda: request_of(name, data, protobuf=protobuf))
+        if name == "save_weights_external":
+            call.caller.require("TRAIN")  # it takes a number of the model's
+        seal = ""
         try:
             await self.training.submit(call.caller, request)
+            if request.sampler is not None:
+                run = await self.training.run(call.caller, request.model_id)
+                seal = sampler_seal(run, request.seq, names.sampler_of(request.model_id, request.sampler))
         except TGTinkerError as e:
             return self._refused(call, e)
-        request_id = names.operation_request(request.model_id, request.seq, request.sampler)
+        request_id = names.operation_request(request.model_id, request.seq, request.sampler, seal)
         return _submitted(request_id, request.model_id)
 
     def _refused(self, call: HttpCall, error: TGTinkerError) -> Response:
@@ -129,7 +138,7 @@ class TrainingDoors:
         return _submitted(self.futures.refuse(call.caller, error), None)
 
 
-def model_info(model_id: str, info: RunInfo) -> dict[str, Any]:
+def model_info(model_id: str, info: RunInfo, *, tokenizer_id: str) -> dict[str, Any]:
     """A model as the protocol describes it."""
     return {
         "type": "get_info",
@@ -137,7 +146,7 @@ def model_info(model_id: str, info: RunInfo) -> dict[str, Any]:
         "model_data": {
             "arch": info.family or None,
             "model_name": info.model_name,
-            "tokenizer_id": info.tokenizer_id or None,
+            "tokenizer_id": tokenizer_id or None,
         },
         "model_name": info.model_name,
         "optimizer_config": {"type": "adamw"},

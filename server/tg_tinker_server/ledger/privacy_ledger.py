@@ -57,12 +57,14 @@ class PrivacyLedger:
         mechanism: Event,
         planned_steps: int | None = None,
         initial_weights: str = "base",
+        custom_loss: str = "refuse",
     ) -> None:
         """Register a run on a dataset; the first one sets the budget. Again for the same run: nothing happens.
 
         ``planned_steps`` fixes the run's schedule in advance, which "prv" needs: that many times ``mechanism``. Only
         the first run of a dataset can have one. ``initial_weights`` "public": the client attests where weights
-        without a ledger come from.
+        without a ledger come from. ``custom_loss`` "independent": it attests that the losses which it computes itself
+        are computed from one unit at a time.
 
         Raises:
             InvalidRequestError: the dataset has another target, delta or unit.
@@ -78,6 +80,8 @@ class PrivacyLedger:
         }
         if accountant == "prv" and planned_steps is not None:
             body["planned_steps"] = planned_steps
+        if custom_loss != "refuse":
+            body["custom_loss"] = custom_loss
         fresh = Fold().opened(body)
         pricing.price(fresh, terms, mechanism, run_id=run_id, accountant=accountant)  # slow once, then cached
         self._fold_before(scope)

@@ -11,7 +11,7 @@ from tg_tinker.proto.v1 import runs_pb2, training_pb2
 from tg_tinker.types import Capabilities
 from tg_tinker.types.configs import LR_SCHEDULERS, OPTIMIZERS
 from tg_tinker.types.losses import CUSTOM, LOSSES
-from tg_tinker.wire.calls import json_from_text
+from tg_tinker.wire.json_text import json_from_text
 from tg_tinker.wire.methods import methods
 from tg_tinker.wire.runs import API_VERSION, capabilities_to_proto, config_from_json, run_info_to_proto
 from tg_tinker_server.config import ServerConfig

@@ -7,7 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from tg_tinker.proto.v1 import sampling_pb2, training_pb2
-from tg_tinker.wire.calls import Generate, sampling_from_proto
+from tg_tinker.wire.call_messages import sampling_from_proto
+from tg_tinker.wire.calls import Generate
 from tg_tinker.wire.results import chunk_to_proto
 from tg_tinker.wire.tokens import events_to_proto, query_from_proto, sampler_to_proto
 from tg_tinker_server.rpc.endpoint import Call

@@ -7,8 +7,8 @@ from typing import Any
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.proto.v1 import training_pb2
+from tg_tinker.wire.call_messages import call_from_proto
 from tg_tinker.wire.calls import Call as OrderedCall
-from tg_tinker.wire.calls import call_from_proto
 from tg_tinker.wire.operations import Submission, submission_to_proto
 from tg_tinker_server.rpc.endpoint import Call
 from tg_tinker_server.service.dispatch import Dispatch
@@ -37,8 +37,6 @@ class Submitting:
                 raise InvalidRequestError(
                     f"{len(units)} privacy_unit_ids", field="privacy_unit_ids", constraint=f"at most {MAX_UNIT_IDS}"
                 )
-            if call.caller.policy is not None:
-                call.caller.policy.refuse_named_units(units)
             return call_from_proto(request)
 
         operation = await self.dispatch.submit(

@@ -15,6 +15,7 @@ from tg_tinker.types.losses import LOSSES
 from tg_tinker.wire.calls import LossPass
 from tg_tinker.wire.datums import data_digest
 from tg_tinker_server.engine.backend import LossRequest
+from tg_tinker_server.service.pass_checks import may_be_empty
 from tg_tinker_server.service.run import Run
 
 VALUES_PER_TOKEN = 16  # of one input, on average over a call: alternatives of a position
@@ -34,10 +35,8 @@ def check_datums(run: Run, request: LossPass, *, max_tokens: int) -> None:
         DPUnsupportedError: the loss couples privacy units.
     """
     refuse_coupled(run, request)
-    private = run.private
-    empty_draw = request.train and private is not None and private.config.sampling == "poisson"
     lengths = [datum.model_input.length for datum in request.data]
-    if (not lengths and not empty_draw) or 0 in lengths:
+    if (not lengths and not may_be_empty(run, request)) or 0 in lengths:
         raise InvalidRequestError(
             "there are no datums, or one without tokens; only a Poisson draw (DPConfig.sampling='poisson') may be "
             "empty",
@@ -87,11 +86,13 @@ def refuse_coupled(run: Run, request: LossPass) -> None:
     name, unit = request.loss.name, private.config.privacy_unit
     if request.coupling == "batch":
         raise DPUnsupportedError(
-            f"the inputs of {name} were computed from other datums of the batch, across privacy units",
+            f"the inputs of {name} look as if they were computed from the whole batch, across privacy units: weights "
+            "below zero, or others than at their forward pass (right after a restart: uneven ones)",
             feature="loss_fn",
             reason="removing one unit would change the gradients of the others, which no clipping bounds",
-            alternative="compute the inputs of a datum from its own privacy unit: create the run with "
-            "DPConfig(privacy_unit='group') and give the group of each datum, or use a loss of each datum alone",
+            alternative="send the data of one privacy unit per call, forward and backward; or create_custom_loss, "
+            "which the server runs for each datum alone; or, where each unit's loss is of that unit alone, attest "
+            "it: DPConfig(custom_loss='independent'), or custom_loss='independent' in the key's policy",
         )
     kind = LOSSES.get(name)
     if kind is not None and kind.coupling == "group" and (unit in _SMALLER_THAN_A_GROUP or request.units is None):

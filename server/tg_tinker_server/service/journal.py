@@ -76,21 +76,24 @@ class Journal:
 
         await self.executors.io(write)
 
-    async def entries(self, tenant: str, model_id: str) -> list[Entry]:
-        """What is kept for a model, in order."""
+    async def positions(self, tenant: str, model_id: str) -> list[int]:
+        """Where something is kept for a model, in order."""
+        return await self.executors.io(self.db.read, lambda tx: gateway_rows.request_positions(tx, tenant, model_id))
 
-        def read() -> list[Entry]:
-            rows = self.db.read(lambda tx: gateway_rows.requests_of(tx, tenant, model_id))
-            return [
-                Entry(
-                    model_id=row.model_id,
-                    seq=row.seq,
-                    name=row.name,
-                    body=self.keyring.open_value(tenant, PURPOSE, row.sealed, row.entry_id.encode()),
-                    actor=row.actor,
-                )
-                for row in rows
-            ]
+    async def entry(self, tenant: str, model_id: str, seq: int) -> Entry | None:
+        """What is kept at a position. One at a time: a batch can be larger than memory."""
+
+        def read() -> Entry | None:
+            row = self.db.read(lambda tx: gateway_rows.get_request(tx, tenant, model_id, seq))
+            if row is None:
+                return None
+            return Entry(
+                model_id=row.model_id,
+                seq=row.seq,
+                name=row.name,
+                body=self.keyring.open_value(tenant, PURPOSE, row.sealed, row.entry_id.encode()),
+                actor=row.actor,
+            )
 
         return await self.executors.io(read)
 

@@ -21,6 +21,7 @@ PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = "pending", "running", "complete
 MAX_SKIPPED = 2**20
 MAX_WAITING_BYTES = 256 * 2**20  # of requests in one lane
 NEVER_CAME = "never_came"  # the name of an operation that stands for a request that did not arrive in time
+NEAR = "contiguous"  # what a position far beyond the queue is not
 ENDED = (COMPLETED, FAILED, CANCELLED)
 
 
@@ -143,6 +144,11 @@ class Lane:
         return all(o.status in ENDED for o in self._operations.values())
 
     @property
+    def next_pending(self) -> Operation | None:
+        """The first operation that waits; when it ends there is room for one more."""
+        return min((o for o in self._operations.values() if o.status not in ENDED), key=lambda o: o.seq, default=None)
+
+    @property
     def highest(self) -> int:
         """The last position anybody used."""
         return max([self.expected - 1, *self._operations, *self._finished_elsewhere])
@@ -173,7 +179,7 @@ class Lane:
             raise InvalidRequestError(
                 f"sequence number {operation.seq} is far beyond {self.expected}, the next one to run",
                 field="seq",
-                constraint="contiguous",
+                constraint=NEAR,
             )
         if operation.status == PENDING:
             if self._closed:

@@ -41,9 +41,10 @@ class KeyPolicy(BaseModel):
         diagnostics: "off" returns no exact loss, norm or log-probability of a training batch.
         merge_units, batch_size: where a run names none.
         unit_of: who says which datums are one unit; it must suit ``privacy_unit``. "ids": the caller, of whom that is
-            trusted. "datum": each is its own, known by its tokens. "prompt" and "adjacent_pair": the HTTP door finds
-            them, and no other door does.
-        custom_loss: "independent" attests that the losses which callers compute themselves couple no units.
+            trusted. "datum": each is its own, known by its tokens. "prompt" and "adjacent_pair": the server finds
+            them in the datums, through every door.
+        custom_loss: "independent" attests that the losses which callers compute themselves couple no units. Every
+            run has it, and the report says so.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -145,6 +146,8 @@ class KeyPolicy(BaseModel):
             raise _looser("dp_config.allow_unnoised_steps", "the policy of this key allows no step without noise")
         if dp.initial_weights != "base":
             raise _looser("dp_config.initial_weights", "the policy of this key lets nobody attest public weights")
+        if self.custom_loss == "refuse" and dp.custom_loss != "refuse":
+            raise _looser("dp_config.custom_loss", "the policy of this key lets nobody attest losses of their own")
         if self.diagnostics == "off" and dp.diagnostics != "off":
             raise _looser("dp_config.diagnostics", "the policy of this key has diagnostics='off'")
         if self.max_participation is not None and (dp.max_participation or math.inf) > self.max_participation:
@@ -184,10 +187,25 @@ class KeyPolicy(BaseModel):
             raise InvalidRequestError(
                 f"the policy of this key has unit_of={self.unit_of!r}: who is one unit is not the caller's to say; "
                 "leave privacy_unit_ids out"
-                + ("" if self.unit_of == "datum" else ", and use the Tinker door, which finds the units itself"),
+                + ("" if self.unit_of == "datum" else ", the server finds the units in the datums itself"),
                 field="privacy_unit_ids",
                 constraint="left out",
             )
+
+    def refuse_batches(self, units: Sequence[str] | None) -> None:
+        """Refuse what is no list of datums where the units are found in datums, and units that a caller may not name.
+
+        Raises:
+            InvalidRequestError: naming what the key can send.
+        """
+        if self.unit_of in ("prompt", "adjacent_pair"):
+            raise InvalidRequestError(
+                f"the policy of this key has unit_of={self.unit_of!r}: units are found in datums, and here are none; "
+                "send datums with a loss_fn",
+                field="batch",
+                constraint="datums",
+            )
+        self.refuse_named_units(units)
 
     def _terms(self) -> dict[str, Any]:
         names = (
@@ -201,6 +219,7 @@ class KeyPolicy(BaseModel):
             "max_participation",
             "diagnostics",
             "merge_units",
+            "custom_loss",
         )
         return {name: getattr(self, name) for name in names}
 

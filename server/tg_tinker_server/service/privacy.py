@@ -9,7 +9,7 @@ from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.ledger import LedgerEntry
 from tg_tinker.ledger.audits import MAX_BYTES, summary_of
 from tg_tinker.types import TrainingConfig
-from tg_tinker.wire.calls import json_from_text
+from tg_tinker.wire.json_text import json_from_text
 from tg_tinker_server.dp.calibration import Forecast, noise_multiplier_for
 from tg_tinker_server.dp.events import Event, Gaussian, ParticipationGaussian, SampledGaussian
 from tg_tinker_server.ledger.privacy_ledger import PrivacyLedger
@@ -125,9 +125,7 @@ class PrivacyService:
             )
         entries = await self.executors.io(self.ledger.entries, scope)
         if not entries:
-            raise ResourceNotFoundError(
-                "no such dataset for this tenant", resource_type="dataset", resource_id=dataset_id
-            )
+            raise _no_dataset(dataset_id)
         return entries, await self.executors.io(self.ledger.spent, scope)
 
     async def attach_audit(self, caller: Caller, dataset_id: str, result_json: str) -> None:
@@ -151,8 +149,12 @@ class PrivacyService:
             InvalidRequestError: the run has no differential privacy.
         """
         if caller.policy is not None:
-            scope = await self.executors.io(self._scope_of, caller.tenant, dataset_or_run)
-            _require_visible(caller, scope.dataset_id)
+            try:
+                scope = await self.executors.io(self._scope_of, caller.tenant, dataset_or_run)
+            except InvalidRequestError:  # a run without privacy is missing for this key, as every other foreign one
+                scope = None
+            if scope is None or scope.dataset_id != caller.policy.dataset_id:
+                raise _no_dataset(dataset_or_run)
         return await self.report(caller.tenant, dataset_or_run)
 
     async def report(self, tenant: str, dataset_or_run: str) -> bytes:
@@ -185,6 +187,9 @@ class PrivacyService:
 
 def _require_visible(caller: Caller, dataset_id: str) -> None:
     if caller.policy is not None and caller.policy.dataset_id != dataset_id:
-        raise ResourceNotFoundError(
-            "no such dataset for this tenant", resource_type="dataset", resource_id=dataset_id
-        )
+        raise _no_dataset(dataset_id)
+
+
+def _no_dataset(asked: str) -> ResourceNotFoundError:
+    """The same for what is missing and for what is another's; it names nothing but what was asked."""
+    return ResourceNotFoundError("no such dataset for this tenant", resource_type="dataset", resource_id=asked)

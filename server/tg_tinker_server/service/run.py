@@ -56,6 +56,7 @@ class Run:
         passes: training passes since the last step; with ``step`` it seeds dropout.
         lineage: what its weights owe to other data than its own.
         pending: what the passes since the last step were made of.
+        restored: it came from disk, and no step was asked for since: what was seen of its passes before is not known.
         poison: why the pending gradient is incomplete; the next step is refused.
         secret: key of this run's own MACs.
         weights: held while weights are between two settled states, so that nobody samples what is not settled.
@@ -75,6 +76,7 @@ class Run:
     state_id: str = ""
     passes: int = 0
     lineage: Lineage = ()
+    restored: bool = False
     poison: str | None = None
     pending: type[Pass | LossPass] | None = None
     weights: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)

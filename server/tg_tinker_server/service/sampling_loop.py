@@ -237,4 +237,4 @@ async def _settled(lock: asyncio.Lock) -> None:
 
 
 def _stopping() -> ServerError:
-    return ServerError("the server is stopping; send the request to the next one")
+    return ServerError("the server is stopping; send the request to the next one", details={"retry": True})

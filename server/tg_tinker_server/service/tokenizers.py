@@ -26,6 +26,13 @@ class Tokenizers:
             return ""
         return model_ref if Path(source).is_dir() else str(source)
 
+    def folder_of(self, model_ref: str) -> Path | None:
+        """The folder on this machine that holds the tokenizer; only for callers on the same machine."""
+        source = self.sources.get(model_ref)
+        if source is None or not (Path(source) / FILES[0]).is_file():
+            return None
+        return Path(source).resolve()
+
     def files(self, model_ref: str) -> Iterator[tuple[str, bytes]]:
         """Names and bytes of the tokenizer's files, in pieces of at most 1 MiB; iterate it off the event loop.
 

@@ -10,8 +10,9 @@ from tg_tinker.types import ForwardBackwardOutput
 from tg_tinker.wire.calls import Updates
 from tg_tinker_server.service.executors import Executors
 from tg_tinker_server.service.lanes import Operation
+from tg_tinker_server.service.pass_checks import refuse_if_drawn_here, refuse_too_many
 from tg_tinker_server.service.run import Run
-from tg_tinker_server.service.training import TrainingService, refuse_if_drawn_here
+from tg_tinker_server.service.training import TrainingService
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class UpdatesService:
         run.require_active()
         refuse_if_drawn_here(run, field="vectors")
         rows = len(request.vectors_UP)
-        self.training.refuse_too_many(rows, "add_updates", field="vectors")
+        refuse_too_many(rows, self.training.limits, "add_updates", field="vectors")
         if len(request.units) != rows:
             raise InvalidRequestError(
                 f"{len(request.units)} privacy_unit_ids for {rows} rows",

@@ -75,10 +75,17 @@ def insert_request(tx: Connection, row: RequestRow) -> None:
     tx.execute(sqlite_insert(t.gateway_requests).values(**values).on_conflict_do_nothing())
 
 
-def requests_of(tx: Connection, tenant: str, model_id: str) -> list[RequestRow]:
-    """What was accepted for a model and is kept, in order."""
+def request_positions(tx: Connection, tenant: str, model_id: str) -> list[int]:
+    """Positions of what was accepted for a model and is kept, in order."""
     where = (_J.tenant == tenant) & (_J.model_id == model_id)
-    return [RequestRow(**r._mapping) for r in tx.execute(select(t.gateway_requests).where(where).order_by(_J.seq))]
+    return [seq for (seq,) in tx.execute(select(_J.seq).where(where).order_by(_J.seq))]
+
+
+def get_request(tx: Connection, tenant: str, model_id: str, seq: int) -> RequestRow | None:
+    """What was accepted at a position, while it is kept."""
+    where = (_J.tenant == tenant) & (_J.model_id == model_id) & (_J.seq == seq)
+    found = tx.execute(select(t.gateway_requests).where(where)).first()
+    return RequestRow(**found._mapping) if found else None
 
 
 def waiting_models(tx: Connection) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from tg_tinker_server.engine.grad_rows import GradRows
 from tg_tinker_server.engine.losses import record_losses
 from tg_tinker_server.engine.performance import PerformanceConfig
 from tg_tinker_server.engine.torch_backend import TorchBackend
-from tg_tinker_server.service.checkpoints import _shape
+from tg_tinker_server.service.checkpoint_fit import _shape
 
 FAMILIES = {
     "tiny": ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"],

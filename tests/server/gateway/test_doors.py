@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from tests.server.gateway.conftest import MODEL, Raw, config, cross_entropy
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.gateway.doors import SCOPES, Doors
+from tg_tinker_server.service.policy import KeyPolicy
+from tg_tinker_server.store import tables as t
 
 PARTS = {"session": "0" * 32, "model": "x", "kind": "weights", "name": "n", "sampler": "s", "token": "t", "file": "f"}
 
@@ -56,6 +60,43 @@ def test_a_key_does_only_what_its_roles_allow(server: EmbeddedServer) -> None:
             assert (status == 403) == (scope not in (*scopes, "PUBLIC")), (name, status)
 
 
+def test_who_may_only_read_changes_nothing(server: EmbeddedServer, client: Raw) -> None:
+    auditor = Raw(server.tinker_url, server.mint_key(roles=("auditor",)))
+    exporter = Raw(server.tinker_url, server.mint_key(roles=("exporter",)))
+    model = client.create()
+    request = client.submit("save_weights_for_sampler", model, 1, sampling_session_seq_id=5)
+    plain = client.submit("save_weights", model, 2, path="a")
+    client.retrieve(plain)
+    for forged in (request.replace(":sampler:5:", ":sampler:6:"), f"{plain}:sampler:7:{'0' * 24}"):
+        assert auditor.post("retrieve_future", {"request_id": forged}).status_code == 404
+    assert client.retrieve(request)["sampling_session_id"] == f"{client.session}:sample:5"
+    for n in (6, 7):
+        assert client.call("GET", f"samplers/{client.session}:sample:{n}").status_code == 404
+    external = {"model_id": model, "seq_id": 3, "path": "out"}
+    assert exporter.post("save_weights_external", external).status_code == 403
+    finish = f"sessions/{client.session}/finish"
+    assert auditor.post(finish, {}).status_code == 403
+    assert client.post("session_heartbeat", {"session_id": client.session}).status_code == 200
+    own = auditor.open()
+    assert own.post(f"sessions/{own.session}/finish", {}).status_code == 204
+
+
+def test_a_key_with_a_policy_reads_the_audit_log_of_its_own_runs(server: EmbeddedServer, client: Raw) -> None:
+    policy = KeyPolicy(dataset_id="audited", target_epsilon=8.0, target_delta=1e-6, noise_multiplier=2.0)
+    bound = Raw(server.tinker_url, server.mint_key(roles=("trainer", "auditor"), policy=policy)).open()
+    models = [raw.create() for raw in (client, bound)]
+    for raw, model in zip((client, bound), models, strict=True):
+        raw.retrieve(raw.submit("save_weights", model, 1, path="a"))
+    mine = f"tinker/{models[1]}"
+    runs = server._foundation.db.read(lambda tx: {r.request_id: r.run_id for r in tx.execute(t.runs.select())})
+    for _ in range(100):
+        entries = bound.call("GET", "audit").json()["entries"]
+        if entries:
+            break
+        time.sleep(0.02)
+    assert {e["model_id"] for e in entries} == {runs[mine]}
+
+
 def test_a_revoked_key_ends(server: EmbeddedServer) -> None:
     raw = Raw(server.tinker_url, server.mint_key())
     raw.ok("client/config", {})
@@ -63,8 +104,6 @@ def test_a_revoked_key_ends(server: EmbeddedServer) -> None:
     for _ in range(60):
         if raw.post("client/config", {}).status_code == 401:
             return
-        import time
-
         time.sleep(0.05)
     raise AssertionError("it still works")
 
@@ -108,7 +147,7 @@ def test_sampling_options_of_any_type_are_never_our_fault(client: Raw) -> None:
     body = {"session_id": client.session, "sampling_session_seq_id": 0, "base_model": MODEL}
     sampler = client.ok("create_sampling_session", body)["sampling_session_id"]
     prompt = {"chunks": [{"tokens": [1], "type": "encoded_text"}]}
-    strange: list[Any] = [None, -1, 2**80, "x", [], {}, [[]], [None], True, 1.5, "", [""], [2**40]]
+    strange: list[Any] = [None, -1, 2**80, 10**400, "x", [], {}, [[]], [None], True, 1.5, "", [""], [2**40]]
     seq = 0
     for place in ("max_tokens", "seed", "stop", "temperature", "top_k", "top_p"):
         for value in strange:
@@ -136,6 +175,36 @@ def test_sampling_options_of_any_type_are_never_our_fault(client: Raw) -> None:
             assert client.post("asample", asked).status_code < 500, (place, value)
 
 
+@pytest.mark.parametrize("day", ["9999-12-31", "0000-00-00", "x"])
+def test_days_without_an_end_are_none(server: EmbeddedServer, day: str) -> None:
+    auditor = Raw(server.tinker_url, server.mint_key(roles=("auditor",)))
+    assert auditor.call("GET", f"audit?day={day}").status_code == 400
+
+
+def test_a_large_body_is_read_beside_the_event_loop_and_a_huge_one_not_at_all(
+    client: Raw, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"session_id": client.session, "sampling_session_seq_id": 0, "base_model": MODEL}
+    sampler = client.ok("create_sampling_session", body)["sampling_session_id"]
+    parse, read_by = json.loads, []
+
+    def watched(data: Any, *args: Any, **options: Any) -> Any:
+        if len(data) > 2**16:
+            read_by.append(threading.current_thread())
+        return parse(data, *args, **options)
+
+    monkeypatch.setattr("tg_tinker_server.gateway.requests.json.loads", watched)
+    start = f'{{"sampling_session_id":"{sampler}","seq_id":0,"prompt":{{"chunks":['
+    bodies = [
+        (start + end).encode() for end in ("[]," * 1_300_000 + "[]]}}", "1," * 2_000_000 + "1]}}", "1," * 10**7)
+    ]
+    statuses = [client.post("asample", content=b).status_code for b in bodies]
+    small = client.post("create_session", content=b'{"tags":["' + b"x" * 2**19 + b'"]}').status_code
+    assert (statuses, small) == ([400, 200, 413], 413)  # 200: a failed sample
+    assert read_by
+    assert server._thread not in read_by
+
+
 def test_telemetry_is_accepted_and_nothing_of_it_kept(client: Raw, server: EmbeddedServer) -> None:
     canary = "canary-in-a-traceback"
     assert client.ok("telemetry", {"events": [{"event": canary}]}) == {"status": "accepted"}
@@ -148,7 +217,9 @@ def test_a_body_that_is_too_large_is_refused_also_when_it_is_compressed(tmp_path
     limit = 2**16
     with EmbeddedServer(config(tmp_path, max_request_bytes=limit, tinker_zstd=True)) as server:
         client = Raw(server.tinker_url, server.mint_key()).open()
-        assert client.ok("client/config", {})["proto_compress_fwdbwd"] is True
+        flags = client.ok("client/config", {})
+        assert flags["proto_compress_fwdbwd"] is True
+        assert flags["fwdbwd_max_chunk_bytes_count"] == limit * 3 // 4
         model = client.create()
         good = cross_entropy(model, 1).SerializeToString()
         compressor = zstandard.ZstdCompressor()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import ssl
+import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -15,6 +19,7 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker_server import cli
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import DEFAULT_TINKER_PORT, ServerConfig
+from tg_tinker_server.gateway import connections
 
 
 def test_tls_and_client_certificates_hold_here_too(tmp_path: Path) -> None:
@@ -80,3 +85,62 @@ def test_a_private_step_tells_what_is_spent_and_the_next_beyond_the_budget_is_re
         assert spent[-1] <= 8.0
         assert passed["category"] == "user"
         assert "epsilon" in passed["error"]
+
+
+def _raw(server: EmbeddedServer) -> socket.socket:
+    url = urlsplit(server.tinker_url)
+    return socket.create_connection((url.hostname, url.port), timeout=10)  # type: ignore[arg-type]
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    """Reads to the end; one that stays open is a TimeoutError."""
+    with contextlib.suppress(ConnectionError):
+        while connection.recv(4096):
+            pass
+    return True
+
+
+@pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nX-A: "], ids=["url", "header"])
+def test_endless_headers_are_not_read(server: EmbeddedServer, start: bytes) -> None:
+    connection = _raw(server)
+    connection.sendall(start)
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while sent < 64 * 2**20:
+            sent += connection.send(b"a" * 65536)
+    assert sent < 16 * 2**20  # what the two sockets hold
+
+
+def test_half_a_request_is_waited_for_a_while_and_a_whole_one_as_long_as_it_takes(
+    server: EmbeddedServer, client: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEADER_S", 1.0)
+    silent, half, refused = _raw(server), _raw(server), _raw(server)
+    half.sendall(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n")
+    refused.sendall(b"POST /api/v1/asample HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+    answer = refused.recv(4096)
+    assert b" 401 " in answer
+    refused.sendall(b"{")
+    assert all(_is_closed(c) for c in (silent, half, refused))
+    whole = _raw(server)
+    key = f"X-API-Key: tml-{client.key}\r\n".encode()
+    whole.sendall(b"POST /api/v1/create_session HTTP/1.1\r\nHost: x\r\n" + key + b"Content-Length: 2\r\n\r\n{")
+    time.sleep(1.5)
+    whole.sendall(b"}")
+    assert b" 200 " in whole.recv(4096)
+    time.sleep(1.5)  # between requests it may rest
+    whole.sendall(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 200 " in whole.recv(4096)
+
+
+def test_strangers_leave_first_where_there_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 16)
+    with EmbeddedServer(config(tmp_path)) as server:
+        client = Raw(server.tinker_url, server.mint_key()).open()
+        strangers = [_raw(server) for _ in range(40)]
+        for stranger in strangers[-10:]:
+            stranger.sendall(b"GET /api/v1/healthz HTTP/1.1\r\n")
+        assert _is_closed(strangers[0])
+        held = client.ok("create_session", {"tags": []})  # on the connection that it had
+        assert held["session_id"]
+        assert len(Raw(server.tinker_url, client.key).open().session) == 32  # and on a new one

@@ -141,6 +141,7 @@ def test_the_optimizer_says_what_a_suffix_cannot() -> None:
             "sampling": "max_participation",
             "max_participation": 2,
             "diagnostics": "off",
+            "custom_loss": "independent",
         }
     )
     dp = config.dp_config
@@ -152,7 +153,7 @@ def test_the_optimizer_says_what_a_suffix_cannot() -> None:
         "max_participation",
         2,
     )
-    assert dp.diagnostics == "off"
+    assert (dp.diagnostics, dp.custom_loss) == ("off", "independent")
     assert dp.merge_units, "clients cut their batches anywhere, so a group may come in two calls"
     assert made(optimizer={"type": "dp_adamw", "target_epsilon": 8, "noise_multiplier": "auto"}).max_steps == 200
 
@@ -258,6 +259,7 @@ def test_more_noise_than_the_policy_asks_is_given() -> None:
         ("tiny", {"type": "dp_adamw", "dataset_id": "mine"}, "dataset_id"),
         ("tiny", {"type": "dp_adamw", "privacy_unit": "group"}, "privacy_unit"),
         ("tiny", {"type": "dp_adamw", "initial_weights": "public"}, "initial_weights"),
+        ("tiny", {"type": "dp_adamw", "custom_loss": "independent"}, "custom_loss"),
         ("tiny", {"type": "dp_adamw", "sampling": "max_participation", "max_participation": 1}, "sampling"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 
 from tests.server.gateway.conftest import MODEL, Raw, cross_entropy, datum
 from tg_tinker.proto.v1 import gateway_pb2 as pb
@@ -208,3 +211,42 @@ def test_what_is_not_there_and_what_is_anothers_get_the_same_answer(client: Raw,
         assert [a.status_code for a in answers] == [404, 404]
         assert answers[0].content == answers[1].content
     assert client.call("GET", f"samplers/{sampler}").json()["base_model"] == MODEL
+
+
+def test_refusals_are_kept_without_the_bodies_that_were_refused(server: EmbeddedServer, client: Raw) -> None:
+    model = client.create()
+    client.train(model, 1, [1, 2, 3])
+    assert "different request" in client.retrieve(client.train(model, 1, [1, 2, 4]))["error"]
+    nothing = {"session_id": client.session, "base_model": "nothing", "model_seq_id": 7}
+    for _ in range(2):
+        assert "nothing" in client.retrieve(client.ok("create_model", nothing)["request_id"])["error"]
+        answer = client.post("optim_step", {"model_id": f"{client.session}:train:7", "seq_id": 1})
+        assert "nothing" in client.retrieve(answer.json()["request_id"])["error"]
+    gateway: Any = server._server._gateway  # type: ignore[union-attr]
+    making = gateway._models._making[("default", f"{client.session}:train:7")]
+    kept = [making.task.exception(), *gateway._futures._refused.values()]
+    assert len(kept) >= 4
+    assert not any(e.__traceback__ or e.__context__ or e.__cause__ for e in kept)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"path": "x" * 201},
+        {"path": 7},
+        {"path": "x", "ttl_seconds": -1},
+        {"path": "x", "user_metadata": []},
+        {"path": "x", "age_encryption_recipients": ["no"] * 65},
+    ],
+)
+def test_a_request_that_cannot_be_done_fails_in_its_turn_and_takes_its_number_along(
+    client: Raw, wrong: dict[str, Any]
+) -> None:
+    model = client.create()
+    trained = client.train(model, 1, [1, 2, 3])
+    saved = client.submit("save_weights", model, 2, **wrong)
+    assert saved == f"{model}:op:2"
+    stepped = client.step(model, 3)
+    assert client.retrieve(saved)["category"] == "user"
+    assert isinstance(client.retrieve(trained, proto=True), bytes)
+    assert client.retrieve(stepped)["metrics"]["unclipped_grad_norm"] > 0

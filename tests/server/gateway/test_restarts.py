@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.server.gateway.conftest import Raw, config
+from tests.server.gateway.conftest import Raw, config, cross_entropy
+from tg_tinker.errors import AuthorizationError
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.engine.bigram import BigramSession
+from tg_tinker_server.gateway import training as training_module
 from tg_tinker_server.store import tables as t
 
 
@@ -104,6 +107,49 @@ def test_steps_that_were_acknowledged_before_a_crash_are_taken_once_after_it(
         second.stop(1.0)
 
 
+@pytest.mark.parametrize("wait_s", [20.0, 0.0])
+def test_a_batch_larger_than_the_queue_is_whole_after_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_s: float
+) -> None:
+    rows = [[1 + n % 7, 2 + n % 5, 3] for n in range(24)]
+
+    def train(client: Raw, model: str, n: int) -> None:
+        client.outputs(client.train(model, n + 1, rows[n]))  # its result was delivered
+
+    def patient(send: Callable[[], httpx.Response]) -> str:
+        while (answer := send()).status_code == 429:
+            threading.Event().wait(0.02)
+        return str(answer.json()["request_id"])
+
+    def stepped(client: Raw, model: str) -> tuple[float, float]:
+        step = {"model_id": model, "seq_id": len(rows) + 1, "adam_params": {"learning_rate": 0.1}}
+        norm = client.retrieve(patient(lambda: client.post("optim_step", step)))["metrics"]["unclipped_grad_norm"]
+        after = cross_entropy(model, len(rows) + 2, [1, 2, 3], forward_only=True)
+        return norm, client.outputs(patient(lambda: client.forward_backward(after))).metrics["loss:sum"]
+
+    whole = EmbeddedServer(config(tmp_path / "whole")).start()
+    client = Raw(whole.tinker_url, whole.mint_key()).open()
+    model = client.create()
+    for n in range(len(rows)):
+        train(client, model, n)
+    expected = stepped(client, model)
+    whole.stop(1.0)
+
+    first = EmbeddedServer(config(tmp_path / "broken", max_queue=2)).start()
+    client = Raw(first.tinker_url, first.mint_key()).open()
+    model = client.create()
+    for n in range(len(rows)):
+        train(client, model, n)
+    _killed(first)
+    monkeypatch.setattr(training_module, "RESUME_WAIT_S", wait_s)  # 0: clients come back until it is their turn
+    second = EmbeddedServer(config(tmp_path / "broken", max_queue=2, tinker_gap_s=0.5)).start()
+    client = Raw(second.tinker_url, client.key, session=client.session)
+    try:
+        assert stepped(client, model) == expected
+    finally:
+        second.stop(1.0)
+
+
 def test_a_model_that_was_being_made_is_made_after_a_restart(tmp_path: Path) -> None:
     first = EmbeddedServer(config(tmp_path)).start()
     client = Raw(first.tinker_url, first.mint_key()).open()
@@ -129,6 +175,20 @@ def test_a_model_that_was_being_made_is_made_after_a_restart(tmp_path: Path) -> 
         assert client.create(0) == f"{client.session}:train:0"
         assert _wait_empty(second)
         assert len(second._foundation.db.read(lambda tx: tx.execute(t.runs.select()).all())) == 1
+
+
+def test_what_a_key_sent_of_which_nothing_is_known_is_not_done(tmp_path: Path) -> None:
+    with EmbeddedServer(config(tmp_path)) as server:
+        callers = server._server._gateway._training.callers  # type: ignore[union-attr]
+        key_id = server.mint_key().split("_")[1]
+
+        def found(tenant: str, key: str) -> str:
+            return asyncio.run_coroutine_threadsafe(callers.of(tenant, key), server._loop).result(10).key_id
+
+        assert found("default", key_id) == key_id
+        for tenant, key in (("default", "0" * 16), ("other", key_id)):
+            with pytest.raises(AuthorizationError):
+                found(tenant, key)
 
 
 def test_requests_lie_encrypted_and_go_once_they_are_durable(tmp_path: Path) -> None:

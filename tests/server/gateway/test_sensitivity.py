@@ -121,7 +121,7 @@ class Refused(Exception):
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Door, Watch]]:
     folder: Path = tmp_path_factory.mktemp("data")
     watch = Watch()
-    config = ServerConfig(port=0, tinker_port=0, backend="bigram", data_dir=folder)
+    config = ServerConfig(port=0, tinker_port=0, backend="bigram", data_dir=folder, max_runs_per_tenant=256)
     with EmbeddedServer(config, backend=_Recording(BigramBackend(), watch)) as server:
         yield Door(server.tinker_url, server.mint_key()), watch
 
@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Callable[[], list[list[Example]]], str, dict[str, Any]]] 
         f"{loss}, group": (groups, loss, {"privacy_unit": "group"})
         for loss in ("importance_sampling", "ppo", "cispo", "dro", "gspo")
     },
-    "custom loss, pair": (pairs, "cross_entropy", {"privacy_unit": "pair"}),
+    "custom loss, pair": (pairs, "cross_entropy", {"privacy_unit": "pair", "custom_loss": "independent"}),
 }
 
 
@@ -237,18 +237,42 @@ def test_losses_over_a_group_are_refused_where_the_unit_is_smaller(
         clipped_sum(watched, [(answers, False)], loss, privacy_unit=unit)
 
 
-def test_a_custom_loss_is_refused_where_the_unit_is_a_datum(watched: tuple[Door, Watch]) -> None:
-    forward = [supervised([1, 2, 3], [0.0, 0.0]), supervised([4, 5, 6], [0.0, 0.0])]
-    backward = [supervised([1, 2, 3], [0.3, 0.2]), supervised([4, 5, 6], [0.1, 0.9])]
-    with pytest.raises(Refused, match="batch"):
-        clipped_sum(watched, [(forward, True), (backward, False)], "cross_entropy")
-    with pytest.raises(Refused, match="batch"):
-        clipped_sum(watched, [([d for unit in pairs() for d in unit], False)], "cross_entropy")
-    assert (
-        np.linalg.norm(
-            clipped_sum(
-                watched, [(forward, True), (forward, True), (backward, False)], "cross_entropy", privacy_unit="pair"
-            )
-        )
-        > 0
-    )
+FORWARD = [supervised([1, 2, 3], [0.0, 0.0]), supervised([4, 5, 6], [0.0, 0.0])]
+BACKWARD = [supervised([1, 2, 3], [0.3, 0.2]), supervised([4, 5, 6], [0.1, 0.9])]
+
+
+def test_a_custom_loss_over_several_units_is_refused(watched: tuple[Door, Watch]) -> None:
+    with pytest.raises(Refused, match="whole batch"):
+        clipped_sum(watched, [(FORWARD, True), (BACKWARD, False)], "cross_entropy")
+    everyone = [d for pair in pairs() for d in pair]
+    for unit in ("datum", "pair"):
+        with pytest.raises(Refused, match="whole batch"):
+            clipped_sum(watched, [(everyone, False)], "cross_entropy", privacy_unit=unit)
+
+
+@pytest.mark.parametrize("terms", [{"privacy_unit": "pair"}, {"custom_loss": "independent"}])
+def test_a_custom_loss_of_one_unit_and_one_that_is_attested_are_trained_on(
+    watched: tuple[Door, Watch], terms: dict[str, str]
+) -> None:
+    calls = [(FORWARD, True), (FORWARD, True), (BACKWARD, False)]
+    assert np.linalg.norm(clipped_sum(watched, calls, "cross_entropy", **terms)) > 0
+
+
+def test_equal_records_of_two_calls_are_not_merged(watched: tuple[Door, Watch]) -> None:
+    """Merged and clipped once, the one would hide or turn what the other adds: up to 2C."""
+    one, other = supervised([5, 6, 7, 100], [0.0, 0.0, 5.0]), supervised([5, 6, 7, 101], [0.0, 0.0, 1.0])
+    with pytest.raises(Refused, match="merges what somebody named"):
+        clipped_sum(watched, [([one], False), ([other], False)], "cross_entropy", merge_units=True)
+    pair = [supervised([5, 6, 7, 100]), supervised([5, 6, 8, 100])]
+    with pytest.raises(Refused, match="merges what somebody named"):
+        clipped_sum(watched, [(pair, False), (pair, False)], "cross_entropy", privacy_unit="pair", merge_units=True)
+
+
+@pytest.mark.parametrize("loss", ["importance_sampling", "cispo", "dro"])
+def test_a_group_without_old_log_probabilities_is_one_unit(watched: tuple[Door, Watch], loss: str) -> None:
+    units = groups()
+    for example in (e for unit in units for e in unit):
+        example["inputs"]["logprobs"] = [0.0] * len(example["inputs"]["logprobs"])
+    whole = clipped_sum(watched, [([d for u in units for d in u], False)], loss, privacy_unit="group")
+    rest = clipped_sum(watched, [([d for u in units[1:] for d in u], False)], loss, privacy_unit="group")
+    assert 0 < np.linalg.norm(whole - rest) <= BOUND * (1 + ROUNDING)

@@ -76,7 +76,8 @@ def test_the_dense_tensors_of_a_request_have_a_limit_together(monkeypatch: pytes
 
 
 def test_the_official_client_reads_our_passes_and_both_descriptors_fit_into_one_process() -> None:
-    response_conv = pytest.importorskip("tinker.proto.response_conv")
+    from tinker.proto import response_conv
+
     outputs = [
         {"logprobs": TensorData.from_numpy(np.asarray([-1.0, -2.0], np.float32))},
         {"logprobs": TensorData.from_numpy(np.asarray([[-3.0, -4.0], [-5.0, np.nan]], np.float32))},
@@ -90,7 +91,7 @@ def test_the_official_client_reads_our_passes_and_both_descriptors_fit_into_one_
 
 
 def test_the_official_client_reads_our_samples() -> None:
-    response_conv = pytest.importorskip("tinker.proto.response_conv")
+    from tinker.proto import response_conv
 
     def topk(rows: int, k: int) -> TopkLogprobs:
         ids = np.arange(1, rows * k + 1, dtype=np.int32).reshape(rows, k)

@@ -12,6 +12,7 @@ import rfc8785
 
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.reports.documents import verify_document
+from tg_tinker.reports.page import render
 from tg_tinker.reports.verdicts import Trust
 from tg_tinker.transparency.note import VerifierKey
 from tg_tinker_server.dp.accounting import cost, epsilon, pld_epsilon, repeated
@@ -69,6 +70,20 @@ def test_failed_and_lost_attempts_of_every_run_are_in_the_report(book: Books) ->
     curve = [float(point["epsilon"]) for point in report["curve"]["points"]]
     assert curve == sorted(curve)
     assert curve[-1] == b.epsilon() == float(report["guarantee"]["epsilon"])
+
+
+def test_losses_of_callers_that_a_run_attests_are_said_to_be_by_its_word(book: Books) -> None:
+    b = book().open().open(run="run_b", custom_loss="independent")
+    b.settle(b.reserve(1, run="run_b"))
+    assert passes(b)[-1] == "receipts"
+    report = report_of(b)
+    plain, attested = report["coverage"]["runs"]
+    assert "custom_loss" not in plain, "as in every report of before"
+    assert attested["custom_loss"] == "independent"
+    (said,) = [line for line in report["coverage"]["not_covered"] if "compute themselves" in line]
+    assert "run_b" in said
+    assert "run_a" not in said
+    assert "by their word alone" in render(report)
 
 
 @pytest.mark.parametrize(

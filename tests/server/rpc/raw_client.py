@@ -12,7 +12,8 @@ from google.rpc import status_pb2
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.proto.v1 import runs_pb2
 from tg_tinker.types import BatchData, TrainingConfig
-from tg_tinker.wire.calls import Call, Pass, Position, call_to_proto
+from tg_tinker.wire.call_messages import call_to_proto
+from tg_tinker.wire.calls import Call, Pass, Position
 from tg_tinker.wire.methods import method_of
 from tg_tinker.wire.operations import FutureState, future_from_proto, get_future_request
 from tg_tinker.wire.runs import config_to_json

@@ -12,7 +12,8 @@ from tests.server.rpc.raw_client import RawClient, as_error, batch
 from tg_tinker.errors import InvalidRequestError, TGTinkerError
 from tg_tinker.proto.v1 import runs_pb2
 from tg_tinker.types import DPConfig, TrainingConfig
-from tg_tinker.wire.calls import Pass, Position, Step, call_to_proto
+from tg_tinker.wire.call_messages import call_to_proto
+from tg_tinker.wire.calls import Pass, Position, Step
 from tg_tinker.wire.methods import Method, methods
 from tg_tinker.wire.operations import UNKNOWN, cancel_future_request, future_from_proto, get_future_request
 from tg_tinker_server.app import EmbeddedServer

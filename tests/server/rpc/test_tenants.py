@@ -18,7 +18,8 @@ from tg_tinker.types import DPConfig, TrainingConfig
 from tg_tinker.types.records import Record
 from tg_tinker.types.sampling import GenerationOptions
 from tg_tinker.types.tokens import SampleQuery
-from tg_tinker.wire.calls import Generate, Load, Position, Save, Step, Updates, call_to_proto
+from tg_tinker.wire.call_messages import call_to_proto
+from tg_tinker.wire.calls import Generate, Load, Position, Save, Step, Updates
 from tg_tinker.wire.datasets import append_records
 from tg_tinker.wire.methods import methods
 from tg_tinker.wire.operations import cancel_future_request, get_future_request, resume_request

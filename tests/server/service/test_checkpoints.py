@@ -1,52 +1,21 @@
-"""Addresses, names, purposes and lifetimes of checkpoints, and runs that go on from them."""
+"""Addresses, purposes and lifetimes of checkpoints."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.rpc.raw_client import RawClient, batch
-from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError, TGTinkerError
+from tests.server.rpc.raw_client import RawClient
+from tests.server.service.state_calls import CONFIG, blobs, expire, info, save
+from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError
 from tg_tinker.proto.v1 import artifacts_pb2, runs_pb2, sampling_pb2
-from tg_tinker.types import DPConfig, OptimizerConfig, TrainingConfig
-from tg_tinker.wire.calls import Load, Position, Save, Step, call_to_proto
-from tg_tinker.wire.runs import config_from_json
+from tg_tinker.wire.calls import Load, Save
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.service import checkpoints as module
-from tg_tinker_server.store import artifact_rows
-
-CONFIG = TrainingConfig(
-    model_ref="bigram", batch_size=4, seed=1, optimizer=OptimizerConfig(learning_rate=0.05), metadata={"a": 1}
-)
-PAST = datetime(2020, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture
-def client(bigram_server: EmbeddedServer) -> RawClient:
-    return RawClient(bigram_server.address, bigram_server.mint_key())
-
-
-def save(client: RawClient, run_id: str, seq: int, **settings: Any) -> Any:
-    state = client.call(run_id, seq, Save(**settings))
-    assert state.error is None, state.error
-    return state.result
-
-
-def info(client: RawClient, path: str) -> artifacts_pb2.ArtifactInfo:
-    return client.send(artifacts_pb2.GetArtifactRequest(artifact_id=path))
-
-
-def blobs(server: EmbeddedServer) -> set[str]:
-    return {p.name for p in server._config.resolved_artifacts_dir.rglob("*") if "ckpt_" in p.name}
-
-
-def expire(server: EmbeddedServer, artifact_id: str) -> None:
-    server._foundation.db.write(lambda tx: artifact_rows.set_expiry(tx, "default", artifact_id, PAST))
 
 
 def test_a_checkpoint_has_one_address_for_each_purpose_and_an_id(client: RawClient) -> None:
@@ -92,50 +61,6 @@ def test_what_is_no_address_finds_nothing(client: RawClient, path: str) -> None:
     saved = save(client, run.run_id, 1, name="one")
     with pytest.raises(ResourceNotFoundError):
         info(client, path.format(run=run.run_id, artifact=saved.artifact_id))
-
-
-@pytest.mark.parametrize("name", [".", "..", "../x", "a/b", "a b", "x" * 129, "\u00e9", "a\x00"])
-def test_a_name_that_cannot_be_part_of_an_address_is_refused(
-    client: RawClient, bigram_server: EmbeddedServer, name: str
-) -> None:
-    run = client.create(CONFIG)
-    error = client.call(run.run_id, 1, Save(name=name)).error
-    assert isinstance(error, InvalidRequestError)
-    assert error.field == "name"
-    assert not blobs(bigram_server)
-
-
-def test_a_name_is_taken_until_it_is_overwritten_deleted_or_expired(
-    client: RawClient, bigram_server: EmbeddedServer
-) -> None:
-    run = client.create(CONFIG)
-    first = save(client, run.run_id, 1, name="one")
-    error = client.call(run.run_id, 2, Save(name="one")).error
-    assert isinstance(error, InvalidRequestError)
-    assert "overwrite" in error.message
-    assert len(blobs(bigram_server)) == 1  # what was refused left nothing
-    save(client, run.run_id, 3, name="one", kind="sampler")  # another purpose, another name
-    second = save(client, run.run_id, 4, name="one", overwrite=True)
-    assert info(client, first.path).artifact_id == second.artifact_id
-    with pytest.raises(ResourceNotFoundError):
-        info(client, first.artifact_id)
-    client.send(artifacts_pb2.DeleteArtifactRequest(artifact_id=first.path))
-    third = save(client, run.run_id, 5, name="one")
-    expire(bigram_server, third.artifact_id)
-    fourth = save(client, run.run_id, 6, name="one")
-    assert info(client, first.path).artifact_id == fourth.artifact_id
-    other = client.create(CONFIG)
-    assert save(client, other.run_id, 1, name="one").path != first.path
-
-
-def test_of_two_saves_of_one_name_at_once_one_wins(client: RawClient, bigram_server: EmbeddedServer) -> None:
-    run = client.create(CONFIG)
-    with ThreadPoolExecutor(2) as pool:
-        requests = [call_to_proto(Save(name="one"), Position(run_id=run.run_id, seq=n)) for n in (1, 2)]
-        list(pool.map(client.send, requests))
-    outcomes = sorted(client.wait(run.run_id, n).status for n in (1, 2))
-    assert outcomes == ["completed", "failed"]
-    assert len(blobs(bigram_server)) == 1
 
 
 def test_what_has_expired_is_missing_at_once_wherever_it_is_asked_for(
@@ -223,92 +148,3 @@ def test_pages_are_disjoint_and_whole(client: RawClient) -> None:
             client.send(runs_pb2.ListTrainingClientsRequest(offset=offset))
     with pytest.raises(InvalidRequestError):
         client.send(artifacts_pb2.ListArtifactsRequest(kind="weight"))
-
-
-def test_large_metadata_comes_back_with_the_checkpoint_and_is_not_listed(client: RawClient) -> None:
-    run = client.create(CONFIG)
-    saved = save(client, run.run_id, 1, metadata={"x": "y" * 5000})
-    assert info(client, saved.path).metadata_json == "{}"
-    loaded: Any = client.call(run.run_id, 2, Load(artifact_id=saved.path)).result
-    assert loaded.metadata == {"x": "y" * 5000}
-
-
-def stepped(client: RawClient, run_id: str, seq: int, seed: int) -> str:
-    """Take a step; the hash of the gradient of the next batch tells one state of weights from another."""
-    assert client.call(run_id, seq, batch(seed)).status == "completed"
-    assert client.call(run_id, seq + 1, Step()).status == "completed"
-    after: Any = client.call(run_id, seq + 2, batch(99, train=False)).result
-    return repr(after.loss)
-
-
-def test_by_id_all_is_loaded_by_path_the_weights_and_a_word_wins(client: RawClient) -> None:
-    run = client.create(CONFIG)
-    stepped(client, run.run_id, 1, 0)
-    saved = save(client, run.run_id, 4, name="one")
-    truth = stepped(client, run.run_id, 5, 1)  # with the optimizer that went on
-    fresh = None
-    for n, (name, optimizer, whole) in enumerate(
-        [
-            (saved.artifact_id, None, True),
-            (saved.path, None, False),
-            (saved.path, True, True),
-            (saved.artifact_id, False, False),
-        ]
-    ):
-        seq = 8 + 4 * n
-        assert client.call(run.run_id, seq, Load(artifact_id=name, optimizer=optimizer)).status == "completed"
-        after = stepped(client, run.run_id, seq + 1, 1)
-        assert (after == truth) is whole
-        if not whole:
-            assert fresh in (None, after)
-            fresh = after
-
-
-def test_an_optimizer_that_was_not_saved_cannot_be_asked_for(client: RawClient) -> None:
-    run = client.create(CONFIG)
-    saved = save(client, run.run_id, 1, kind="sampler", include_optimizer=True)
-    assert isinstance(client.call(run.run_id, 2, Load(artifact_id=saved.path, optimizer=True)).error, TGTinkerError)
-    assert client.call(run.run_id, 3, Load(artifact_id=saved.artifact_id)).status == "completed"
-    with pytest.raises(InvalidRequestError, match="optimizer"):
-        client.send(runs_pb2.CreateTrainingClientRequest(like=saved.path, optimizer=True))
-
-
-def test_a_run_goes_on_where_a_checkpoint_was_saved(client: RawClient) -> None:
-    run = client.create(CONFIG)
-    stepped(client, run.run_id, 1, 0)
-    saved = save(client, run.run_id, 4)
-    truth = stepped(client, run.run_id, 5, 1)
-    request = runs_pb2.CreateTrainingClientRequest(
-        request_id="go-on", like=saved.path, optimizer=True, base_model="bigram", metadata_json='{"b":2}'
-    )
-    again = client.send(request)
-    config = config_from_json(again.config_json)
-    assert config == CONFIG.model_copy(update={"metadata": {"b": 2}})
-    assert again.step == 1
-    assert stepped(client, again.run_id, 1, 1) == truth
-    client.send(artifacts_pb2.DeleteArtifactRequest(artifact_id=saved.path))
-    assert client.send(request).run_id == again.run_id  # a repeated request, its checkpoint gone meanwhile
-    with pytest.raises(ResourceNotFoundError):
-        client.send(runs_pb2.CreateTrainingClientRequest(request_id="new", like=saved.path))
-
-
-def test_another_base_model_is_refused(client: RawClient) -> None:
-    run = client.create(CONFIG)
-    saved = save(client, run.run_id, 1)
-    with pytest.raises(InvalidRequestError, match="bigram"):
-        client.send(runs_pb2.CreateTrainingClientRequest(like=saved.path, base_model="other"))
-
-
-@pytest.mark.parametrize("dataset_id", ["people", None])
-def test_what_goes_on_privately_spends_from_the_same_budget(client: RawClient, dataset_id: str | None) -> None:
-    dp = DPConfig(dataset_id=dataset_id, target_epsilon=100.0, noise_multiplier=2.0)
-    run = client.create(CONFIG.model_copy(update={"dp_config": dp}))
-    stepped(client, run.run_id, 1, 0)
-    saved = save(client, run.run_id, 4)
-    again = client.send(runs_pb2.CreateTrainingClientRequest(request_id="go-on", like=saved.path))
-    assert again.privacy.dataset_id == (dataset_id or run.run_id)
-    before = again.privacy.epsilon_spent
-    assert before > 0
-    stepped(client, again.run_id, 1, 1)
-    now = client.send(runs_pb2.GetTrainingClientRequest(run_id=run.run_id)).privacy.epsilon_spent
-    assert now > before

@@ -24,7 +24,9 @@ from tg_tinker.proto.v1 import (
     sampling_pb2,
 )
 from tg_tinker.types import DPConfig, TrainingConfig
-from tg_tinker.wire.calls import Load, Save, Step
+from tg_tinker.types.datum import Datum, ModelInput
+from tg_tinker.types.losses import Loss
+from tg_tinker.wire.calls import Load, LossPass, Save, Step
 from tg_tinker.wire.methods import method_of, methods
 from tg_tinker.wire.requests import create_run
 from tg_tinker.wire.runs import config_from_json, config_to_json
@@ -78,6 +80,7 @@ LOOSER: dict[str, tuple[KeyPolicy, dict[str, Any]]] = {
     "participation that it counts": (POLICY, {"sampling": "max_participation", "max_participation": 10**6}),
     "a step without noise": (POLICY, {"target_epsilon": None, "allow_unnoised_steps": True}),
     "weights that it attests": (POLICY, {"initial_weights": "public"}),
+    "losses that it attests": (POLICY, {"custom_loss": "independent"}),
     "more participation": (
         POLICY.model_copy(update={"sampling": "max_participation", "max_participation": 3}),
         {"max_participation": 4},
@@ -124,6 +127,7 @@ SETTINGS = st.fixed_dictionaries(
         "max_participation": st.sampled_from([1, 10**6]),
         "diagnostics": st.sampled_from(["owner", "off"]),
         "initial_weights": st.sampled_from(["base", "public"]),
+        "custom_loss": st.sampled_from(["refuse", "independent"]),
         "allow_unnoised_steps": st.booleans(),
     },
 )
@@ -152,6 +156,7 @@ def test_whatever_is_asked_for_the_result_promises_no_less(settings: dict[str, A
     assert dp.sampling == "none"
     assert dp.diagnostics == "off"
     assert dp.initial_weights == "base"
+    assert dp.custom_loss == "refuse"
     assert not dp.allow_unnoised_steps
 
 
@@ -281,6 +286,16 @@ def test_every_method_answers_for_what_is_outside_as_for_what_is_missing(desk: D
             desk.bound.send(sampling_pb2.CreateSamplerRequest(path=name))
 
 
+@pytest.mark.parametrize("dp", [None, DPConfig(dataset_id="oncology-2026")])
+def test_a_report_on_a_run_outside_names_neither_its_dataset_nor_its_privacy(desk: Desk, dp: DPConfig | None) -> None:
+    outside = desk.owner.create(CONFIG.model_copy(update={"dp_config": dp})).run_id
+    for asked in (outside, "run_" + "0" * 24):
+        with pytest.raises(ResourceNotFoundError) as refused:
+            desk.bound.send(privacy_pb2.GetPrivacyReportRequest(dataset_id=asked))
+        assert refused.value.details["resource_id"] == asked
+        assert "oncology" not in str(vars(refused.value))
+
+
 def by_path(*paths: str) -> Iterator[Message]:
     for path in paths:
         yield artifacts_pb2.GetArtifactRequest(artifact_id=path)
@@ -391,6 +406,74 @@ def test_fresh_names_for_the_same_people_are_not_counted_as_others(bigram_server
     run = client.send(create_run("one", CONFIG, None))
     outcomes = [client.call(run.run_id, seq, same if seq % 2 else Step()).status for seq in (1, 2, 3, 4)]
     assert outcomes == ["completed", "completed", "completed", "failed"]
+
+
+def an_answer(sampled: int, **inputs: Any) -> Datum:
+    """To the prompt 5, 6, 7."""
+    given: dict[str, Any] = {
+        "target_tokens": [6, 7, sampled],
+        "logprobs": [0.0, 0.0, -2.0],
+        "advantages": [0.0, 0.0, 1.0],
+    }
+    return Datum(ModelInput.from_ints([5, 6, 7]), {**given, **inputs})
+
+
+def a_text(*tokens: int, weight: float = 1.0) -> Datum:
+    inputs: dict[str, Any] = {"target_tokens": list(tokens), "weights": [weight] * len(tokens)}
+    return Datum(ModelInput.from_ints(tokens), inputs)
+
+
+def test_a_policy_names_the_units_of_datums_natively_too(bigram_server: EmbeddedServer) -> None:
+    """As a group of eight: named by its caller it would be eight units, and move the sum by 8C."""
+    by_prompt = POLICY.model_copy(
+        update={"unit_of": "prompt", "privacy_unit": "group", "diagnostics": "owner", "max_grad_norm": 0.01}
+    )
+    client = RawClient(bigram_server.address, bigram_server.mint_key("rl", EVERY_ROLE, policy=by_prompt))
+    run = client.send(create_run("one", CONFIG, None))
+    call = LossPass(data=tuple(an_answer(20 + i) for i in range(8)), loss=Loss.of("importance_sampling"))
+    refused = client.call(run.run_id, 1, replace(call, units=tuple("abcdefgh"))).error
+    assert "not the caller's to say" in str(refused)
+    assert "datums" in str(client.call(run.run_id, 2, batch()).error)
+    assert client.call(run.run_id, 3, Step()).status == "failed", "the batch was incomplete"
+    assert client.call(run.run_id, 4, call).status == "completed"
+    stepped: Any = client.call(run.run_id, 5, Step()).result
+    assert stepped.dp_metrics.num_clipped == 1, "eight answers are one unit"
+
+
+def test_a_loss_over_the_batch_is_found_natively_too_and_attested_by_the_policy_alone(
+    bigram_server: EmbeddedServer,
+) -> None:
+    seen, derived = (a_text(1, 2, weight=0.0), a_text(3, 4, weight=0.0)), (a_text(1, 2, weight=0.5), a_text(3, 4))
+    cross_entropy = Loss.of("cross_entropy")
+    for custom, status in (("refuse", "failed"), ("independent", "completed")):
+        rule = POLICY.model_copy(update={"custom_loss": custom})
+        client = RawClient(bigram_server.address, bigram_server.mint_key(custom, EVERY_ROLE, policy=rule))
+        run = client.send(create_run("one", CONFIG, None))
+        forward = LossPass(data=seen, loss=cross_entropy, train=False)
+        assert client.call(run.run_id, 1, forward).status == "completed"
+        assert client.call(run.run_id, 2, LossPass(data=derived, loss=cross_entropy)).status == status
+    # Nobody attests for an owner of its own data, who computes unit by unit.
+    owner = RawClient(bigram_server.address, bigram_server.mint_key("owner", EVERY_ROLE))
+    run = owner.create(POLICY.apply(CONFIG))
+    assert owner.call(run.run_id, 1, forward).status == "completed"
+    assert owner.call(run.run_id, 2, LossPass(data=derived, loss=cross_entropy)).status == "completed"
+
+
+def test_what_was_seen_before_a_restart_is_not_forgotten_in_silence(tmp_path: Path) -> None:
+    from tg_tinker_server.config import ServerConfig
+
+    config = ServerConfig(port=0, backend="bigram", data_dir=tmp_path / "data")
+    uneven_inputs: dict[str, Any] = {"target_tokens": [2, 3], "weights": [0.25, 0.5]}
+    uneven = Datum(ModelInput.from_ints([1, 2]), uneven_inputs)
+    call = LossPass(data=(uneven, a_text(3, 4)), loss=Loss.of("cross_entropy"))
+    with EmbeddedServer(config) as server:
+        key = server.mint_key("acme", EVERY_ROLE, policy=POLICY)
+        run = RawClient(server.address, key).send(create_run("one", CONFIG, None)).run_id
+    with EmbeddedServer(config) as server:
+        client = RawClient(server.address, key)
+        assert "restart" in str(client.call(run, 1, call).error)
+        assert client.call(run, 2, Step()).status == "failed"
+        assert [client.call(run, seq, c).status for seq, c in ((3, call), (4, Step()))] == ["completed"] * 2
 
 
 def test_a_request_id_of_another_key_opens_no_door(desk: Desk) -> None:

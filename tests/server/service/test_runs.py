@@ -22,16 +22,11 @@ CONFIG = TrainingConfig(model_ref="bigram", batch_size=4, seed=1)
 
 
 @pytest.fixture
-def client(bigram_server: EmbeddedServer) -> RawClient:
-    return RawClient(bigram_server.address, bigram_server.mint_key())
-
-
-@pytest.fixture
 def sessions(bigram_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many sessions the backend opened, and how many of them were closed."""
     counts = {"opened": 0, "closed": 0}
     server: Any = bigram_server._server
-    backend = server._registry.backend
+    backend = server._registry.factory.backend
     opening = backend.open
 
     def counted(**arguments: Any) -> Any:

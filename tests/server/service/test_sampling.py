@@ -17,7 +17,8 @@ from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerE
 from tg_tinker.proto.v1 import runs_pb2, sampling_pb2
 from tg_tinker.types import DPConfig, TrainingConfig
 from tg_tinker.types.sampling import GenerationOptions
-from tg_tinker.wire.calls import Call, Generate, Position, Step, call_to_proto, sampling_to_proto
+from tg_tinker.wire.call_messages import call_to_proto, sampling_to_proto
+from tg_tinker.wire.calls import Call, Generate, Position, Step
 from tg_tinker.wire.methods import method_of
 from tg_tinker.wire.operations import cancel_future_request
 from tg_tinker_server.app import EmbeddedServer
@@ -63,7 +64,7 @@ def loop_of(server: EmbeddedServer) -> Any:
 
 def run_of(server: EmbeddedServer, run_id: str) -> Run:
     assert server._server is not None
-    return server._server._registry._runs[("tenant-a", run_id)]
+    return server._server._registry.resident._runs[("tenant-a", run_id)]
 
 
 @contextmanager

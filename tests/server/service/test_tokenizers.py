@@ -33,6 +33,12 @@ def joined(tokenizers: Tokenizers, name: str) -> dict[str, bytes]:
     return files
 
 
+def test_a_caller_on_this_machine_can_be_told_the_folder(folder: Path, tmp_path: Path) -> None:
+    tokenizers = Tokenizers({"org/model": folder, "bare": tmp_path, "hub": "org/elsewhere"})
+    assert tokenizers.folder_of("org/model") == folder.resolve()
+    assert [tokenizers.folder_of(name) for name in ("bare", "hub", "unknown")] == [None] * 3
+
+
 def test_only_the_files_of_a_tokenizer_are_shown(folder: Path) -> None:
     files = joined(Tokenizers({"org/model": folder}), "org/model")
     assert files == {name: name.encode() * 200_000 for name in ("tokenizer.json", "chat_template.jinja")}

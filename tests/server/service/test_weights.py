@@ -377,7 +377,7 @@ def test_a_run_keeps_refusing_what_was_trained_from_weights_that_promise_nothing
 
 
 def lineage_of(server: EmbeddedServer, tc: Any) -> list[dict[str, Any]]:
-    runs = server._server._registry._runs  # type: ignore[union-attr]
+    runs = server._server._registry.resident._runs  # type: ignore[union-attr]
     return list(json.loads(json.dumps(runs[("default", tc.id)].lineage)))
 
 

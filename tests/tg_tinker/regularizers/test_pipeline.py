@@ -55,21 +55,28 @@ def test_without_regularizers_the_total_is_the_loss():
     assert output.total_grad_norm == output.base_loss.grad_norm == pytest.approx(math.sqrt(2))
 
 
-def test_threads_and_a_queue_give_the_same_numbers_and_threads_are_faster():
-    def slow(k):
-        def fn(data, logprobs):
-            time.sleep(0.3)
-            return (logprobs[0] * k).sum(), {}
-
-        return spec(fn, 0.5, f"r{k}")
-
-    specs = [slow(k) for k in (1, 2, 3)]
+def test_parallel_ones_run_at_once_and_sequential_ones_do_not_with_the_same_numbers():
     found = {}
     for parallel in (True, False):
-        started = time.monotonic()
-        found[parallel] = compute([], leaves([1.0, 2.0]), total, specs, parallel=parallel).output
-        took = time.monotonic() - started
-        assert took < 0.6 if parallel else took > 0.9
+        together = threading.Barrier(3, timeout=30)
+        running, most, lock = [0], [0], threading.Lock()
+
+        def one(k, *, together=together if parallel else None, running=running, most=most, lock=lock):
+            def fn(data, logprobs):
+                with lock:
+                    running[0] += 1
+                    most[0] = max(most[0], running[0])
+                if together is not None:
+                    together.wait()  # breaks unless all three are here
+                with lock:
+                    running[0] -= 1
+                return (logprobs[0] * k).sum(), {}
+
+            return spec(fn, 0.5, f"r{k}")
+
+        specs = [one(k) for k in (1, 2, 3)]
+        found[parallel] = compute([], leaves([1.0, 2.0]), total, specs, parallel=parallel, max_concurrency=3).output
+        assert most[0] == (3 if parallel else 1)
     assert found[True] == found[False]
     assert list(found[True].regularizers) == ["r1", "r2", "r3"]
 

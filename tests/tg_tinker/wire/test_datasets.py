@@ -12,7 +12,8 @@ from tests.server.rpc.raw_client import batch
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types.records import Budget, DatasetInfo, NewDataset
 from tg_tinker.wire import datasets as wire
-from tg_tinker.wire.calls import Pass, Position, call_from_proto, call_to_proto
+from tg_tinker.wire.call_messages import call_from_proto, call_to_proto
+from tg_tinker.wire.calls import Pass, Position
 
 REAL = st.floats(1e-9, 1e9)
 COUNT = st.integers(0, 2**60)

@@ -14,7 +14,8 @@ from tg_tinker.proto.v1 import training_pb2
 from tg_tinker.types.datum import Datum, EncodedTextChunk, ModelInput, TensorData
 from tg_tinker.types.losses import LOSSES, Loss
 from tg_tinker.types.results import ForwardBackwardOutput
-from tg_tinker.wire.calls import LossPass, Position, call_from_proto, call_to_proto
+from tg_tinker.wire.call_messages import call_from_proto, call_to_proto
+from tg_tinker.wire.calls import LossPass, Position
 from tg_tinker.wire.datums import MAX_DATUMS, data_digest, datum_from_bytes, datum_to_bytes
 from tg_tinker.wire.results import forward_backward_from_proto, forward_backward_to_proto
 

@@ -118,8 +118,15 @@ def _check_thresholds(datum: int, inputs: Inputs, config: Mapping[str, float]) -
 
 
 def _check_graph(request: LossRequest) -> None:
-    from tg_tinker_server.engine.loss_fns.graph import compiled  # torch: not where only NumPy is wanted
+    from tg_tinker_server.engine.loss_fns.graph import MOST_OF_CALL, compiled  # torch: not where NumPy is enough
 
-    graph = compiled(request.graph)
+    graph, numbers = compiled(request.graph), 0
     for i, inputs in enumerate(request.inputs):
-        graph.check(i, inputs)
+        numbers += graph.check(i, inputs)
+        if numbers > MOST_OF_CALL:
+            raise _refuse(
+                f"the custom loss would compute over {MOST_OF_CALL} numbers by datum {i} of {len(request.inputs)}; "
+                "send fewer datums in one call, or take a smaller loss",
+                "loss_fn",
+                f"at most {MOST_OF_CALL} numbers for all datums of a call",
+            )

@@ -23,6 +23,8 @@ from tg_tinker_server.engine.loss_fns.values import DatumLoss, Inputs
 
 MAX_NUMBERS = 2**25
 """Numbers in the results of all nodes of one datum."""
+MOST_OF_CALL = 2**28
+"""The same for all datums of a call together: some seconds of the thread that all runs share."""
 _TARGETS = "target_tokens"
 
 
@@ -36,10 +38,13 @@ class CompiledGraph:
     def __init__(self, graph: ReadGraph) -> None:
         self._graph = graph
         self.inputs = tuple(graph.places.values())[1:]
-        self._fitting: set[tuple[Any, ...]] = set()
+        self._fitting: dict[tuple[Any, ...], int] = {}
 
-    def check(self, datum: int, inputs: Inputs) -> None:
+    def check(self, datum: int, inputs: Inputs) -> int:
         """Work out every shape for one datum; nothing is computed.
+
+        Returns:
+            Numbers in the results of its nodes: what it costs.
 
         Raises:
             InvalidRequestError: an input is missing or of another rank than declared; a node does not work with these
@@ -63,17 +68,19 @@ class CompiledGraph:
                 )
         key = tuple((a.shape, a.dtype.str) for a in read.values())
         if key in self._fitting:
-            return
+            return self._fitting[key]
         with torch.device("meta"), torch.no_grad():
             given = {
                 name: torch.empty(a.shape, dtype=torch.from_numpy(np.empty(0, a.dtype)).dtype)
                 for name, a in read.items()
             }
             given[LOGPROBS] = torch.empty(inputs[_TARGETS].shape)
-            _results_fit(self._run(given), self._graph.loss, self._graph.metrics)
+            found = self._run(given)
+            _results_fit(found, self._graph.loss, self._graph.metrics)
         if len(self._fitting) > 4096:
             self._fitting.clear()
-        self._fitting.add(key)
+        self._fitting[key] = sum(_numbers(found[node.name]) for node in self._graph.nodes)
+        return self._fitting[key]
 
     def evaluate(self, logprobs: npt.NDArray[Any], inputs: Inputs, *, train: bool) -> DatumLoss:
         """The loss of one datum, with its derivative in training. Checked before.

@@ -265,3 +265,19 @@ def test_a_graph_that_does_not_fit_is_refused_before_any_model_work(bench, data)
     for graph, word in ((shifted, "'add'"), (document(FORBIDDEN["item"]), "'x'"), ("", "no graph")):
         with pytest.raises(InvalidRequestError, match=word):
             session.check(data.request("custom", graph=graph))
+
+
+def test_what_all_datums_of_a_call_cost_together_is_bounded(bench, data):
+    session = bench.open()
+
+    def wide(logprobs):
+        return logprobs.repeat(2**18).exp().sum(), {}
+
+    graph = parse_graph(data.encoded(wide))
+    per_datum = graph.check(0, inputs_of(shape=(8,)))
+    assert per_datum == 2 * 8 * 2**18 + 1  # the copies, their exponentials, the sum
+    fits = 2**28 // per_datum
+    lengths = (8,) * (fits + 1)
+    session.check(data.request("custom", lengths[:-1], graph=data.encoded(wide)))
+    with pytest.raises(InvalidRequestError, match=f"by datum {fits} of {fits + 1}; send fewer"):
+        session.check(data.request("custom", lengths, graph=data.encoded(wide)))

@@ -146,3 +146,16 @@ def test_all_at_rest_nothing_moves(bench):
         texts.step([texts.weights])
     assert not texts.sampler._batches
     assert len(texts.results()) == 3
+
+
+def test_prompts_of_resting_weights_are_not_read_and_those_behind_them_are(bench):
+    texts, beside = Texts(bench.open()), bench.open()
+    neighbour = Texts(beside, texts.sampler)
+    texts.ask(PROMPTS, max_tokens=5, seed=1)
+    neighbour.ask([[9, 9]], max_tokens=1, seed=3)
+    texts.sampler.step([texts.weights])
+    waiting = [r.weights for r in texts.sampler._unread.requests]
+    assert waiting == [texts.weights] * 3
+    texts.sampler.step([texts.weights])
+    assert [r.weights for r in texts.sampler._requests()] == [texts.weights] * 3
+    assert len(texts.results()) == 3

@@ -1,7 +1,8 @@
-"""Whose a datum of a Tinker client is, and which calls give away that a loss was computed over several."""
+"""Whose a datum is, and which calls give away that a loss was computed over several."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
@@ -16,18 +17,20 @@ from tg_tinker.types.losses import Loss
 from tg_tinker.wire.calls import LossPass
 from tg_tinker_server.dp.events import Gaussian
 from tg_tinker_server.dp.rng import SecureNormal
-from tg_tinker_server.gateway import units
-from tg_tinker_server.gateway.units import PassWatch, UnitOf, units_of
+from tg_tinker_server.engine.requests import OF_A_PROMPT, UNNAMED
 from tg_tinker_server.ledger.reservation import DatasetScope
+from tg_tinker_server.service import units
+from tg_tinker_server.service.policy import KeyPolicy
 from tg_tinker_server.service.run import PrivateRun, Run
+from tg_tinker_server.service.units import PassWatch, UnitOf, named, units_of
 
 Unit = Literal["datum", "group", "pair", "user", "sequence", "site"]
 CROSS_ENTROPY, IMPORTANCE = Loss.of("cross_entropy"), Loss.of("importance_sampling")
 
 
-def a_run(unit: Unit | None = "datum", *, run_id: str = "r", secret: bytes = b"s" * 32) -> Run:
+def a_run(unit: Unit | None = "datum", *, run_id: str = "r", secret: bytes = b"s" * 32, **privacy: Any) -> Run:
     """A run of which only its privacy and its key count."""
-    dp = None if unit is None else DPConfig(privacy_unit=unit)
+    dp = None if unit is None else DPConfig(privacy_unit=unit, **privacy)
     config = TrainingConfig(model_ref="tiny", dp_config=dp, batch_size=1)
     private = None
     if dp is not None:
@@ -99,7 +102,7 @@ def test_ids_in_datums_are_units_of_any_kind(name: str) -> None:
 def test_ids_are_keyed_as_a_native_client_keys_them() -> None:
     run = a_run("user")
     ids = units_of(run, [with_id(supervised(1, 2), 7, 9)], CROSS_ENTROPY)
-    assert ids == keyed_units(run.mac("unit-ids", b""), ["id 7,9"], 1)
+    assert ids == keyed_units(run.mac("unit-ids", b""), ["7,9"], 1)
     assert ids != units_of(a_run("user", secret=b"z" * 32), [with_id(supervised(1, 2), 7, 9)], CROSS_ENTROPY)
 
 
@@ -137,15 +140,28 @@ def test_answers_to_one_prompt_are_one_unit() -> None:
     assert len({ids[0], ids[2], ids[3]}) == 3
 
 
-def test_a_datum_without_a_sample_is_a_unit_of_its_own() -> None:
-    nothing = answer([1, 2, 3], [4])
-    nothing = Datum(
-        nothing.model_input,
-        {**nothing.loss_fn_inputs, "logprobs": [0.0] * 3, "advantages": [0.0] * 3},
+def changed(datum: Datum, **inputs: Any) -> Datum:
+    return Datum(datum.model_input, {**datum.loss_fn_inputs, **inputs})
+
+
+def test_a_script_without_old_log_probabilities_has_groups_too() -> None:
+    """With zeros for them the whole answer was taken for the prompt, and every answer for a unit of its own."""
+    zeros = [changed(answer([1, 2, 3], [s, 5]), logprobs=[0.0] * 4) for s in (7, 8)]
+    certain = changed(answer([1, 2, 3], [9, 5]), logprobs=[0.0, 0.0, 0.0, -1.0])
+    masked = changed(
+        answer([1, 2, 3], [9, 6], advantage=0.0), logprobs=[0.0] * 4, sequence_ratio_mask=[0.0, 0.0, 1.0, 1.0]
     )
-    ids = units_of(a_run("group"), [nothing, answer([1, 2], [3])], IMPORTANCE)
+    data = [answer([1, 2, 3], [4]), *zeros, certain, masked]
+    ids = units_of(a_run("group"), data, Loss.of("gspo"))
     assert ids is not None
-    assert ids[0] != ids[1]
+    assert len(set(ids)) == 1
+    assert ids[0].startswith(OF_A_PROMPT), "to be told from what callers name"
+
+
+def test_an_answer_that_cannot_be_told_from_its_prompt_is_refused() -> None:
+    nothing = changed(answer([1, 2, 3], [4]), logprobs=[0.0] * 3, advantages=[0.0] * 3)
+    with pytest.raises(InvalidRequestError, match="zeros only"):
+        units_of(a_run("group"), [answer([1, 2], [3]), nothing], IMPORTANCE)
 
 
 def test_prompts_are_not_guessed_where_nothing_was_sampled() -> None:
@@ -161,6 +177,7 @@ def test_neighbours_are_pairs() -> None:
     assert ids is not None
     assert ids[0] == ids[1] != ids[2] == ids[3]
     assert ids[4] == ids[5] != ids[0], "equal pairs of one call are different pairs, as equal records are"
+    assert all(i.startswith(UNNAMED) for i in ids), "known by their content, so never merged over calls"
     again = units_of(a_run("pair"), [one, other], CROSS_ENTROPY)
     assert again is not None
     assert again[0] == ids[0], "a repeated call repeats its units, so that they cannot count twice"
@@ -205,54 +222,117 @@ def backward(*data: Datum, loss: Loss = CROSS_ENTROPY) -> LossPass:
     return LossPass(data=data, loss=loss)
 
 
+ONE, TWO = supervised(1, 2), supervised(3, 4)
+DERIVED = supervised(1, 2, weights=[0.5, 0.25])
+
+
 def test_a_custom_loss_of_the_client_gives_itself_away() -> None:
     watch, run = PassWatch(), a_run()
-    assert watch.coupling_of(run, backward(supervised(1, 2))) == "independent"
-    assert watch.coupling_of(run, forward(supervised(1, 2), supervised(3, 4))) == "independent"
-    assert watch.coupling_of(run, backward(supervised(3, 4, weights=[0.2, 0.3]))) == "batch"
-    assert watch.coupling_of(run, backward(supervised(3, 4))) == "independent", "the weights of before"
-    assert watch.coupling_of(run, backward(supervised(5, 6, weights=[0.2, 0.3]))) == "independent", "not looked at"
-    assert watch.coupling_of(run, backward(supervised(5, 6), supervised(1, 2, weights=[0, 1]))) == "batch"
+    assert watch.coupling_of(run, backward(ONE, TWO)) == "independent"
+    assert watch.coupling_of(run, forward(ONE, TWO)) == "independent"
+    assert watch.coupling_of(run, backward(DERIVED, TWO)) == "batch"
+    assert watch.coupling_of(run, backward(ONE, TWO)) == "independent", "the weights of before"
+    elsewhere = supervised(5, 6, weights=[0.2, 0.3])
+    assert watch.coupling_of(run, backward(elsewhere, TWO)) == "independent", "not looked at"
+    assert watch.coupling_of(run, backward(elsewhere, supervised(1, 2, weights=[0, 1]))) == "batch"
 
 
-def test_negative_weights_are_a_derivative() -> None:
-    assert PassWatch().coupling_of(a_run(), backward(supervised(1, 2, weights=[0.0, -1e-6]))) == "batch"
-    graph = Loss(name="custom", loss_id="x")
-    assert PassWatch().coupling_of(a_run(), backward(supervised(1, 2, weights=[0.0, -1.0]), loss=graph)) == "batch"
-
-
-def test_a_step_ends_what_was_seen_and_runs_are_apart() -> None:
-    watch, run, other = PassWatch(), a_run(), a_run(run_id="other")
-    changed = backward(supervised(1, 2, weights=[0.5, 0.5]))
-    watch.coupling_of(run, forward(supervised(1, 2)))
-    assert watch.coupling_of(other, changed) == "independent"
-    assert watch.coupling_of(run, changed) == "batch"
-    watch.stepped(run)
-    assert watch.coupling_of(run, changed) == "independent"
-    watch.coupling_of(run, forward(supervised(1, 2)))
-    watch.forget("t", "r")
-    assert watch.coupling_of(run, changed) == "independent"
-
-
-@pytest.mark.parametrize("unit", ["group", "pair", "user", "site"])
-def test_a_unit_that_holds_the_coupling_may_have_its_loss(unit: Unit) -> None:
+@pytest.mark.parametrize("unit", ["datum", "group", "pair", "user", "site"])
+def test_a_loss_over_several_units_is_refused_whatever_a_unit_is(unit: Unit) -> None:
     watch, run = PassWatch(), a_run(unit)
-    watch.coupling_of(run, forward(supervised(1, 2)))
-    assert watch.coupling_of(run, backward(supervised(1, 2, weights=[-1.0, 1.0]))) == "independent"
+    whose = None if unit == "datum" else ("a", "b")
+    watch.coupling_of(run, replace(forward(ONE, TWO), units=whose))
+    assert watch.coupling_of(run, replace(backward(DERIVED, TWO), units=whose)) == "batch"
+    negative = replace(backward(supervised(8, 9, weights=[0.0, -1e-6]), TWO), units=whose)
+    assert PassWatch().coupling_of(run, negative) == "batch"
+    graph = replace(negative, loss=Loss(name="custom", loss_id="x"))
+    assert PassWatch().coupling_of(run, graph) == "batch"
 
 
-def test_what_a_policy_attests_or_has_no_privacy_is_independent() -> None:
-    negative = backward(supervised(1, 2, weights=[-1.0, 1.0]))
-    assert PassWatch().coupling_of(a_run(), negative, custom_loss="independent") == "independent"
+def test_one_unit_may_have_any_loss_of_its_own() -> None:
+    watch, run = PassWatch(), a_run("pair")
+    both = supervised(3, 4, weights=[0.0, -1.0])
+    watch.coupling_of(run, replace(forward(ONE, TWO), units=("a", "a")))
+    assert watch.coupling_of(run, replace(backward(DERIVED, both), units=("a", "a"))) == "independent"
+    alone = a_run()
+    watch.coupling_of(alone, forward(ONE))
+    assert watch.coupling_of(alone, backward(DERIVED)) == "independent"
+    # Sent back one at a time, but looked at together.
+    watch.coupling_of(alone, forward(ONE, TWO))
+    assert watch.coupling_of(alone, backward(DERIVED)) == "batch"
+
+
+def test_runs_are_apart_and_a_step_ends_nothing() -> None:
+    """A script that pipelines steps the batch before between the two passes of this one."""
+    watch, run, other = PassWatch(), a_run(), a_run(run_id="other")
+    watch.coupling_of(run, forward(ONE, TWO))
+    assert watch.coupling_of(other, backward(DERIVED, TWO)) == "independent"
+    run.step += 1
+    assert watch.coupling_of(run, backward(DERIVED, TWO)) == "batch"
+
+
+def test_what_came_before_a_restart_is_not_taken_for_harmless() -> None:
+    run = a_run()
+    run.restored = True
+    assert PassWatch().coupling_of(run, backward(DERIVED, TWO)) == "batch"
+    assert PassWatch().coupling_of(run, backward(DERIVED)) == "independent", "a unit alone"
+    plain = [supervised(1, 2, weights=[0.0, 0.5]), supervised(3, 4, weights=[0.25, 0.25]), supervised(5)]
+    assert PassWatch().coupling_of(run, backward(*plain)) == "independent"
+    run.restored = False
+    assert PassWatch().coupling_of(run, backward(DERIVED, TWO)) == "independent"
+
+
+def test_what_is_attested_or_has_no_privacy_is_independent() -> None:
+    negative = backward(supervised(1, 2, weights=[-1.0, 1.0]), TWO)
+    assert PassWatch().coupling_of(a_run(custom_loss="independent"), negative) == "independent"
     assert PassWatch().coupling_of(a_run(None), negative) == "independent"
-    assert PassWatch().coupling_of(a_run(), backward(answer([1], [2], advantage=-1.0), loss=IMPORTANCE)) == (
-        "independent"
-    ), "losses over groups are judged where the run's unit is known to the service"
+    admitted = replace(negative, coupling="batch")
+    assert PassWatch().coupling_of(a_run(custom_loss="independent"), admitted) == "batch"
+    answers = backward(answer([1], [2], advantage=-1.0), answer([3], [4]), loss=IMPORTANCE)
+    assert PassWatch().coupling_of(a_run("group"), answers) == "independent", "judged where losses are refused"
 
 
 def test_memory_is_bounded_and_the_newest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "REMEMBERED", 3)
     watch, run = PassWatch(), a_run()
     watch.coupling_of(run, forward(*(supervised(1, i) for i in range(5))))
-    assert watch.coupling_of(run, backward(supervised(1, 0, weights=[0.5, 0.5]))) == "independent"
-    assert watch.coupling_of(run, backward(supervised(1, 4, weights=[0.5, 0.5]))) == "batch"
+    assert watch.coupling_of(run, backward(supervised(1, 0, weights=[0.5, 0.5]), TWO)) == "independent"
+    assert watch.coupling_of(run, backward(supervised(1, 4, weights=[0.5, 0.5]), TWO)) == "batch"
+
+
+def policy(unit_of: UnitOf, unit: str) -> KeyPolicy:
+    return KeyPolicy.model_validate(
+        {"dataset_id": "d", "target_epsilon": 1.0, "target_delta": 1e-6, "unit_of": unit_of, "privacy_unit": unit}
+    )
+
+
+@pytest.mark.parametrize("finds_units", [False, True])
+def test_a_policy_names_units_through_every_door(finds_units: bool) -> None:
+    answers = (answer([1, 2], [3]), answer([1, 2], [4]))
+    for unit_of, unit, loss in (
+        ("datum", "datum", CROSS_ENTROPY),
+        ("prompt", "group", IMPORTANCE),
+        ("adjacent_pair", "pair", CROSS_ENTROPY),
+    ):
+        run, rule = a_run(cast(Unit, unit)), policy(cast(UnitOf, unit_of), unit)
+        call = LossPass(data=answers, loss=loss)
+        found = named(run, call, policy=rule, finds_units=finds_units).units
+        assert found is None if unit_of == "datum" else len(set(found or ())) == 1
+        with pytest.raises(InvalidRequestError, match="not the caller's to say"):
+            named(run, replace(call, units=("a", "b")), policy=rule, finds_units=finds_units)
+    run, rule = a_run("user"), policy("ids", "user")
+    call = LossPass(data=tuple(with_id(d, 7) for d in answers), loss=CROSS_ENTROPY)
+    by_id = named(run, call, policy=rule, finds_units=finds_units).units
+    assert by_id == keyed_units(run.mac("unit-ids", b""), ["7", "7"], 2)
+    plain = LossPass(data=answers, loss=CROSS_ENTROPY)
+    assert named(run, replace(plain, units=("a", "b")), policy=rule, finds_units=finds_units).units == ("a", "b")
+    for wrong in (replace(call, units=("a", "b")), plain):
+        with pytest.raises(InvalidRequestError):
+            named(run, wrong, policy=rule, finds_units=finds_units)
+
+
+def test_an_owner_names_units_or_leaves_it_to_the_http_door() -> None:
+    run, pair = a_run("pair"), LossPass(data=(ONE, TWO), loss=CROSS_ENTROPY)
+    assert named(run, pair, policy=None, finds_units=False).units is None
+    assert named(run, replace(pair, units=("a", "b")), policy=None, finds_units=False).units == ("a", "b")
+    assert len(set(named(run, pair, policy=None, finds_units=True).units or ())) == 1
