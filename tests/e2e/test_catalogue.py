@@ -387,7 +387,9 @@ def test_presets_and_capabilities_say_what_the_catalogue_says(service: ServiceCl
     strong = DPConfig.preset("strong")
     assert (strong.noise_multiplier, strong.max_grad_norm, strong.target_epsilon) == (1.5, 0.5, 3.0)
     capabilities = service.get_server_capabilities()
-    assert capabilities.losses == ["cross_entropy"]
+    losses = ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "custom"]
+    assert capabilities.losses == losses
+    assert capabilities.reducers == ["mean", "sum", "min", "max", "slack", "unique", "hash_unordered", "hash2"]
     assert "bigram" in [m.name for m in capabilities.models]
     assert capabilities.tenant_id == "tenant-a"
 
