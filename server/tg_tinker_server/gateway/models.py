@@ -150,9 +150,7 @@ class Models:
     async def _check_optimizer(self, caller: Caller, load: LoadWeights) -> None:
         """A model that goes on has the privacy of the one before; whoever asks for another is told so."""
         row = await self.registry.checkpoints.row(caller, load.path)
-        before = await self.registry.row(caller, row.run_id)
-        config = await self.executors.io(self.registry.config_of, before)
-        step_params(config, None, load.optimizer_config)
+        step_params(await self.registry.config_behind(row), None, load.optimizer_config)
 
     async def run(self, caller: Caller, model_id: str) -> Run:
         """The run behind a model, once it is made.

@@ -19,7 +19,7 @@ from tg_tinker_server.ledger.audit import AuditLog
 from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.checkpoints import CheckpointService, Described
 from tg_tinker_server.service.runs import RunRegistry
-from tg_tinker_server.store import gateway_rows
+from tg_tinker_server.store import gateway_rows, run_rows
 from tg_tinker_server.store.run_rows import RunRow
 
 MOST_LISTED = 1000
@@ -124,7 +124,7 @@ class RestDoors:
         """What is needed to make a model of a checkpoint."""
         path = (await call.message(messages.WeightsPath)).tinker_path
         row = await self.checkpoints.row(call.caller, path)
-        config = await self._config(await self.registry.row(call.caller, row.run_id))
+        config = await self.registry.config_behind(row)
         lora = config.lora_config
         groups = lora.target_modules if lora else []
         return JSONResponse(
@@ -197,9 +197,12 @@ class RestDoors:
         return await self.registry.executors.io(self.registry.config_of, row)
 
     async def _model_of(self, caller: Caller, run_id: str) -> str:
-        """The model behind a run; empty where it was made elsewhere."""
-        row = await self.registry.row(caller, run_id)
-        return row.request_id.removeprefix(names.RUN_PREFIX) if row.request_id.startswith(names.RUN_PREFIX) else ""
+        """The model behind a run, also a deleted one; empty where it was made elsewhere."""
+        row = await self.registry.executors.io(
+            self.registry.db.read, lambda tx: run_rows.get_run_of_any_status(tx, caller.tenant, run_id)
+        )
+        request_id = "" if row is None else row.request_id
+        return request_id.removeprefix(names.RUN_PREFIX) if request_id.startswith(names.RUN_PREFIX) else ""
 
     async def _run(self, caller: Caller, row: RunRow) -> dict[str, Any] | None:
         config = await self._config(row)

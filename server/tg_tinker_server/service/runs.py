@@ -21,6 +21,7 @@ from tg_tinker_server.service.run import ACTIVE, DONE, Run
 from tg_tinker_server.service.run_factory import RunFactory, configuration_from
 from tg_tinker_server.service.sealed_text import SealedText
 from tg_tinker_server.store import run_rows
+from tg_tinker_server.store.artifact_rows import ArtifactRow
 from tg_tinker_server.store.database import Database, Transaction
 
 T = TypeVar("T")
@@ -214,6 +215,20 @@ class RunRegistry:
         if run is not None:
             return run.config
         return config_from_json(self.texts.open(row.tenant, CONFIG, row.config_json, row.run_id))
+
+    async def config_behind(self, row: ArtifactRow) -> TrainingConfig:
+        """The configuration of a checkpoint that the caller may see; it outlives its run.
+
+        Raises:
+            InvalidRequestError: it came from elsewhere, without a configuration.
+        """
+        run = await self.executors.io(
+            self.db.read, lambda tx: run_rows.get_run_of_any_status(tx, row.tenant, row.run_id)
+        )
+        if run is not None:
+            return await self.executors.io(self.config_of, run)
+        _, state = await self.checkpoints.open(row.tenant, row.artifact_id)
+        return configuration_from(state, "", None)
 
     async def list(self, caller: Caller, *, status: str = "", limit: int, offset: int = 0) -> Page:
         """A page of the runs that the caller may see, newest first, and how many there are in all."""

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from tests.server.gateway.conftest import MODEL, Raw, cross_entropy, datum
+from tg_tinker import ServiceClient
 from tg_tinker.proto.v1 import gateway_pb2 as pb
+from tg_tinker.types import LoRAConfig, WeightsSource
 from tg_tinker_server.app import EmbeddedServer
 
 
@@ -158,6 +160,42 @@ def test_privacy_asked_of_weights_that_were_trained_without_is_refused_and_never
         assert refused.get("category") == "user", refused
     plain = {**asked, "model_seq_id": 20, "optimizer_config": {"type": "adamw"}}
     assert client.retrieve(client.ok("load_weights", plain)["request_id"])["model_id"]
+
+
+def test_checkpoints_of_a_deleted_run_are_listed_described_and_go_on(server: EmbeddedServer, client: Raw) -> None:
+    kept, gone = client.create(), client.create(1, base_model=f"{MODEL}:dp-eps8-noise1.0")
+    paths = [client.retrieve(client.submit("save_weights", m, 1, path="a"))["path"] for m in (kept, gone)]
+    before = client.call("GET", "checkpoints").json()
+    with ServiceClient(client.key, server.address) as service:
+        service.delete_training_client(service.list_training_clients()[0].id)
+    assert client.call("GET", f"training_runs/{gone}").status_code == 404
+    assert client.call("GET", "checkpoints").json() == before
+    assert set(paths) <= {c["tinker_path"] for c in before["checkpoints"]}
+    assert client.ok("weights_info", {"tinker_path": paths[1]}) == client.ok(
+        "weights_info", {"tinker_path": paths[0]}
+    )
+    body = {"session_id": client.session, "model_seq_id": 2, "path": paths[1]}
+    body["optimizer_config"] = {"type": "dp_adamw"}
+    assert client.retrieve(client.ok("load_weights", body)["request_id"]).get("model_id")
+
+
+def test_what_came_from_elsewhere_has_no_address_and_stops_no_list(server: EmbeddedServer, client: Raw) -> None:
+    source = WeightsSource(job="ab" * 32, round=1, epsilon=1.0, delta=1e-5)
+    with ServiceClient(client.key, server.address) as service:
+        brought = service.import_weights(
+            {"table": np.zeros((260, 260), np.float32)},
+            base_model=MODEL,
+            lora_config=LoRAConfig(),
+            source=source,
+        )
+    path = client.retrieve(client.submit("save_weights", client.create(), 1, path="a"))["path"]
+    listed = client.call("GET", "checkpoints")
+    assert listed.status_code == 200, listed.text
+    assert listed.json()["checkpoints"][0]["tinker_path"] == path
+    assert brought.artifact_id not in listed.text
+    refused = client.post("weights_info", {"tinker_path": f"tg://imported/weights/{brought.artifact_id}"})
+    assert refused.status_code == 400
+    assert "elsewhere" in refused.json()["detail"]
 
 
 def test_old_clients_send_and_get_json(client: Raw) -> None:
