@@ -5,6 +5,7 @@ Shape suffixes: U units, P parameters.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ from tg_tinker_server.engine.gradients import Floats, Form, GradientContribution
 from tg_tinker_server.engine.requests import UNNAMED, naming_of
 
 MAX_MERGED_BYTES = 2 * 2**30
+"""Gradients that all batches of this process keep for each unit, together."""
+_batches: weakref.WeakSet[PendingBatch] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,6 +44,7 @@ class PendingBatch:
         self._dp = config.dp_config if config.private else None
         self._expected_batch_size = config.expected_batch_size
         self.clear()
+        _batches.add(self)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -56,6 +60,11 @@ class PendingBatch:
     def units(self) -> tuple[str, ...]:
         """Privacy units in the batch, in order of arrival."""
         return tuple(self._units)
+
+    @property
+    def merged_bytes(self) -> int:
+        """Memory of the gradients that are kept for each unit."""
+        return 8 * self._layout.size * len(self._merged)
 
     @property
     def merges(self) -> bool:
@@ -95,11 +104,12 @@ class PendingBatch:
                 )
         if self.merges and contribution.grads_UP is not None:
             size = 8 * self._layout.size * (len(self._merged) + len(contribution.units))
-            if size > MAX_MERGED_BYTES:
+            others = sum(batch.merged_bytes for batch in _batches if batch is not self)
+            if size + others > MAX_MERGED_BYTES:
                 raise InvalidRequestError(
-                    f"merge_units keeps a gradient per unit until the step, here {size >> 20} MiB, over the "
-                    f"{MAX_MERGED_BYTES >> 20} MiB of this server; take smaller logical batches, or put all records "
-                    "of a unit in one call without merge_units",
+                    f"merge_units keeps a gradient per unit until the step, here {size >> 20} MiB; beside other runs "
+                    f"that is over the {MAX_MERGED_BYTES >> 20} MiB of this server; take smaller logical batches, step "
+                    "your other runs, or put all records of a unit in one call without merge_units",
                     field="merge_units",
                     constraint=f"at most {MAX_MERGED_BYTES >> 20} MiB of gradients",
                 )

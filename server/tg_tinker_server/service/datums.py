@@ -90,12 +90,16 @@ def refuse_coupled(run: Run, request: LossPass) -> None:
             "below zero, or others than at their forward pass (right after a restart: uneven ones)",
             feature="loss_fn",
             reason="removing one unit would change the gradients of the others, which no clipping bounds",
-            alternative="send the data of one privacy unit per call, forward and backward; or create_custom_loss, "
-            "which the server runs for each datum alone; or, where each unit's loss is of that unit alone, attest "
-            "it: DPConfig(custom_loss='independent'), or custom_loss='independent' in the key's policy",
+            alternative="take one privacy unit after the other, forward and then backward; or create_custom_loss, "
+            "which the server runs for each datum alone, on inputs of that datum alone; or, where each unit's loss "
+            "is of that unit alone, attest it: DPConfig(custom_loss='independent'), or custom_loss='independent' in "
+            "the key's policy",
         )
     kind = LOSSES.get(name)
-    if kind is not None and kind.coupling == "group" and (unit in _SMALLER_THAN_A_GROUP or request.units is None):
+    grouped = kind.coupling == "group" if kind is not None else _is_centred(request)
+    if kind is None and private.config.custom_loss == "independent":
+        grouped = False
+    if grouped and (unit in _SMALLER_THAN_A_GROUP or request.units is None):
         raise DPUnsupportedError(
             f"{name} is usually computed on advantages centred over a group, and privacy_unit={unit!r} protects "
             "less than a group",
@@ -103,6 +107,20 @@ def refuse_coupled(run: Run, request: LossPass) -> None:
             reason=f"removing one {unit} would change the advantages of its whole group",
             alternative="create the run with DPConfig(privacy_unit='group') and give the group of each datum",
         )
+
+
+def _is_centred(request: LossPass) -> bool:
+    """Whether a custom loss reads what looks like advantages: by that name, or with values on both sides of zero.
+
+    Weights have one sign, log-probabilities the other.
+    """
+    for name in sorted({n for datum in request.data for n in datum.loss_fn_inputs} - {"target_tokens"}):
+        tensors = [d.loss_fn_inputs[name] for d in request.data if name in d.loss_fn_inputs]
+        values = [t.to_numpy() for t in tensors if t.dtype == "float32" and t.shape]
+        below, above = any((v < 0).any() for v in values), any((v > 0).any() for v in values)
+        if name == "advantages" or (below and above):
+            return True
+    return False
 
 
 def prepare_datums(run: Run, request: LossPass, graph: str) -> tuple[bytes, LossRequest]:

@@ -46,6 +46,8 @@ def named(run: Run, call: LossPass, *, policy: KeyPolicy | None, finds_units: bo
     """
     if run.private is None:
         return call
+    if not call.train and policy is None and call.units is None:
+        return call  # nothing is released, so nothing has to be bounded
     if policy is not None:
         policy.refuse_named_units(call.units)
         if call.units is not None:
@@ -56,7 +58,7 @@ def named(run: Run, call: LossPass, *, policy: KeyPolicy | None, finds_units: bo
                     constraint="ids once",
                 )
             return call
-    if not finds_units and (policy is None or not call.train):
+    if not call.train or (not finds_units and policy is None):
         return call
     return replace(call, units=units_of(run, call.data, call.loss, unit_of=policy.unit_of if policy else None))
 
@@ -185,10 +187,15 @@ def _digest(data: bytes) -> str:
 
 
 class _Seen(NamedTuple):
-    """A datum of a forward-only pass: a digest of what a loss may read, and whether no other unit was in its call."""
+    """A datum of a forward-only pass: a digest of what a loss may read, and whether no other unit was in its call.
+
+    Attributes:
+        order: of its call among the run's forward-only passes.
+    """
 
     inputs: bytes
     alone: bool
+    order: int
 
 
 @dataclass(slots=True)
@@ -223,28 +230,35 @@ class PassWatch:
         judged = call.loss.name != CUSTOM and LOSSES[call.loss.name].coupling == "group"
         if judged or run.private.config.custom_loss == "independent":
             return "independent"
-        seen: Mapping[bytes, _Seen] = self._seen.get(run, {})
-        return "batch" if any(_computed(run, datum, seen, alone) for datum in call.data) else "independent"
+        seen = self._seen.get(run, OrderedDict())
+        newest = next(reversed(seen.values())).order if seen else 0
+        computed = (_computed(run, datum, seen, newest if alone else None) for datum in call.data)
+        return "batch" if any(computed) else "independent"
 
     def _remember(self, run: Run, call: LossPass, alone: bool) -> None:
         seen = self._seen.setdefault(run, OrderedDict())
+        order = next(reversed(seen.values())).order + 1 if seen else 0
         for datum in call.data:
             what, inputs = _fingerprint(run, datum)
-            seen[what] = _Seen(inputs, alone)
+            seen[what] = _Seen(inputs, alone, order)
             seen.move_to_end(what)
         while len(seen) > REMEMBERED:
             seen.popitem(last=False)
 
 
-def _computed(run: Run, datum: Datum, seen: Mapping[bytes, _Seen], alone: bool) -> bool:
+def _computed(run: Run, datum: Datum, seen: Mapping[bytes, _Seen], newest: int | None) -> bool:
     """Whether a datum's inputs look like a derivative of a loss over others.
 
     That are negative weights, or others than at its forward. What a run saw before it came from disk is not known:
-    until its next step uneven weights are as suspicious.
+    until its next step uneven weights are as suspicious. A unit whose forward was alone and the last one before its
+    backward may have any weights: an honest script had nothing else to compute them from.
+
+    Args:
+        newest: order of the run's last forward-only pass, if this call is of one unit.
     """
     what, inputs = _fingerprint(run, datum)
     before = seen.get(what)
-    if alone and (before is None or before.alone):
+    if before is not None and before.alone and before.order == newest:
         return False
     tensor = datum.loss_fn_inputs.get("weights")
     weights = np.zeros(0) if tensor is None else tensor.to_numpy()
@@ -252,7 +266,7 @@ def _computed(run: Run, datum: Datum, seen: Mapping[bytes, _Seen], alone: bool) 
         return True
     if before is not None:
         return before.inputs != inputs
-    return run.restored and len(set(weights[weights != 0].tolist())) > 1
+    return run.restored and newest is None and len(set(weights[weights != 0].tolist())) > 1
 
 
 def _fingerprint(run: Run, datum: Datum) -> tuple[bytes, bytes]:

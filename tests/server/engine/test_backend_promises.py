@@ -1,11 +1,14 @@
 """What every backend promises, run against all of them."""
 
+import weakref
+
 import numpy as np
 import pytest
 
 from tg_tinker.errors import DPUnsupportedError, InvalidRequestError, ServerError
 from tg_tinker.types import BatchData
 from tg_tinker_server.dp.mechanism import ROUNDING_ROOM
+from tg_tinker_server.engine import pending
 from tg_tinker_server.engine.backend import EngineState, PassRequest, StepRequest
 
 DP = {"max_grad_norm": 0.05}
@@ -236,6 +239,22 @@ def test_merged_units_over_two_calls_equal_the_same_units_in_one(any_bench, tool
     assert norms[0].grad_norm == pytest.approx(norms[1].grad_norm, rel=1e-5)
     assert norms[0].num_clipped == norms[1].num_clipped == 2
     assert norms[0].norm_before_clip == pytest.approx(norms[1].norm_before_clip, rel=1e-5)
+
+
+def test_gradients_kept_for_merging_are_bounded_for_all_runs_together(any_bench, tools, monkeypatch):
+    one, two = (any_bench.open(dp=DP | {"merge_units": True}) for _ in range(2))
+    each = 8 * one.trainable_parameters
+    monkeypatch.setattr(pending, "MAX_MERGED_BYTES", 5 * each)
+    monkeypatch.setattr(pending, "_batches", weakref.WeakSet([one._pending, two._pending]))
+    batch = tools.batch(4)
+    tools.accumulate(one, tools.rows(batch, [0, 1, 2]), units=list("abc"))
+    with pytest.raises(InvalidRequestError, match="beside other runs") as refused:
+        tools.accumulate(two, tools.rows(batch, [0, 1, 2]), units=list("xyz"))
+    assert refused.value.field == "merge_units"
+    tools.accumulate(two, tools.rows(batch, [0, 1]), units=list("xy"))
+    tools.step(one)
+    tools.accumulate(two, tools.rows(batch, [2]), units=["z"])
+    assert two._pending.units == ("x", "y", "z")
 
 
 def test_units_that_are_known_by_their_content_are_never_merged(any_bench, tools):

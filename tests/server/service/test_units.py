@@ -262,6 +262,27 @@ def test_one_unit_may_have_any_loss_of_its_own() -> None:
     assert watch.coupling_of(alone, backward(DERIVED)) == "batch"
 
 
+def test_units_that_are_looked_at_one_by_one_and_sent_back_later_are_refused() -> None:
+    """Micro-batches of one: every derivative may depend on every forward pass before it."""
+    watch, run = PassWatch(), a_run()
+    negative = supervised(3, 4, weights=[-1.0, 0.5])
+    for one in (ONE, TWO):
+        watch.coupling_of(run, forward(one))
+    assert watch.coupling_of(run, backward(DERIVED)) == "batch"
+    assert watch.coupling_of(run, backward(negative)) == "independent", "the last one looked at"
+    watch.coupling_of(run, forward(ONE))
+    assert watch.coupling_of(run, backward(DERIVED)) == "independent", "forward and backward, then the next"
+    assert PassWatch().coupling_of(run, backward(negative)) == "batch", "looked at elsewhere, if at all"
+
+
+@pytest.mark.parametrize("finds_units", [False, True])
+@pytest.mark.parametrize(("unit", "unit_of"), [("group", "prompt"), ("pair", "adjacent_pair"), ("user", "ids")])
+def test_an_evaluation_needs_no_units(unit: Unit, unit_of: UnitOf, finds_units: bool) -> None:
+    for policy_ in (None, policy(unit_of, unit)):
+        found = named(a_run(unit), forward(ONE, TWO, ONE), policy=policy_, finds_units=finds_units)
+        assert found.units is None
+
+
 def test_runs_are_apart_and_a_step_ends_nothing() -> None:
     """A script that pipelines steps the batch before between the two passes of this one."""
     watch, run, other = PassWatch(), a_run(), a_run(run_id="other")
