@@ -37,6 +37,7 @@ class _Making:
     """A model that is being made, or was made by this process."""
 
     digest: bytes
+    key_id: str
     task: asyncio.Task[str]
 
 
@@ -86,7 +87,7 @@ class Models:
         gate = asyncio.Event()
         task = asyncio.create_task(self._make(caller, model_id, name, body, gate), name=f"create-{model_id}")
         task.add_done_callback(_ended)
-        self._making[(caller.tenant, model_id)] = _Making(digest, task)
+        self._making[(caller.tenant, model_id)] = _Making(digest, caller.key_id, task)
         self._tidy()
         try:
             if await self._find(caller.tenant, model_id) is None:
@@ -159,7 +160,7 @@ class Models:
             ResourceNotFoundError: there is none for this tenant.
             TGTinkerError: why it could not be made.
         """
-        making = self._making.get((caller.tenant, model_id))
+        making = self._made_for(caller, model_id)
         if making is not None and not making.task.done():
             await asyncio.wait({making.task})
         run_id = await self._find(caller.tenant, model_id)
@@ -173,9 +174,15 @@ class Models:
             raise names.not_found("model", model_id) from None
 
     def making(self, caller: Caller, model_id: str) -> asyncio.Task[str] | None:
-        """The task that makes a model, if this process has it."""
-        making = self._making.get((caller.tenant, model_id))
+        """The task that makes a model, if this process has it and the caller may know of it."""
+        making = self._made_for(caller, model_id)
         return making.task if making else None
+
+    def _made_for(self, caller: Caller, model_id: str) -> _Making | None:
+        """A key with a policy is one party's: why another key's model could not be made is not for it."""
+        making = self._making.get((caller.tenant, model_id))
+        mine = making is not None and (caller.policy is None or making.key_id == caller.key_id)
+        return making if mine else None
 
     async def _find(self, tenant: str, model_id: str) -> str | None:
         known = self._run_ids.get((tenant, model_id))

@@ -12,6 +12,7 @@ from tg_tinker import ServiceClient
 from tg_tinker.proto.v1 import gateway_pb2 as pb
 from tg_tinker.types import LoRAConfig, WeightsSource
 from tg_tinker_server.app import EmbeddedServer
+from tg_tinker_server.service.policy import KeyPolicy
 
 
 def test_a_model_is_trained_and_every_result_has_the_form_that_clients_read(client: Raw) -> None:
@@ -249,6 +250,23 @@ def test_what_is_not_there_and_what_is_anothers_get_the_same_answer(client: Raw,
         assert [a.status_code for a in answers] == [404, 404]
         assert answers[0].content == answers[1].content
     assert client.call("GET", f"samplers/{sampler}").json()["base_model"] == MODEL
+
+
+def test_a_key_with_a_policy_reads_only_why_its_own_models_could_not_be_made(
+    client: Raw, server: EmbeddedServer
+) -> None:
+    policy = KeyPolicy(dataset_id="d", target_epsilon=8.0, target_delta=1e-6, noise_multiplier=2.0)
+    bound, unbound = (Raw(server.tinker_url, server.mint_key(policy=p)).open() for p in (policy, None))
+    failed = []
+    for raw in (client, bound):
+        body = {"session_id": raw.session, "model_seq_id": 7, "base_model": f"secret-{raw.session}"}
+        failed.append(raw.ok("create_model", body)["request_id"])
+        assert raw.session in raw.retrieve(failed[-1])["error"]
+    assert client.session in unbound.retrieve(failed[0])["error"]
+    for path, field, end in (("retrieve_future", "request_id", ":create"), ("get_info", "model_id", "")):
+        answers = [bound.post(path, {field: f"{client.session}:train:{n}{end}"}) for n in (7, 8)]
+        assert [a.status_code for a in answers] == [404, 404]
+        assert answers[0].content == answers[1].content
 
 
 def test_refusals_are_kept_without_the_bodies_that_were_refused(server: EmbeddedServer, client: Raw) -> None:
