@@ -174,8 +174,8 @@ def step_params(
     kind = given.pop("type", None) or "adamw"
     if kind not in _OPTIMIZERS:
         raise _unknown_type(kind)
-    given = {_ALIASES.get(k, k): v for k, v in given.items() if v is not None}
     settings = {k: given.pop(k) for k in _ADAM if k in given}
+    given = {_ALIASES.get(k, k): v for k, v in given.items() if v is not None}
     if kind == DP_ADAMW:
         dp = config.dp_config
         if dp is None or not config.private:
@@ -197,6 +197,12 @@ def step_params(
     if given:
         raise _unknown_fields(f"optim_step with {kind}", given, _ADAM)
     for key, value in settings.items():
+        if value is None:  # no default: the step would be charged at a rate that nobody chose
+            raise _refuse(
+                f"{key} is null, which is how clients write infinity and NaN; send a number, or leave it out",
+                f"adam_params.{key}",
+                "a finite number",
+            )
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _refuse(f"{key}={value!r} is not a number", f"adam_params.{key}", "a number")
     return AdamParams(**{k: float(v) for k, v in settings.items()})

@@ -284,6 +284,7 @@ def test_a_step_takes_adam_of_either_kind() -> None:
         assert {k: getattr(adam, k) for k in sent} == sent
     assert step_params(private, None, {"type": "dp_adamw", "learning_rate": 1e-3}).learning_rate == 1e-3
     assert step_params(private, None, {"type": "dp_adamw", "target_epsilon": 4}).beta2 == 0.95
+    assert step_params(private, None, {"type": "dp_adamw", "target_epsilon": None}).learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -296,6 +297,8 @@ def test_a_step_takes_adam_of_either_kind() -> None:
         ({"type": "dp_adamw", "apply_dp_noise": False}, "apply_dp_noise"),
         ({"type": "dp_adamw", "learning_rate": "1"}, "learning_rate"),
         ({"type": "dp_adamw", "learning_rate": -1.0}, "learning_rate"),
+        ({"learning_rate": None}, "learning_rate"),  # what the SDK makes of infinity and NaN
+        ({"type": "dp_adamw", "learning_rate": 1e-3, "weight_decay": None}, "weight_decay"),
         ({"type": "dimuon", "learning_rate": 1.0}, "dimuon"),
         ({"learning_rate": 1.0, "noise": 0}, "noise"),
     ],
