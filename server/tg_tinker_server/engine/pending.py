@@ -108,8 +108,8 @@ class PendingBatch:
             if size + others > MAX_MERGED_BYTES:
                 raise InvalidRequestError(
                     f"merge_units keeps a gradient per unit until the step, here {size >> 20} MiB; beside other runs "
-                    f"that is over the {MAX_MERGED_BYTES >> 20} MiB of this server; take smaller logical batches, step "
-                    "your other runs, or put all records of a unit in one call without merge_units",
+                    f"that is over the {MAX_MERGED_BYTES >> 20} MiB of this server; take smaller logical batches, "
+                    "step your other runs, or put all records of a unit in one call without merge_units",
                     field="merge_units",
                     constraint=f"at most {MAX_MERGED_BYTES >> 20} MiB of gradients",
                 )

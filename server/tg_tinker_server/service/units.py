@@ -46,8 +46,6 @@ def named(run: Run, call: LossPass, *, policy: KeyPolicy | None, finds_units: bo
     """
     if run.private is None:
         return call
-    if not call.train and policy is None and call.units is None:
-        return call  # nothing is released, so nothing has to be bounded
     if policy is not None:
         policy.refuse_named_units(call.units)
         if call.units is not None:
@@ -58,9 +56,14 @@ def named(run: Run, call: LossPass, *, policy: KeyPolicy | None, finds_units: bo
                     constraint="ids once",
                 )
             return call
-    if not call.train or (not finds_units and policy is None):
+    if not finds_units and (policy is None or not call.train):
         return call
-    return replace(call, units=units_of(run, call.data, call.loss, unit_of=policy.unit_of if policy else None))
+    try:
+        return replace(call, units=units_of(run, call.data, call.loss, unit_of=policy.unit_of if policy else None))
+    except InvalidRequestError:
+        if call.train:
+            raise
+        return call  # to evaluate releases nothing; whose the datums are is only good to know
 
 
 def units_of(

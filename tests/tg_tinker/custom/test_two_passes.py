@@ -297,7 +297,10 @@ def test_a_loss_that_the_server_runs_is_the_one_that_runs_here(service):
 
 def test_it_may_run_privately_without_diagnostics(service):
     handle = service.create_custom_loss(weighted, {"logprobs": 1, "advantages": 1})
-    tc = private(service, "handle-1", diagnostics="off")
+    refused = private(service, "handle-0", diagnostics="off").forward_backward_custom(DATA, handle)
+    with pytest.raises(DPUnsupportedError, match="centred over a group"):
+        refused.result()
+    tc = private(service, "handle-1", diagnostics="off", custom_loss="independent")
     result = tc.forward_backward_custom(DATA, handle).result()
     assert np.isnan(result.metrics["loss:sum"])
     assert tc.optim_step().result().step == 1
