@@ -16,6 +16,7 @@ import zstandard
 from tests.server.gateway.conftest import MODEL, Raw, config, cross_entropy
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker_server.app import EmbeddedServer
+from tg_tinker_server.gateway import requests
 from tg_tinker_server.gateway.doors import SCOPES, Doors
 from tg_tinker_server.service.policy import KeyPolicy
 from tg_tinker_server.store import tables as t
@@ -213,8 +214,16 @@ def test_telemetry_is_accepted_and_nothing_of_it_kept(client: Raw, server: Embed
     assert canary.encode() not in kept
 
 
-def test_a_body_that_is_too_large_is_refused_also_when_it_is_compressed(tmp_path: Path) -> None:
-    limit = 2**16
+def test_a_body_that_is_too_large_is_refused_also_when_it_is_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, undo, undone_by = 2**16, requests.decompress, []
+
+    def watched(data: bytes, most: int) -> bytes:
+        undone_by.append(threading.current_thread())
+        return undo(data, most)
+
+    monkeypatch.setattr(requests, "decompress", watched)
     with EmbeddedServer(config(tmp_path, max_request_bytes=limit, tinker_zstd=True)) as server:
         client = Raw(server.tinker_url, server.mint_key()).open()
         flags = client.ok("client/config", {})
@@ -235,6 +244,8 @@ def test_a_body_that_is_too_large_is_refused_also_when_it_is_compressed(tmp_path
         assert send(bytes(limit + 1), "identity").status_code == 413
         assert send(b"not zstd", "zstd").status_code == 400
         assert send(good, "gzip").status_code == 400
+        assert len(undone_by) == 3
+        assert server._thread not in undone_by  # the event loop's
 
 
 def test_compression_that_was_not_offered_is_refused(client: Raw) -> None:
