@@ -1,12 +1,17 @@
-"""What every test needs: what servers showed is remembered in a folder of the test run, not in the user's."""
+"""What every test needs: a data folder that is not the user's, and a Ctrl-C that reaches the programs it starts."""
 
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every program they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

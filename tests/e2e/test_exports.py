@@ -109,7 +109,7 @@ def unpacked(path: Path, site: Site, out: Path) -> Path:
 def test_a_partner_gets_the_weights_and_nothing_else(site: Site, tmp_path: Path) -> None:
     client = site.trained(private("data"))
     client.forward_backward(BatchData(input_ids=np.full((4, 12), 7))).result()  # pending, and not to be seen
-    saved = client.save_state(metadata={"secret": "in metadata"}, name="zebra finch")
+    saved = client.save_state(metadata={"secret": "in metadata"}, name="zebra-finch")
     written = site.service.export_artifact(saved.artifact_id, RECIPIENT, tmp_path / "export.age")
     assert written.digest == "sha256:" + hashlib.sha256(written.path.read_bytes()).hexdigest()
     folder = unpacked(written.path, site, tmp_path / "out")
@@ -121,7 +121,7 @@ def test_a_partner_gets_the_weights_and_nothing_else(site: Site, tmp_path: Path)
     for name, array in weights.items():
         np.testing.assert_array_equal(found[name], array)
     everything = b"".join(p.read_bytes() for p in folder.iterdir())
-    for secret in (b"in metadata", b"zebra finch", b"for us alone", b"optimizer/"):
+    for secret in (b"in metadata", b"zebra-finch", b"for us alone", b"optimizer/"):
         assert secret not in everything
 
 

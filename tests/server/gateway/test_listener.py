@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import socket
 import ssl
 import time
@@ -92,6 +93,14 @@ def _raw(server: EmbeddedServer) -> socket.socket:
     return socket.create_connection((url.hostname, url.port), timeout=10)  # type: ignore[arg-type]
 
 
+def _answer(connection: socket.socket) -> int:
+    """The status of the next answer, which is read to its end."""
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    answer.read()
+    return answer.status
+
+
 def _is_closed(connection: socket.socket) -> bool:
     """Reads to the end; one that stays open is a TimeoutError."""
     with contextlib.suppress(ConnectionError):
@@ -127,10 +136,10 @@ def test_half_a_request_is_waited_for_a_while_and_a_whole_one_as_long_as_it_take
     whole.sendall(b"POST /api/v1/create_session HTTP/1.1\r\nHost: x\r\n" + key + b"Content-Length: 2\r\n\r\n{")
     time.sleep(1.5)
     whole.sendall(b"}")
-    assert b" 200 " in whole.recv(4096)
+    assert _answer(whole) == 200
     time.sleep(1.5)  # between requests it may rest
     whole.sendall(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert b" 200 " in whole.recv(4096)
+    assert _answer(whole) == 200
 
 
 def test_strangers_leave_first_where_there_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,3 +153,52 @@ def test_strangers_leave_first_where_there_are_too_many(tmp_path: Path, monkeypa
         held = client.ok("create_session", {"tags": []})  # on the connection that it had
         assert held["session_id"]
         assert len(Raw(server.tinker_url, client.key).open().session) == 32  # and on a new one
+
+
+def _half(server: EmbeddedServer, client: Raw) -> socket.socket:
+    """A request with a key and the first byte of its body."""
+    connection = _raw(server)
+    key = f"X-API-Key: tml-{client.key}\r\n".encode()
+    head = b"POST /api/v1/create_session HTTP/1.1\r\nHost: x\r\n" + key + b"Content-Length: 60000\r\n\r\n"
+    connection.sendall(head + b"{")
+    return connection
+
+
+def test_a_body_that_comes_too_slowly_is_not_waited_for(
+    server: EmbeddedServer, client: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "BODY_S", 1.0)
+    monkeypatch.setattr(connections, "BODY_BYTES", 1000)
+    still, trickling, steady = (_half(server, client) for _ in range(3))
+    trickled = True
+    for _ in range(4):
+        time.sleep(0.5)
+        steady.sendall(b" " * 1000)
+        with contextlib.suppress(ConnectionError):
+            trickling.sendall(b" ")
+            continue
+        trickled = False
+    assert not trickled
+    assert _is_closed(still)
+    steady.sendall(b"}" + b" " * (60000 - 4000 - 2))
+    assert b" 200 " in steady.recv(4096)
+    time.sleep(1.5)  # nothing is under way any more
+    steady.sendall(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 200 " in steady.recv(4096)
+
+
+def test_one_key_does_not_keep_the_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 16)
+    with EmbeddedServer(config(tmp_path)) as server:
+        held = Raw(server.tinker_url, server.mint_key("held")).open()
+        greedy = Raw(server.tinker_url, server.mint_key("greedy", roles=("auditor",)))
+        slow = []
+        for _ in range(20):
+            slow.append(_half(server, greedy))
+            time.sleep(0.02)  # so that it is not a stranger any more
+        others = [Raw(server.tinker_url, server.mint_key(f"other{n}")).open() for n in range(3)]
+        assert all(len(other.session) == 32 for other in others)
+        assert _is_closed(slow[0])
+        assert held.ok("create_session", {"tags": []})["session_id"]
+        for connection in slow:
+            connection.close()
