@@ -136,7 +136,7 @@ class Doors:
         caller = self.authenticator.cached(token, None)
         if caller is None:
             caller = await self.executors.io(self.authenticator.authenticate, token, None)
-        show(request.state)
+        show(request.state, caller.key_id)
         caller.require(scope)
         return caller
 

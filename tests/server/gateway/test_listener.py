@@ -189,16 +189,20 @@ def test_a_body_that_comes_too_slowly_is_not_waited_for(
 
 def test_one_key_does_not_keep_the_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MOST_CONNECTIONS", 16)
-    with EmbeddedServer(config(tmp_path)) as server:
+    with EmbeddedServer(config(tmp_path)) as server, contextlib.ExitStack() as stack:
         held = Raw(server.tinker_url, server.mint_key("held")).open()
         greedy = Raw(server.tinker_url, server.mint_key("greedy", roles=("auditor",)))
         slow = []
         for _ in range(20):
-            slow.append(_half(server, greedy))
+            slow.append(stack.enter_context(_half(server, greedy)))
             time.sleep(0.02)  # so that it is not a stranger any more
         others = [Raw(server.tinker_url, server.mint_key(f"other{n}")).open() for n in range(3)]
         assert all(len(other.session) == 32 for other in others)
         assert _is_closed(slow[0])
+        waiting = stack.enter_context(_raw(server))  # without a key yet
+        for _ in range(3):
+            stack.enter_context(_half(server, greedy))
+            time.sleep(0.02)
+        waiting.sendall(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in waiting.recv(4096)
         assert held.ok("create_session", {"tags": []})["session_id"]
-        for connection in slow:
-            connection.close()
