@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ SMALL_BYTES = 4 * 2**20  # of JSON that carries no tensors
 TINY_BYTES = 2**18  # of JSON that carries a few names
 LARGE_JSON = 2**16  # bytes from which reading leaves the event loop
 MOST_CONTAINERS = 200_000  # lists and objects in one body: each costs far more memory and time than its two bytes
+_UNDOING = ThreadPoolExecutor(1, "zstd")  # one at a time: each takes a window of up to 128 MiB beside what it gives
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
@@ -117,8 +119,10 @@ class HttpCall:
         except ClientDisconnect as e:
             raise InvalidRequestError("the body ended early", field="body", constraint="whole") from e
         data = b"".join(pieces)
+        if encoding != "zstd":
+            return data
         # Beside the event loop whatever came: a few kilobytes may become as much as the limit.
-        return await asyncio.to_thread(decompress, data, limit) if encoding == "zstd" else data
+        return await asyncio.get_running_loop().run_in_executor(_UNDOING, decompress, data, limit)
 
 
 def decompress(data: bytes, limit: int) -> bytes:
