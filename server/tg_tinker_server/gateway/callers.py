@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tg_tinker.errors import AuthorizationError
-from tg_tinker_server.service.caller import SCOPES_OF_ROLE, Caller
+from tg_tinker_server.service.caller import Caller, caller_of
 from tg_tinker_server.service.executors import Executors
-from tg_tinker_server.service.policy import KeyPolicy
 from tg_tinker_server.store import key_rows
 from tg_tinker_server.store.database import Database
 
@@ -28,9 +27,7 @@ class Callers:
         row = await self.executors.io(self.db.read, lambda tx: key_rows.get_api_key(tx, key_id))
         if row is None or row.tenant != tenant:
             raise AuthorizationError("the key that sent this is not known any more; send it again with another")
-        scopes = frozenset().union(*(SCOPES_OF_ROLE.get(r, frozenset()) for r in row.roles))
-        policy = None if row.policy is None else KeyPolicy.from_json(row.policy)
-        return Caller(tenant=tenant, key_id=key_id, scopes=scopes, policy=policy)
+        return caller_of(row)
 
     @staticmethod
     def server(tenant: str) -> Caller:

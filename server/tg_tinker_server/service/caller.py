@@ -76,6 +76,13 @@ def check_roles(roles: tuple[str, ...]) -> None:
         )
 
 
+def caller_of(row: key_rows.ApiKeyRow) -> Caller:
+    """Who calls with a key whose secret was verified, and what its roles and its policy allow."""
+    scopes = frozenset().union(*(SCOPES_OF_ROLE.get(r, frozenset()) for r in row.roles))
+    policy = None if row.policy is None else KeyPolicy.from_json(row.policy)
+    return Caller(tenant=row.tenant, key_id=row.key_id, scopes=scopes, policy=policy)
+
+
 class Authenticator:
     """Turns a bearer token into a Caller. Keys are compared by MAC, in constant time."""
 
@@ -114,6 +121,4 @@ class Authenticator:
             raise AuthenticationError(f"the API key is not known or was revoked; {HOW_TO_GET_A_KEY}")
         if tenant is not None and tenant != row.tenant:
             raise AuthorizationError("this API key belongs to another tenant; leave tenant_id out or correct it")
-        scopes = frozenset().union(*(SCOPES_OF_ROLE.get(r, frozenset()) for r in row.roles))
-        policy = None if row.policy is None else KeyPolicy.from_json(row.policy)
-        return Caller(tenant=row.tenant, key_id=row.key_id, scopes=scopes, policy=policy)
+        return caller_of(row)
