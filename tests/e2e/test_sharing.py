@@ -105,7 +105,7 @@ class SlowPass:
 
 @pytest.fixture
 def slow_passes(monkeypatch: pytest.MonkeyPatch) -> list[SlowPass]:
-    """Passes of four seconds, in the order of their start."""
+    """Passes of many slices, in the order of their start."""
     started: list[SlowPass] = []
     start = BigramSession.start
 
@@ -126,10 +126,8 @@ def test_a_cancelled_pass_stops_at_its_next_slice(server: EmbeddedServer, slow_p
             time.sleep(0.01)
         time.sleep(0.1)
         assert future.cancel()
-        began = time.monotonic()
         with pytest.raises(FutureCancelledError):
             future.result(10)
-        assert time.monotonic() - began < 2
         assert slow_passes[0].left > 0
 
 
@@ -143,7 +141,5 @@ def test_a_server_that_stops_does_not_wait_for_passes_that_take_turns(
         client.send(call_to_proto(raw_batch(1), Position(run_id=run_id, seq=1)))
     while len(slow_passes) < 3:
         time.sleep(0.01)
-    began = time.monotonic()
     server.stop(grace_s=0.1)
-    assert time.monotonic() - began < 3
     assert all(p.left > 0 for p in slow_passes)

@@ -1,11 +1,11 @@
 """Sums of vectors that others computed, against NumPy."""
 
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
 
+from tests.support.work import peak_bytes
 from tg_tinker import ServiceClient
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import BatchData, DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
@@ -214,13 +214,7 @@ def test_no_copy_of_all_rows_is_made_in_float64():
     rows, size = 64, 1 << 18
     session = opened(size, dp={})
     values = random_rows(rows, size)
-    tracemalloc.start()
-    try:
-        session.contribute(values, names(rows))
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 8 * rows * size
+    assert peak_bytes(lambda: session.contribute(values, names(rows))) < 8 * rows * size
 
 
 def test_a_server_opens_runs_on_vectors_beside_its_models_and_refuses_batches_for_them(tmp_path):

@@ -63,7 +63,7 @@ def test_what_does_not_end_when_asked_is_killed(tmp_path: Path) -> None:
     stubborn._process.stdout.readline()
     started = time.monotonic()
     stop_all([stubborn], patience_s=0.3)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert stubborn._process.returncode == -signal.SIGKILL
     stubborn._process.stdout.close()
 

@@ -109,7 +109,7 @@ def test_pieces_may_pause_as_long_as_enough_comes(monkeypatch: pytest.MonkeyPatc
     [
         [(0.05, b"")] * 100,
         [(0.05, b"x")] * 100,
-        [(0.0, bytes(10_000)), (5.0, b"x")],  # much came, and then nothing
+        [(0.0, bytes(10_000)), (60.0, b"x")],  # much came, and then nothing
     ],
     ids=["empty", "slow", "a long pause"],
 )
@@ -119,7 +119,7 @@ def test_pieces_that_come_too_slowly_end_the_import(
     began = time.monotonic()
     with pytest.raises(InvalidRequestError, match="too slowly"):
         received(pieces, monkeypatch)
-    assert time.monotonic() - began < 3.0
+    assert time.monotonic() - began < 30.0
 
 
 def test_a_caller_who_is_gone_ends_the_import(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def test_inside_an_event_loop_too():
 
 
 async def sleepy(data, logprobs):
-    await asyncio.sleep(5)
+    await asyncio.sleep(60)
 
 
 def never(data, logprobs):
@@ -158,7 +158,7 @@ def test_one_that_takes_too_long_fails(fn):
     started = time.monotonic()
     with pytest.raises(TimeoutError) as caught:
         compute([], leaves([1.0]), total, [spec(fn, async_=True)], timeout=0.1)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30
     assert isinstance(caught.value, RegularizerTimeoutError)
 
 

@@ -1,7 +1,6 @@
 import contextlib
 import hashlib
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -196,15 +195,12 @@ def test_more_datums_than_one_call_takes_are_refused_before_they_are_read():
 
 
 def test_a_large_request_is_cheap_to_take_in():
-    """What the event loop does, parsing the request, costs a small part of what reading the datums does."""
-    rng = np.random.default_rng(0)
-    data = tuple(datum_for("ppo", 256, rng) for _ in range(1000))
-    payload = call_to_proto(LossPass(data=data, loss=Loss.of("ppo")), HERE).SerializeToString()
-    started = time.perf_counter()
-    request = training_pb2.ForwardBackwardRequest.FromString(payload)
-    parsed = time.perf_counter()
-    call_from_proto(request)
-    assert (parsed - started) * 3 < time.perf_counter() - parsed
+    """Parsing the request, which the event loop does, reads no datum: they lie in it as bytes."""
+    datum = datum_for("ppo", 256, np.random.default_rng(0))
+    payload = call_to_proto(LossPass(data=(datum,) * 10, loss=Loss.of("ppo")), HERE).SerializeToString()
+    taken = training_pb2.ForwardBackwardRequest.FromString(payload).datums
+    assert [type(d) for d in taken] == [bytes] * 10
+    assert len(set(taken)) == 1
 
 
 def test_the_digest_is_of_the_content():

@@ -107,17 +107,17 @@ def test_an_exchange_finds_the_sites_by_itself_and_asks_each_once() -> None:
 def test_a_straggler_is_left_out_and_its_late_reply_never_taken_for_another() -> None:
     with bench() as b:
         b.link.sites()
-        b.sites["oslo"].slow_s = 0.5
+        b.sites["oslo"].slow_s = 3.0
         started = time.monotonic()
-        assert b.ask(timeout_s=0.2, round_=1) == {"berlin": "", "oslo": "no answer within 0.2 s", "rome": ""}
-        assert time.monotonic() - started < 0.45
+        assert b.ask(timeout_s=1.0, round_=1) == {"berlin": "", "oslo": "no answer within 1 s", "rome": ""}
+        assert time.monotonic() - started < 2.9
         b.sites["oslo"].slow_s = 0.0
         assert b.ask(round_=2, value=2.0) == dict.fromkeys(NAMES, "")  # `ask` checks the values
 
 
 def test_a_lost_request_is_a_failure_at_the_deadline() -> None:
     with bench(only("rome", Fault(drop=True))) as b:
-        assert b.ask(timeout_s=0.3) == {"berlin": "", "oslo": "", "rome": "no answer within 0.3 s"}
+        assert b.ask(timeout_s=1.0) == {"berlin": "", "oslo": "", "rome": "no answer within 1 s"}
 
 
 def test_a_duplicated_reply_counts_once() -> None:
@@ -166,8 +166,8 @@ def test_a_site_that_dies_at_work_is_answered_for() -> None:
         b.sites["oslo"].slow_s = 0.3
         threading.Timer(0.1, b.grid.kill, ["oslo"]).start()
         started = time.monotonic()
-        assert b.ask(timeout_s=10) == {"berlin": "", "oslo": "its SuperNode is gone", "rome": ""}
-        assert time.monotonic() - started < 5
+        assert b.ask(timeout_s=60) == {"berlin": "", "oslo": "its SuperNode is gone", "rome": ""}
+        assert time.monotonic() - started < 30
         b.grid.revive("oslo")
         b.sites["oslo"].slow_s = 0.0
         assert b.ask(round_=2) == dict.fromkeys(NAMES, "")
@@ -191,13 +191,13 @@ def test_a_reply_that_flower_cannot_decode_costs_its_sender_only() -> None:
         assert first["oslo"] != ""
         for round_ in (2, 3):
             started = time.monotonic()
-            failures = b.ask(round_=round_)
+            failures = b.ask(timeout_s=60, round_=round_)
             assert failures == {
                 "berlin": "",
                 "oslo": "its reply cannot be read (TypeError: Invalid arguments for Array)",
                 "rome": "",
             }
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("kind", ["train", HELLO])
@@ -224,12 +224,12 @@ def test_a_reply_that_nobody_expected_costs_its_sender_only(
 def test_a_stranger_is_ignored_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     with bench() as b:
         b.link = FlowerLink(
-            b.grid, roster={k: v for k, v in b.roster.items() if k != "rome"}, key=KEY, hello_timeout_s=2
+            b.grid, roster={k: v for k, v in b.roster.items() if k != "rome"}, key=KEY, hello_timeout_s=20
         )
         b.link._roster["atlantis"] = b.roster["rome"]  # somebody is missing, so every node is asked
         started = time.monotonic()
         assert b.link.sites() == ["berlin", "oslo"]
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 15
         assert list(b.link.ignored) == [b.grid.number("rome")]
         assert "'rome', which is not on the roster" in caplog.text
         b.link.sites()
@@ -278,13 +278,14 @@ def test_a_node_that_was_set_right_is_asked_again(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_silent_node_is_waited_for_once_and_found_when_it_speaks() -> None:
-    with bench(only("rome", Fault(delay_s=0.6), HELLO), hello_timeout_s=0.3) as b:
+    with bench(only("rome", Fault(delay_s=3.0), HELLO), hello_timeout_s=1.0) as b:
         assert b.link.sites() == ["berlin", "oslo"]
         started = time.monotonic()
         assert b.link.sites() == ["berlin", "oslo"]
-        assert time.monotonic() - started < 0.2
-        time.sleep(0.5)
-        assert b.link.sites() == sorted(NAMES)
+        assert time.monotonic() - started < 1.0
+        while b.link.sites() != sorted(NAMES):
+            assert time.monotonic() - started < 30
+            time.sleep(0.05)
 
 
 def test_a_site_that_moved_is_found_at_its_new_node() -> None:
@@ -310,10 +311,10 @@ def test_sites_work_at_the_same_time() -> None:
     with bench() as b:
         b.link.sites()
         for site in b.sites.values():
-            site.slow_s = 0.3
+            site.slow_s = 1.0
         started = time.monotonic()
         assert b.ask() == dict.fromkeys(NAMES, "")
-        assert time.monotonic() - started < 0.8
+        assert time.monotonic() - started < 2.9
 
 
 def test_a_request_dies_with_its_deadline() -> None:
@@ -356,7 +357,7 @@ def broken() -> Iterator[tuple[BrokenGrid, FlowerLink]]:
     site = ToySite("rome", KEY.public_key())
     grid = BrokenGrid({"rome": client_app(site)})
     with grid:
-        yield grid, FlowerLink(grid, roster={"rome": site.public}, key=KEY, hello_timeout_s=0.3, poll_s=0.02)
+        yield grid, FlowerLink(grid, roster={"rome": site.public}, key=KEY, hello_timeout_s=1.0, poll_s=0.02)
 
 
 def raising(error: BaseException, times: int) -> Callable[[], None]:
@@ -375,7 +376,7 @@ def test_a_superlink_that_hangs_ends_at_the_deadline(broken: tuple[BrokenGrid, F
     grid.trouble = lambda: time.sleep(30)
     started = time.monotonic()
     outcome = link.exchange([train("rome", KEY)], timeout_s=0.3)[0]
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
     assert outcome.reply is None
     assert "the SuperLink" in outcome.failure or "no node" in outcome.failure
     with pytest.raises(ServerError, match="is it running"):
@@ -389,8 +390,8 @@ def test_a_superlink_that_ended_is_not_waited_for(broken: tuple[BrokenGrid, Flow
     grid.trouble = lambda: time.sleep(30)
     started = time.monotonic()
     with pytest.raises(ServerError, match=r"flower-superlink ended: killed; .* resumes"):
-        link.exchange([train("rome", KEY)], timeout_s=20)
-    assert time.monotonic() - started < 5
+        link.exchange([train("rome", KEY)], timeout_s=60)
+    assert time.monotonic() - started < 20
 
 
 def test_an_http_error_that_passes_is_survived(broken: tuple[BrokenGrid, FlowerLink]) -> None:

@@ -230,7 +230,7 @@ def test_killed_supernodes_and_superlinks_come_back(federation: Federation) -> N
         started = time.monotonic()
         with pytest.raises(ServerError, match="flower-superlink ended"):
             link.run(second, roster=federation.roster, key=federation.key)
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 50
     with SuperLink(federation.coordinator()) as link:
 
         def third(to_sites: CoordinatorLink) -> None:

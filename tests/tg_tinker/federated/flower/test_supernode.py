@@ -22,7 +22,7 @@ def test_a_site_whose_supernode_is_away_waits_and_stops() -> None:
     threading.Timer(0.3, over.set).start()
     started = time.monotonic()
     _serve_aside(NOWHERE, ClientApp(), over)
-    assert 0.2 < time.monotonic() - started < 4
+    assert 0.2 < time.monotonic() - started < 20
 
 
 def test_a_message_that_takes_long_keeps_no_site_from_stopping(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +32,7 @@ def test_a_message_that_takes_long_keeps_no_site_from_stopping(monkeypatch: pyte
     over.set()
     started = time.monotonic()
     _serve_aside(NOWHERE, ClientApp(), over)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 def test_an_executor_that_fails_ends_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
