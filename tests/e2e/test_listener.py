@@ -86,7 +86,7 @@ def ask(
         if path:
             monkeypatch.setenv(f"TG_TINKER_TLS_{name}", str(path))
     url = f"{scheme}://{server.address}"
-    with ServiceClient(api_key=server.mint_key("tenant-a"), base_url=url, retry_count=0, timeout=5) as client:
+    with ServiceClient(api_key=server.mint_key("tenant-a"), base_url=url, retry_count=0, timeout=30) as client:
         return client.get_server_capabilities().tenant_id
 
 

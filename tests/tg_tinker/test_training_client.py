@@ -202,7 +202,7 @@ def test_a_result_that_is_here_may_be_used_like_a_future(tc):
     saved = tc.save_state("my name")
     assert saved.result() is saved
     assert saved.path == "tg://my name"
-    assert tc.sample("a").result(timeout=1).total_tokens == 1
+    assert tc.sample("a").result(timeout=60).total_tokens == 1
 
 
 def test_loading_what_is_not_there_fails_and_changes_nothing(tc):

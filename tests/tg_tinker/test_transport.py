@@ -212,12 +212,12 @@ def test_alarms_ring_in_time_order_on_one_thread():
         alarm.after(delay, lambda name=name: rung.append((name, threading.current_thread().name)))
     alarm.after(0.12, lambda: 1 / 0)  # a failing function does not stop the others
     alarm.after(0.2, done.set)
-    assert done.wait(5)
+    assert done.wait(60)
     assert rung == [(n, "tg-tinker-alarm") for n in "abc"]
     alarm.after(60, lambda: rung.append("at close"))
     alarm.close()
     alarm.after(60, lambda: rung.append("after close"))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while len(rung) < 5:
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -74,7 +74,7 @@ def test_a_fold_is_never_changed_by_what_comes_after_it(book: Books) -> None:
 def test_writes_that_share_a_commit_see_each_other(book: Books) -> None:
     b = book(target=4.0).open()
     gate = threading.Event()
-    b.db.submit(lambda tx: gate.wait(5))
+    b.db.submit(lambda tx: gate.wait(60))
     threads = [threading.Thread(target=b.reserve, args=(seq,)) for seq in range(1, 4)]
     for thread in threads:
         thread.start()

@@ -150,7 +150,7 @@ def test_what_the_children_are_given_holds_none_of_our_secrets(
     node.program.start()
     try:
         given = Path(f"/proc/{node.program.pid}/environ")
-        assert wait_until(lambda: b"FLWR_TELEMETRY_ENABLED=0" in given.read_bytes(), 5)
+        assert wait_until(lambda: b"FLWR_TELEMETRY_ENABLED=0" in given.read_bytes(), 60)
         assert b"TG_TINKER" not in given.read_bytes()
         line = Path(f"/proc/{node.program.pid}/cmdline").read_bytes()
         assert node.endpoint.secret not in line
