@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from tg_tinker.errors import DPUnsupportedError, InvalidRequestError, ResourceNotFoundError
+from tg_tinker.errors import DPUnsupportedError, InvalidRequestError
 from tg_tinker.types import TrainingConfig
 from tg_tinker_server.gateway import messages, names
 from tg_tinker_server.gateway.doors import Handler
@@ -182,11 +182,9 @@ class RestDoors:
         return JSONResponse({"entries": shown_entries})
 
     async def _sees(self, caller: Caller, run_id: str) -> bool:
-        try:
-            await self.registry.row(caller, run_id)
-        except ResourceNotFoundError:
-            return False
-        return True
+        """Whether a run, also a deleted one, is or was the caller's to see."""
+        row = await self._any_row(caller, run_id)
+        return row is not None and caller.sees(await self._config(row))
 
     async def _row(self, caller: Caller, model_id: str) -> RunRow:
         if not names.is_model(model_id):
@@ -198,11 +196,14 @@ class RestDoors:
 
     async def _model_of(self, caller: Caller, run_id: str) -> str:
         """The model behind a run, also a deleted one; empty where it was made elsewhere."""
-        row = await self.registry.executors.io(
-            self.registry.db.read, lambda tx: run_rows.get_run_of_any_status(tx, caller.tenant, run_id)
-        )
+        row = await self._any_row(caller, run_id)
         request_id = "" if row is None else row.request_id
         return request_id.removeprefix(names.RUN_PREFIX) if request_id.startswith(names.RUN_PREFIX) else ""
+
+    async def _any_row(self, caller: Caller, run_id: str) -> RunRow | None:
+        return await self.registry.executors.io(
+            self.registry.db.read, lambda tx: run_rows.get_run_of_any_status(tx, caller.tenant, run_id)
+        )
 
     async def _run(self, caller: Caller, row: RunRow) -> dict[str, Any] | None:
         config = await self._config(row)

@@ -14,6 +14,7 @@ import pytest
 import zstandard
 
 from tests.server.gateway.conftest import MODEL, Raw, config, cross_entropy
+from tg_tinker import ServiceClient
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.gateway import requests
@@ -96,6 +97,11 @@ def test_a_key_with_a_policy_reads_the_audit_log_of_its_own_runs(server: Embedde
             break
         time.sleep(0.02)
     assert {e["model_id"] for e in entries} == {runs[mine]}
+    with ServiceClient(server.mint_key(), server.address) as service:
+        for run_id in runs.values():
+            service.delete_training_client(run_id)
+    after = bound.call("GET", "audit").json()["entries"]
+    assert {e["model_id"] for e in after} == {runs[mine]}  # what was done stays done
 
 
 def test_a_revoked_key_ends(server: EmbeddedServer) -> None:
