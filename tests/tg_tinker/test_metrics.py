@@ -24,7 +24,7 @@ def test_unique_numbers_every_value_after_the_first():
     assert reduced("k:unique", [5, 6, 7]) == {"k:unique": 5, "k:unique_1": 6, "k:unique_2": 7}
 
 
-@pytest.mark.parametrize("values", itertools.permutations([1, 2, 3]))
+@pytest.mark.parametrize("values", list(itertools.permutations([1, 2, 3])))
 def test_the_unordered_hash_is_the_published_one_in_any_order(values):
     assert reduced("h:hash_unordered", values) == {"h:hash_unordered": 529344067295497451}
 
