@@ -10,7 +10,8 @@ import pytest
 
 from scripts import make_venv
 from tests.docs.snippets import snippets
-from tg_tinker_server.gateway.privacy import ALPHA, PLANNED_STEPS, DPRequest, model_and_request
+from tg_tinker_server.gateway.dp_request import DPRequest, model_and_request
+from tg_tinker_server.gateway.privacy import ALPHA, PLANNED_STEPS
 from tg_tinker_server.service.policy import KeyPolicy
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "how-to"

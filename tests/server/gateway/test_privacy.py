@@ -9,7 +9,8 @@ import pytest
 
 from tg_tinker.errors import DPUnsupportedError, InvalidRequestError
 from tg_tinker.types import TrainingConfig
-from tg_tinker_server.gateway.privacy import PLANNED_STEPS, DPRequest, model_and_request, step_params, training_config
+from tg_tinker_server.gateway.dp_request import DPRequest, model_and_request
+from tg_tinker_server.gateway.privacy import PLANNED_STEPS, step_params, training_config
 from tg_tinker_server.service.caller import Caller
 from tg_tinker_server.service.policy import KeyPolicy
 from tg_tinker_server.service.privacy import resolve_noise_multiplier
