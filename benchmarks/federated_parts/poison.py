@@ -195,7 +195,7 @@ def _one(
         "strategy": dict(strategy),
         "min_sites": SITES - BAD,
     }
-    config = coordinator_config(own, sites, job, max_update_norm=None)
+    config = coordinator_config(own, sites, job, max_update_norm=None, join_timeout_s=600.0)
     timeline = Timeline()
     result = federate(config, own, handlers, timeline=timeline, evaluate=reader)
     if result.status != "finished":

@@ -37,12 +37,12 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
         made.stop()
 
 
-def everybody(link: CoordinatorLink, timeout_s: float = 40.0) -> None:
+def everybody(link: CoordinatorLink, timeout_s: float = 120.0) -> None:
     """Wait for all sites."""
     assert wait_until(lambda: len(link.sites()) == len(NAMES), timeout_s), link.sites()
 
 
-def rounds(link: CoordinatorLink, federation: Federation, *numbers: int, timeout_s: float = 30.0) -> None:
+def rounds(link: CoordinatorLink, federation: Federation, *numbers: int, timeout_s: float = 120.0) -> None:
     """Exchange good replies with all sites."""
     for number in numbers:
         requests = [train(name, federation.key, round_=number, value=float(number)) for name in NAMES]
@@ -102,7 +102,7 @@ def test_two_sites_over_tls_and_all_that_is_turned_away(
             everybody(to_sites)
             rounds(to_sites, federation, 1)
             crash, good = train("oslo", federation.key, kind="crash"), train("oslo", federation.key, round_=2)
-            outcomes = to_sites.exchange([crash, good], timeout_s=30)
+            outcomes = to_sites.exchange([crash, good], timeout_s=120)
             assert [o.failure for o in outcomes] == ["its app failed (ValueError)", ""]
             return "done"
 
@@ -212,12 +212,12 @@ def test_killed_supernodes_and_superlinks_come_back(federation: Federation) -> N
             os.kill(pid, signal.SIGKILL)
             requests = [train(name, federation.key, round_=2) for name in NAMES]
             started = time.monotonic()
-            outcomes = to_sites.exchange(requests, timeout_s=100)
+            outcomes = to_sites.exchange(requests, timeout_s=200)
             assert outcomes[0].failure == ""
             if outcomes[1].failure:
                 assert outcomes[1].failure.startswith("its SuperNode is gone")
-            assert time.monotonic() - started < 95
-            everybody(to_sites, 120)
+            assert time.monotonic() - started < 195
+            everybody(to_sites)
             rounds(to_sites, federation, 3)
 
         link.run(first, roster=federation.roster, key=federation.key)
@@ -230,11 +230,11 @@ def test_killed_supernodes_and_superlinks_come_back(federation: Federation) -> N
         started = time.monotonic()
         with pytest.raises(ServerError, match="flower-superlink ended"):
             link.run(second, roster=federation.roster, key=federation.key)
-        assert time.monotonic() - started < 50
+        assert time.monotonic() - started < 110
     with SuperLink(federation.coordinator()) as link:
 
         def third(to_sites: CoordinatorLink) -> None:
-            everybody(to_sites, 120)
+            everybody(to_sites)
             rounds(to_sites, federation, 5)
 
         link.run(third, roster=federation.roster, key=federation.key)
