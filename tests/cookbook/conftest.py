@@ -43,7 +43,7 @@ class Cookbook:
             env=self._environment(key, log_path.parent),
             capture_output=True,
             text=True,
-            timeout=580,
+            timeout=1100,
             check=False,
         )
         print(f"{recipe}: {time.monotonic() - started:.0f} s")

@@ -47,7 +47,7 @@ class ServerProcess:
             )
         return self
 
-    def wait_until_up(self, timeout_s: float = 60.0) -> ServerProcess:
+    def wait_until_up(self, timeout_s: float = 300.0) -> ServerProcess:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with socket.socket() as s:
@@ -70,7 +70,7 @@ class ServerProcess:
         """SIGTERM, as an operator would."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=300)
 
     def client(self, key: str | None = None, **options: float) -> ServiceClient:
         return ServiceClient(api_key=key or self.key, base_url=f"127.0.0.1:{self.port}", **options)

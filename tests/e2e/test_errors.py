@@ -51,7 +51,7 @@ def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
 
 def connect(server: EmbeddedServer, *roles: str, key: str | None = None) -> ServiceClient:
     key = key or server.mint_key("tenant-a", roles or ("trainer", "exporter", "auditor"))
-    return ServiceClient(api_key=key, base_url=server.address, retry_count=0, timeout=10)
+    return ServiceClient(api_key=key, base_url=server.address, retry_count=0, timeout=60)
 
 
 def private(**settings: object) -> TrainingConfig:

@@ -90,7 +90,7 @@ def logprobs(client: Raw, model: str, seq: int) -> np.ndarray[Any, Any]:
 
 
 def disturbed(server: ServerProcess, url: str, kills: int, optimizer: dict[str, Any] | None) -> tuple[Raw, str, int]:
-    with httpx.Client(timeout=45) as http:
+    with httpx.Client(timeout=120) as http:
         client = Patient(url, server.key, http=http).open()
         model = client.create(**({"optimizer_config": optimizer} if optimizer else {}))
         rng, steps = random.Random(kills), 0
@@ -112,10 +112,10 @@ def server(tmp_path: Path):
 @pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_the_weights_are_those_of_a_server_that_nobody_disturbed(server: Any, kills: int, tmp_path: Path) -> None:
     client, model, steps = disturbed(server, server.tinker_url, kills, None)
-    with httpx.Client(timeout=45) as http:
+    with httpx.Client(timeout=120) as http:
         client.http = http
         found = logprobs(client, model, 3 * steps + 1)
-    with EmbeddedServer(config(tmp_path / "calm")) as calm, httpx.Client(timeout=45) as http:
+    with EmbeddedServer(config(tmp_path / "calm")) as calm, httpx.Client(timeout=120) as http:
         other = Raw(calm.tinker_url, calm.mint_key(), http=http).open()
         twin = other.create()
         for n in range(steps):

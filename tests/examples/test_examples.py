@@ -23,7 +23,7 @@ def printed(name: str, folder: Path, **environment: str) -> str:
         env={**os.environ, "TINKER_TELEMETRY": "0", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -29,7 +29,7 @@ class Raw:
     url: str
     key: str
     session: str = ""
-    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=45))
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=120))
 
     def call(self, method: str, path: str, json: Any = None, **options: Any) -> httpx.Response:
         headers = {"X-API-Key": f"tml-{self.key}", **options.pop("headers", {})}
@@ -130,5 +130,5 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
 
 @pytest.fixture
 def client(server: EmbeddedServer) -> Iterator[Raw]:
-    with httpx.Client(timeout=45) as http:
+    with httpx.Client(timeout=120) as http:
         yield Raw(server.tinker_url, server.mint_key(), http=http).open()

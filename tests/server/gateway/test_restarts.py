@@ -231,7 +231,7 @@ def test_samples_under_way_are_asked_for_again_after_a_restart(tmp_path: Path) -
 
 
 def _wait_empty(server: EmbeddedServer) -> bool:
-    for _ in range(100):
+    for _ in range(3000):
         if not _kept(server):
             return True
         threading.Event().wait(0.02)

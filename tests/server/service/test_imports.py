@@ -100,8 +100,8 @@ def received(pieces: list[tuple[float, bytes]], monkeypatch: pytest.MonkeyPatch,
 
 
 def test_pieces_may_pause_as_long_as_enough_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    steady = [(0.05, bytes(10))] * 8  # 0.4 s in all, twice the patience; 200 bytes a second
-    assert received(steady, monkeypatch) == bytes(80)
+    steady = [(0.25, bytes(50))] * 8  # 2 s in all, twice the patience; 200 bytes a second
+    assert received(steady, monkeypatch, patience_s=1.0) == bytes(400)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def service(server: EmbeddedServer) -> module.SamplerService:
 
 
 def wait_until(condition) -> None:
-    for _ in range(500):
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.01)

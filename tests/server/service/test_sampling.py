@@ -87,7 +87,7 @@ def noted_cancels(server: EmbeddedServer) -> list[Any]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(500):
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.01)
