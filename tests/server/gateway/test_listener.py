@@ -181,10 +181,10 @@ def test_a_body_that_comes_too_slowly_is_not_waited_for(
     assert not trickled
     assert _is_closed(still)
     steady.sendall(b"}" + b" " * (60000 - 7000 - 2))
-    assert b" 200 " in steady.recv(4096)
+    assert _answer(steady) == 200
     time.sleep(3.5)  # nothing is under way any more
     steady.sendall(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert b" 200 " in steady.recv(4096)
+    assert _answer(steady) == 200
 
 
 def test_one_key_does_not_keep_the_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
