@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,21 +32,24 @@ class ServerProcess:
         self.folder = folder
         self.port = free_port()
         self.settings = {"BACKEND": backend, **(settings or {})}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Any = None  # of ``subprocess``, or what can be used like it
         foundation = Foundation.open(ServerConfig(data_dir=folder))
         self.key = foundation.desk.mint("tenant-a")
         self.other_key = foundation.desk.mint("tenant-b")
         foundation.db.close()
 
     def start(self) -> ServerProcess:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "TG_TINKER_SERVER_PORT": str(self.port)}
+        env = {"OMP_NUM_THREADS": "1", "TG_TINKER_SERVER_PORT": str(self.port)}
         env |= {"TG_TINKER_SERVER_DATA_DIR": str(self.folder)}
         env |= {f"TG_TINKER_SERVER_{k}": v for k, v in self.settings.items()}
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tg_tinker.cli", "serve"], env=env, stdout=log, stderr=log
-            )
+        self.process = self._begin(env, self.folder / "server.log")
         return self
+
+    def _begin(self, settings: dict[str, str], log: Path) -> Any:
+        """A process that serves, with these environment variables more; what it prints is added to the log."""
+        with log.open("ab") as file:
+            command = [sys.executable, "-m", "tg_tinker.cli", "serve"]
+            return subprocess.Popen(command, env={**os.environ, **settings}, stdout=file, stderr=file)
 
     def wait_until_up(self, timeout_s: float = 300.0) -> ServerProcess:
         deadline = time.monotonic() + timeout_s
@@ -69,8 +73,8 @@ class ServerProcess:
     def terminate(self) -> int:
         """SIGTERM, as an operator would."""
         assert self.process is not None
-        self.process.terminate()
-        return self.process.wait(timeout=300)
+        self.process.send_signal(signal.SIGTERM)
+        return int(self.process.wait(timeout=300))
 
     def client(self, key: str | None = None, **options: float) -> ServiceClient:
         return ServiceClient(api_key=key or self.key, base_url=f"127.0.0.1:{self.port}", **options)

@@ -14,11 +14,13 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.e2e.forked_server import ForkedServer
 from tests.e2e.server_process import ServerProcess, free_port
 from tests.server.gateway.conftest import Raw, config
 from tg_tinker_server.app import EmbeddedServer
 
 ROWS = ([1, 2, 3, 4], [4, 3, 2], [9, 9, 8, 7, 6], [5, 1, 5])
+KILLS = pytest.mark.parametrize("kills", [2, pytest.param(40, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 PRIVATE = {"type": "dp_adamw", "target_epsilon": 1e4, "noise_multiplier": 1.0, "dataset_id": "killed"}
 
 
@@ -104,12 +106,12 @@ def disturbed(server: ServerProcess, url: str, kills: int, optimizer: dict[str, 
 @pytest.fixture
 def server(tmp_path: Path):
     port = free_port()
-    with ServerProcess(tmp_path, settings={"TINKER_PORT": str(port)}) as process:
+    with ForkedServer(tmp_path, settings={"TINKER_PORT": str(port)}) as process:
         process.tinker_url = f"http://127.0.0.1:{port}"
         yield process
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
+@KILLS
 def test_the_weights_are_those_of_a_server_that_nobody_disturbed(server: Any, kills: int, tmp_path: Path) -> None:
     client, model, steps = disturbed(server, server.tinker_url, kills, None)
     with httpx.Client(timeout=120) as http:
@@ -123,7 +125,7 @@ def test_the_weights_are_those_of_a_server_that_nobody_disturbed(server: Any, ki
         np.testing.assert_allclose(found, logprobs(other, twin, 3 * steps + 1), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
+@KILLS
 def test_each_step_is_released_once_and_none_unpaid(server: Any, kills: int) -> None:
     _, _, steps = disturbed(server, server.tinker_url, kills, PRIVATE)
     with server.client() as service:
