@@ -79,6 +79,10 @@ class Cookbook:
             return self.server.mint_key(tenant)
         return self.server.mint_key(tenant, policy=KeyPolicy(**policy))
 
+    def credentials(self, key: str) -> dict[str, str]:
+        """What the Tinker SDK is told."""
+        return {"base_url": self.server.tinker_url, "api_key": "tml-" + key}
+
     def steps_in_ledger(self, tenant: str, dataset_id: str) -> int:
         """How many releases the ledger of a dataset holds, each paid for and each settled."""
         client = ServiceClient(api_key=self.server.mint_key(tenant, ("auditor",)), base_url=self.server.address)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.cookbook.conftest import Cookbook, column
-from tests.support.hub_folders import BASE, CHAT, TEACHER
+from tests.cookbook.exact_kl import last_adapter, reverse_kl
+from tests.support.hub_folders import BASE, CHAT, TEACHER, THINGS
 
 RL = {"model_name": CHAT, "lora_rank": 8, "max_tokens": 16, "loss_fn": "importance_sampling", "learning_rate": 0.02}
 CHAT_SL: dict[str, Any] = {
@@ -120,25 +121,30 @@ def test_dpo(cookbook: Cookbook, tmp_path: Path) -> None:
                 "stream_minibatch_config__groups_per_batch": 8,
                 "stream_minibatch_config__num_minibatches": 2,
                 "loss_fn": "cispo",
-                "compute_post_kl": True,
+                "compute_post_kl": True,  # scores every sample again: twice the requests, so fewer steps
+                "max_steps": 6,
             },
         ),
     ],
 )
 def test_math_rl(cookbook: Cookbook, tmp_path: Path, loop: str, options: dict[str, Any]) -> None:
     settings = {**RL, "env": "arithmetic", "group_size": 16, "groups_per_batch": 8, "max_steps": 8, "eval_every": 0}
-    metrics = cookbook.run("math_rl.train", tmp_path / "log", cookbook.key(), **{**settings, **options}, **FRESH)
+    settings |= options
+    metrics = cookbook.run("math_rl.train", tmp_path / "log", cookbook.key(), **settings, **FRESH)
     rewards = column(metrics, "env/all/reward/total")
-    assert len(rewards) >= 8
+    assert len(rewards) >= settings["max_steps"]
     assert fmean(rewards[-2:]) > fmean(rewards[:2]) + 0.02, f"{loop}: it learns to end its answer, worth 0.1"
 
 
-@pytest.mark.slow  # 50 s
+@pytest.mark.slow  # 55 s
 def test_on_policy_distillation(cookbook: Cookbook, tmp_path: Path) -> None:
+    # Without a baseline a step is mostly noise: at four times this rate plain torch, too, now and then ends where it
+    # began. At this one it comes down steadily, to less than a tenth after eight steps.
+    key = cookbook.key()
     metrics = cookbook.run(
         "distillation.on_policy_distillation",
         tmp_path / "log",
-        cookbook.key(),
+        key,
         model_name=BASE,
         teacher_model=TEACHER,
         dataset="deepmath",
@@ -147,11 +153,17 @@ def test_on_policy_distillation(cookbook: Cookbook, tmp_path: Path) -> None:
         max_tokens=16,
         max_steps=8,
         lora_rank=8,
-        learning_rate=0.02,
+        learning_rate=0.005,
         eval_every=0,
         **FRESH,
     )
     kl = column(metrics, "teacher_kl")
     assert len(kl) == 8
-    assert kl[0] > 0.5
-    assert fmean(kl[-2:]) < 0.7 * kl[0]
+    adapter = last_adapter(tmp_path / "log", tmp_path / "adapter", **cookbook.credentials(key))
+    texts = [f"User: Made-up sum {i}: how many {thing}?\n\nAssistant: {thing} abc" for i, thing in enumerate(THINGS)]
+    student, teacher = cookbook.hub / BASE, cookbook.hub / TEACHER
+    before, after = (reverse_kl(student, teacher, texts, adapter=a) for a in (None, adapter))
+    print("teacher_kl:", *(f"{value:.2f}" for value in kl), f"exact: {before:.3f} before, {after:.3f} after")
+    assert kl[0] == pytest.approx(before, abs=0.2), "512 sampled tokens, each with a deviation of 0.9"
+    assert fmean(kl[-2:]) < 0.5 * kl[0]
+    assert after < 0.3 * before

@@ -24,7 +24,7 @@ _POSITIONS = 2048
 _CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _WHOLE = ("<think>", "</think>", f"\\boxed{{{ANSWER}}}")
 _COLOURS = ("red", "blue", "green", "black", "white", "amber")
-_THINGS = ("boats", "kites", "stones", "lamps", "drums", "maps")
+THINGS = ("boats", "kites", "stones", "lamps", "drums", "maps")
 
 
 def build(folder: Path, *, conversations: int = 160) -> dict[str, str]:
@@ -93,12 +93,12 @@ def _model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, favou
 
 
 def _questions(count: int) -> list[str]:
-    return [f"Made-up sum {i}: how many {_THINGS[i % 6]}?" for i in range(count)]
+    return [f"Made-up sum {i}: how many {THINGS[i % 6]}?" for i in range(count)]
 
 
 def _conversations(count: int) -> Iterable[Mapping[str, Any]]:
     for i in range(count):
-        colour, thing = _COLOURS[i % 6], _THINGS[i // 6 % 6]
+        colour, thing = _COLOURS[i % 6], THINGS[i // 6 % 6]
         yield {
             "messages": [
                 {"role": "user", "content": f"Record {i}, made up: colour of the {thing}?"},
@@ -109,7 +109,7 @@ def _conversations(count: int) -> Iterable[Mapping[str, Any]]:
 
 def _comparisons(count: int) -> Iterable[Mapping[str, Any]]:
     for i in range(count):
-        asked = f"\n\nHuman: Made-up question {i} about {_THINGS[i % 6]}?\n\nAssistant: "
+        asked = f"\n\nHuman: Made-up question {i} about {THINGS[i % 6]}?\n\nAssistant: "
         yield {"chosen": asked + "Yes, gladly.", "rejected": asked + "no no no no"}
 
 
