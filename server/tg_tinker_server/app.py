@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.reports.verdicts import MAX_BYTES
@@ -73,6 +74,9 @@ from tg_tinker_server.service.uploads import Uploads
 from tg_tinker_server.service.weights import WeightsService
 from tg_tinker_server.store import artifact_rows, run_rows
 
+if TYPE_CHECKING:
+    from tg_tinker_server.engine.vllm.settings import VllmConfig
+
 
 def build_backend(config: ServerConfig) -> Backend:
     """The model backend that the configuration names."""
@@ -86,7 +90,22 @@ def build_backend(config: ServerConfig) -> Backend:
     performance = PerformanceConfig(
         device=config.device, base_dtype=config.base_dtype, micro_batch_tokens=config.micro_batch_tokens
     )
-    return TorchBackend(model_sources(config), performance)
+    return TorchBackend(model_sources(config), performance, _vllm(config))
+
+
+def _vllm(config: ServerConfig) -> VllmConfig | None:
+    """How to start vLLM, where the configuration asks for it.
+
+    Raises:
+        InvalidRequestError: it could not be started here.
+    """
+    if config.sampler == "built-in":
+        return None
+    from tg_tinker_server.engine.vllm.settings import VllmConfig, require_vllm
+
+    vllm = VllmConfig(python=config.vllm_python or sys.executable, cache_bytes=int(config.vllm_cache_gib * 2**30))
+    require_vllm(vllm)
+    return vllm
 
 
 def _loss_parser(config: ServerConfig) -> Callable[[str], object]:

@@ -38,6 +38,8 @@ def plain_errors():  # type: ignore[no-untyped-def]
 @click.option("--host", help="Address to listen on (default 127.0.0.1).")
 @click.option("--port", type=int, help="Port to listen on (default 50051, 0 for a free one).")
 @click.option("--backend", type=click.Choice(["torch", "bigram"]), help="Model backend (default torch).")
+@click.option("--sampler", type=click.Choice(["built-in", "vllm"]), help="What samples (default built-in).")
+@click.option("--vllm-python", help="Interpreter of the environment that has vLLM (default this one).")
 @click.option(
     "--tinker-api",
     "tinker_port",
@@ -53,12 +55,21 @@ def serve(
     host: str | None,
     port: int | None,
     backend: str | None,
+    sampler: str | None,
+    vllm_python: str | None,
     tinker_port: int | None,
 ) -> None:
     """Run a server until SIGTERM or Ctrl-C; running operations are finished first."""
     with plain_errors():
         config = ServerConfig.load(
-            config_path, data_dir=data_dir, host=host, port=port, backend=backend, tinker_port=tinker_port
+            config_path,
+            data_dir=data_dir,
+            host=host,
+            port=port,
+            backend=backend,
+            sampler=sampler,
+            vllm_python=vllm_python,
+            tinker_port=tinker_port,
         )
         configure_logging(level=config.log_level, style=config.log_format)
         foundation = Foundation.open(config)

@@ -35,6 +35,9 @@ class ServerConfig(BaseModel):
         models: names offered to clients -> local folder or hub id; the bundled model is always there.
         device: where models live: "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one.
         base_dtype: of frozen base weights; "auto" takes bfloat16 where a measurement finds it faster.
+        sampler: what samples: "built-in", or "vllm" for what it can do and the built-in one for the rest.
+        vllm_python: interpreter of the environment that has vLLM; default the one that runs this server.
+        vllm_cache_gib: memory for vLLM's keys and values, of each base model that is sampled.
         max_queue: operations waiting per run before RATE_LIMITED.
         max_runs_per_tenant: active runs.
         max_batch_records, max_batch_tokens, max_request_bytes: limits of one request; tokens with padding.
@@ -66,6 +69,9 @@ class ServerConfig(BaseModel):
     models: dict[str, str] = Field(default_factory=dict)
     device: str = "auto"
     base_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    sampler: Literal["built-in", "vllm"] = "built-in"
+    vllm_python: str = ""
+    vllm_cache_gib: float = Field(4.0, gt=0, allow_inf_nan=False)
     max_queue: int = Field(256, ge=1)
     max_runs_per_tenant: int = Field(64, ge=1)
     max_batch_records: int = Field(4096, ge=1)
@@ -101,6 +107,12 @@ class ServerConfig(BaseModel):
                 f"refusing to listen on {self.host} without TLS: give tls_cert and tls_key, or set "
                 "allow_plaintext_network = true if something in front of this server encrypts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sampler_fits_backend(self) -> Self:
+        if self.sampler == "vllm" and self.backend != "torch":
+            raise ValueError('sampler = "vllm" needs backend = "torch": the bigram has a sampler of its own')
         return self
 
     @property

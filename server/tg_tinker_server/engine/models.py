@@ -93,6 +93,11 @@ class BaseModels:
                 log.error("model_not_offered", model=name, error=type(e).__name__, reason=str(e))
         return infos
 
+    def source(self, name: str) -> str | Path | None:
+        """Folder or hub id of a model; ``None`` if code builds it, or it is not offered."""
+        source = self._sources.get(name)
+        return source if isinstance(source, str | Path) else None
+
     def hidden_size(self, name: str) -> int:
         """Width of a model; 0 if it is not offered or does not say."""
         if name not in self._sources:

@@ -14,10 +14,13 @@ from tg_tinker_server.engine.lora import AdaptedBase
 from tg_tinker_server.engine.models import BUNDLED_MODELS, BaseModels, ModelSource
 from tg_tinker_server.engine.performance import PerformanceConfig
 from tg_tinker_server.engine.precision import bfloat16_pays
+from tg_tinker_server.engine.sampling.seam import TokenSampler
 from tg_tinker_server.engine.sampling.token_sampler import PREFILL_TOKENS, BatchedSampler
 from tg_tinker_server.engine.sampling.torch_rows import TorchRows
 from tg_tinker_server.engine.sampling.torch_weights import TorchWeights, put_state
 from tg_tinker_server.engine.torch_session import TorchSession
+from tg_tinker_server.engine.vllm.sampler import RoutedSampler
+from tg_tinker_server.engine.vllm.settings import VllmConfig
 
 WIDE = 512
 """Hidden size from which products are most of a model's work."""
@@ -31,6 +34,7 @@ class TorchBackend:
     Args:
         models: what is offered, by name: a folder, a hub id, or a function that builds the model.
         performance: device, precision, memory bounds.
+        vllm: how to start vLLM engines, which then sample what they can; ``None``: everything is sampled here.
 
     Raises:
         InvalidRequestError: the device, or the folder of a model, is not there.
@@ -40,7 +44,9 @@ class TorchBackend:
         self,
         models: Mapping[str, ModelSource] = BUNDLED_MODELS,
         performance: PerformanceConfig | None = None,
+        vllm: VllmConfig | None = None,
     ) -> None:
+        self._vllm = vllm
         self._performance = performance or PerformanceConfig()
         _require_device(self._performance.device)
         # Products of float32 in fewer bits (TF32, bfloat16) would break what is promised of private runs.
@@ -94,14 +100,23 @@ class TorchBackend:
             base.remove(adapter)
             raise
 
-    def token_sampler(self) -> BatchedSampler:
+    def token_sampler(self) -> TokenSampler:
         """See ``sampling.seam.SamplingBackend``."""
-        return BatchedSampler(
+        built_in = BatchedSampler(
             TorchRows(),
             most_rows=self._performance.generation_rows,
             prefix_bytes=self._performance.prefix_bytes,
             prefill_tokens=PREFILL_TOKENS if self._performance.device == "cpu" else GPU_PREFILL_TOKENS,
         )
+        if self._vllm is None:
+            return built_in
+        return RoutedSampler(built_in, self._vllm, self._performance.device, self._source_of)
+
+    def _source_of(self, base: AdaptedBase) -> str | None:
+        """Folder or hub id of a base that runs share; ``None`` for a run's own copy, and for what code builds."""
+        name = next((name for (name, _), shared in self._shared.items() if shared is base), None)
+        source = None if name is None else self._models.source(name)
+        return None if source is None else str(source)
 
     def _dtype(self, config: TrainingConfig) -> torch.dtype:
         """Precision of the base. Private runs have float32: in bfloat16 the rounding of every record depends on the

@@ -115,6 +115,12 @@ class SamplingLoop:
         self._fail_all(_stopping())
         if self._worker is not None:
             await asyncio.wait({self._worker})
+        await self._close_sampler()
+
+    async def _close_sampler(self) -> None:
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            await self._executors.compute(sampler.close)
 
     def _start(self, request: _Request) -> None:
         self._inbox.append(request)
@@ -148,8 +154,8 @@ class SamplingLoop:
                 await asyncio.sleep(0)  # who asks next gets into the next slice
         except Exception as e:  # noqa: BLE001 - a defect of ours: nobody waits for ever
             log.error("sampling_crashed", error=type(e).__name__, at=place_of(e))
-            self._sampler = None
             self._fail_all(e)
+            await self._close_sampler()
         finally:
             self._worker = None
             if self._closed:

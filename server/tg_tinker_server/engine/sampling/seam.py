@@ -126,6 +126,10 @@ class TokenSampler(Protocol):
         """Drop a request and free its rows now. One that ended already is left alone."""
         ...
 
+    def close(self) -> None:
+        """Drop every request, and end what was started outside of this process. Nothing may follow."""
+        ...
+
 
 @runtime_checkable
 class SamplingBackend(Protocol):

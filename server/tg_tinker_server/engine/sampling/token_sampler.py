@@ -84,6 +84,10 @@ class BatchedSampler:
         if isinstance(ticket, Request) and not ticket.over:
             self._drop([ticket])
 
+    def close(self) -> None:
+        """See ``seam.TokenSampler``."""
+        self._drop(self._requests())
+
     # Weights.
 
     def _look_at_weights(self) -> list[Progress]:

@@ -1,0 +1,1 @@
+"""Sampling by vLLM, which runs in a process and an environment of its own."""
