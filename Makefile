@@ -4,6 +4,7 @@
 #   make federated-demo   three sites and a coordinator, each in processes of its own  (ARGS=--in-process)
 #   make test        the tests                                                    (make test ARGS="-k ledger")
 #   make test-slow   the statistical and kill tests, which take minutes
+#   make test-vllm   the tests that need vLLM: TG_TINKER_VLLM_PYTHON=/path/to/venv/bin/python
 #   make check       format, lint, types, import map, freshness of generated code
 #   make bench       step time and memory against peers, service overhead         (make bench ARGS=--quick)
 #   make docs        run every snippet of the documents, check every link
@@ -26,10 +27,10 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo federated-demo test test-slow check bench docs proto serve clean
+.PHONY: help demo federated-demo test test-slow test-vllm check bench docs proto serve clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -15
 
 .venv/.installed-demo: $(INPUTS)
 	@$(SETUP) demo
@@ -53,6 +54,9 @@ test: .venv/.installed-dev
 
 test-slow: .venv/.installed-dev
 	$(PYTEST) -n 2 -m slow $(ARGS)
+
+test-vllm: .venv/.installed-dev
+	$(PYTEST) tests/vllm $(ARGS)
 
 docs: .venv/.installed-dev
 	$(PYTEST) tests/docs $(ARGS)

@@ -27,6 +27,7 @@ from tg_tinker_server.engine.lora import own_parameters
 from tg_tinker_server.engine.sampling.torch_weights import TorchWeights
 from tg_tinker_server.engine.vllm.process import Message
 from tg_tinker_server.engine.vllm.settings import MEMORY_FOLDER, MOST_ADAPTERS, MOST_RANK
+from tg_tinker_server.engine.vllm.trials import Trial
 
 _PLAIN = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 _PREFIX = "tg-tinker-adapter-"
@@ -43,19 +44,24 @@ def not_plain(weights: TorchWeights) -> str | None:
     return None
 
 
+def adapts_output(weights: TorchWeights) -> bool:
+    """Whether an adapter changes the output layer."""
+    head = cast(Any, weights.base.module).get_output_embeddings()
+    return weights.adapter is not None and isinstance(head, LoraLayer) and weights.adapter in head.lora_A
+
+
 def _layers(weights: TorchWeights) -> dict[str, Any] | None:
-    """The adapter's layers by path; ``None`` if it holds anything but factors of linear layers within the model."""
+    """The adapter's layers by path; ``None`` if it holds anything but factors of linear layers."""
     module, adapter = weights.base.module, weights.adapter
     if adapter is None:
         return {}
-    head = cast(Any, module).get_output_embeddings()
     layers: dict[str, Any] = {}
     for name in own_parameters(module, adapter):
         match = _PLAIN.fullmatch(name)
         layer: Any = module.get_submodule(match[1]) if match else None
         if not isinstance(layer, LoraLayer) or type(layer.get_base_layer()) is not nn.Linear:
             return None
-        if adapter in layer.lora_variant or layer.lora_bias.get(adapter) or layer is head:
+        if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
             return None
         layers[cast(Any, match)[1]] = layer
     return layers
@@ -117,13 +123,18 @@ class Held:
     Attributes:
         number: its name there.
         users: requests that have it.
+        trial: what it must agree on before it is used.
+        state: "loading" until it has.
+        present: whether the worker holds it.
     """
 
     def __init__(self, weights: TorchWeights, folder: PrivateFolder) -> None:
         self.number = next(_numbers)
         self.weights, self.version = weights, weights.version
         self.folder: PrivateFolder | None = folder
-        self.state: Literal["loading", "loaded", "refused"] = "loading"
+        self.trial = Trial.of(weights)
+        self.state: Literal["loading", "ready", "refused"] = "loading"
+        self.present = False
         self.users = 0
 
 
@@ -162,10 +173,10 @@ class Adapters:
         folder = PrivateFolder(self._memory)
         try:
             write_adapter(weights, folder.path)
+            held = Held(weights, folder)
         except BaseException:
             folder.remove()
             raise
-        held = Held(weights, folder)
         weights.when_closed(self._drop_unused)
         self._held[held.number] = held
         held.users = 1
@@ -177,13 +188,25 @@ class Adapters:
         held.users -= 1
         self._drop_unused(held.weights)
 
-    def answered(self, number: int, *, refused: bool) -> None:
+    @property
+    def settled(self) -> bool:
+        """Whether none is on its way, or on trial."""
+        return all(held.state != "loading" for held in self._held.values())
+
+    def answered(self, number: int, *, refused: bool) -> Held:
         """The worker has loaded it, or will not."""
         held = self._held[number]
-        held.state = "refused" if refused else "loaded"
+        held.present = not refused
         if held.folder is not None:
             held.folder.remove()
             held.folder = None
+        if refused:
+            self.tried(held, agrees=False)
+        return held
+
+    def tried(self, held: Held, *, agrees: bool) -> None:
+        """The trial has ended."""
+        held.state = "ready" if agrees else "refused"
         self._drop_unused(held.weights)
 
     def clear(self) -> None:
@@ -203,5 +226,5 @@ class Adapters:
 
     def _drop(self, held: Held) -> None:
         del self._held[held.number]
-        if held.state == "loaded":
+        if held.present:
             self._send({"do": "drop", "adapter": held.number})

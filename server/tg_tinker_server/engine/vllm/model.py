@@ -13,17 +13,20 @@ import structlog
 
 from tg_tinker.errors import ServerError, TGTinkerError
 from tg_tinker_server.engine.sampling.seam import Progress, SampledWeights
-from tg_tinker_server.engine.vllm.adapters import Adapters
+from tg_tinker_server.engine.sampling.torch_weights import TorchWeights
+from tg_tinker_server.engine.vllm.adapters import Adapters, Held
 from tg_tinker_server.engine.vllm.asking import parameters
 from tg_tinker_server.engine.vllm.process import Message, WorkerProcess
 from tg_tinker_server.engine.vllm.requests import Request
 from tg_tinker_server.engine.vllm.settings import MEMORY_FOLDER
+from tg_tinker_server.engine.vllm.trials import Trial
 
 log = structlog.get_logger()
 MOST_ENDS = 3
 """So often a worker may end by itself within ``ENDS_WITHIN_S`` before no other is started."""
 ENDS_WITHIN_S = 600.0
 _MOST_SALTS = 1024
+_TRIAL = "trial"
 
 
 class ModelWorker:
@@ -34,6 +37,7 @@ class ModelWorker:
 
     Args:
         name: of the model, for the log.
+        bare: the model without adapters.
         start: a new worker.
         memory: file system for adapters.
         clock: seconds.
@@ -42,6 +46,7 @@ class ModelWorker:
     def __init__(
         self,
         name: str,
+        bare: TorchWeights,
         start: Callable[[], WorkerProcess],
         *,
         memory: Path = MEMORY_FOLDER,
@@ -57,8 +62,10 @@ class ModelWorker:
         self._names = itertools.count()
         self._ends: deque[float] = deque(maxlen=MOST_ENDS)
         self._declined: list[Request] = []
+        self._trial = Trial.of(bare)
+        self._tried: dict[str, tuple[Trial, Held | None]] = {}  # questions of trials, and the adapter each is of
         self.unsupported = False
-        """vLLM cannot serve this model with adapters: requests belong to another sampler."""
+        """vLLM cannot serve this model, or finds something else than we do: requests belong to another sampler."""
 
     @property
     def idle(self) -> bool:
@@ -116,21 +123,24 @@ class ModelWorker:
             refused = "error" in message
             if refused:
                 log.warning("vllm_refused_adapter", model=self._name, reason=message["error"])
-            self._adapters.answered(message["adapter"], refused=refused)
+            held = self._adapters.answered(message["adapter"], refused=refused)
+            if not refused:
+                self._try(held.trial, held)
         elif "ready" in message:
-            self._ready = True
+            self._try(self._trial, None)
             log.info("vllm_ready", model=self._name, version=message["ready"])
         elif "failed" in message:
-            self.unsupported = message["unsupported"]
             log.error("vllm_cannot_serve", model=self._name, reason=message["failed"])
-            if self.unsupported:
-                self._decline_all()
-                self._end()
+            if message["unsupported"]:
+                self._give_up()
         elif "gone" in message:
             return self._heard_end(message)
         return []
 
     def _heard_of_sequence(self, message: Message) -> list[Progress]:
+        if message["id"].startswith(_TRIAL):
+            self._heard_of_trial(message)
+            return []
         found = self._running.get(message["id"])
         if found is None:  # it was cancelled, or ended by what vLLM does not know
             return []
@@ -146,6 +156,36 @@ class ModelWorker:
             if not request.sequences:
                 self._release(request)
         return [progress] if progress.events else []
+
+    def _try(self, trial: Trial, held: Held | None) -> None:
+        number = None if held is None else held.number
+        for question in trial.questions(f"{_TRIAL}-{number}", number):
+            self._tried[question["id"]] = trial, held
+            self._send(question)
+
+    def _heard_of_trial(self, message: Message) -> None:
+        trial, held = self._tried.pop(message["id"], (None, None))
+        if trial is None:  # another of its questions has failed
+            return
+        agrees = trial.agrees(message)
+        if agrees and any(other is trial for other, _ in self._tried.values()):
+            return
+        self._tried = {name: found for name, found in self._tried.items() if found[0] is not trial}
+        if not agrees:
+            log.error("vllm_disagrees", model=self._name, about="adapter" if held else "base model")
+        if held is not None:
+            self._adapters.tried(held, agrees=agrees)
+        elif agrees:
+            self._ready = True
+        else:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """This model is none of vLLM's."""
+        self.unsupported = True
+        self._declined += self._waiting
+        self._waiting = []
+        self._end()
 
     def _heard_end(self, message: Message) -> list[Progress]:
         """It ended by itself. Whoever waited hears of it; the next request starts another one."""
@@ -178,13 +218,13 @@ class ModelWorker:
                 self._ends.append(self._clock())
                 error = ServerError(f"the vLLM engine of {self._name} could not be started; tell the operator")
                 return [self._failed(r, error) for r in self._requests()]
-        if not self._ready:
+        if not (self._ready and self._adapters.settled):
             return []
         progress: list[Progress] = []
         for request in list(self._waiting):
             if request.weights in resting:
                 continue
-            if any(owner.group != request.group for owner, _ in self._running.values()):
+            if not all(request.may_run_with(owner) for owner, _ in self._running.values()):
                 break
             try:
                 if not self._has_adapter(request):
@@ -193,6 +233,9 @@ class ModelWorker:
                 log.error("vllm_adapter_not_written", model=self._name, error=type(e).__name__)
                 error = ServerError("the adapter could not be handed to the vLLM engine: its memory is full")
                 progress.append(self._failed(request, error))
+                continue
+            except Exception as e:  # noqa: BLE001 - told to whoever asked
+                progress.append(self._failed(request, e))
                 continue
             self._waiting.remove(request)
             if request.held is not None and request.held.state == "refused":
@@ -243,11 +286,6 @@ class ModelWorker:
         self.cancel(request)
         return Progress(ticket=request, error=error)
 
-    def _decline_all(self) -> None:
-        for request in self._requests():
-            self.cancel(request)
-            self._declined.append(request)
-
     def _release(self, request: Request) -> None:
         if request.held is not None:
             self._adapters.release(request.held)
@@ -263,5 +301,6 @@ class ModelWorker:
     def _end(self) -> None:
         process, self._process, self._ready = self._process, None, False
         self._adapters.clear()
+        self._tried.clear()
         if process is not None:
             process.close()

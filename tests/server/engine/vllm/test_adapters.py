@@ -85,6 +85,12 @@ class Worker:
     def folders(self):
         return sorted(self.memory.iterdir())
 
+    def load(self, held):
+        """It was loaded, and agrees."""
+        self.adapters.answered(held.number, refused=False)
+        assert not self.adapters.settled
+        self.adapters.tried(held, agrees=True)
+
 
 def test_a_folder_is_private_and_goes_whether_it_was_loaded_or_not(run, tmp_path):
     worker = Worker(tmp_path)
@@ -93,7 +99,10 @@ def test_a_folder_is_private_and_goes_whether_it_was_loaded_or_not(run, tmp_path
     worker.adapters.answered(first.number, refused=False)
     worker.adapters.answered(second.number, refused=True)
     assert worker.folders() == []
-    assert (first.state, second.state) == ("loaded", "refused")
+    assert (first.state, second.state) == ("loading", "refused")
+    worker.adapters.tried(first, agrees=True)
+    assert first.state == "ready"
+    assert worker.adapters.settled
     worker.adapters.take(run(seed=5))
     worker.adapters.clear()
     assert worker.folders() == []
@@ -115,12 +124,12 @@ def test_equal_weights_go_over_once_and_changed_ones_again(run, tmp_path):
     worker, weights = Worker(tmp_path), run()
     first = worker.adapters.take(weights)
     assert worker.adapters.take(weights) is first
-    worker.adapters.answered(first.number, refused=False)
+    worker.load(first)
     weights.changed()
     second = worker.adapters.take(weights)
     assert second.number != first.number
     assert [m["do"] for m in worker.sent] == ["load", "load"]
-    worker.adapters.answered(second.number, refused=False)
+    worker.load(second)
     worker.adapters.release(first)
     assert worker.sent[-1]["do"] == "load"  # somebody still has it
     worker.adapters.release(first)
@@ -134,7 +143,7 @@ def test_one_that_changed_on_its_way_is_dropped_when_it_arrives(run, tmp_path):
     held = worker.adapters.take(weights)
     worker.adapters.release(held)
     weights.changed()
-    worker.adapters.answered(held.number, refused=False)
+    worker.load(held)
     assert worker.sent[-1] == {"do": "drop", "adapter": held.number}
 
 
@@ -143,7 +152,7 @@ def test_closed_weights_are_dropped_at_once_or_after_their_last_user(run, tmp_pa
     idle, used = run(), run(seed=4)
     first, second = worker.adapters.take(idle), worker.adapters.take(used)
     for held in (first, second):
-        worker.adapters.answered(held.number, refused=False)
+        worker.load(held)
     worker.adapters.release(first)
     idle.close()
     assert worker.sent[-1] == {"do": "drop", "adapter": first.number}
@@ -158,7 +167,7 @@ def test_the_one_unused_for_longest_makes_room_and_a_used_one_never_does(run, tm
     runs = [run(seed=s) for s in (1, 2, 3)]
     held = [worker.adapters.take(w) for w in runs[:2]]
     for h in held:
-        worker.adapters.answered(h.number, refused=False)
+        worker.load(h)
     assert worker.adapters.take(runs[2]) is None
     assert worker.folders() == []
     for h in held:

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.server.engine.vllm import conftest
 from tests.server.engine.vllm.toy_worker import SIZE, log_softmax, next_logits
 from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.types.tokens import PromptFigures
@@ -22,10 +23,8 @@ KILLED, REFUSED, SLOW = 2000, 2001, 2002
 
 
 def lift_of(session):
-    """What the toy worker makes of an adapter, computed from the session's own numbers; alpha is 32, the rank 4."""
-    tensors = session.export_state(optimizer=False).tensors
-    values = np.concatenate([v.reshape(-1) for v in tensors.values()]).astype(np.float64)
-    return 1000 * 8 * values.mean()
+    """What the toy worker makes of the adapter of a session, computed from the session's own numbers."""
+    return conftest.lift_of(session.export_state(optimizer=False).tensors)
 
 
 def expected_greedy(prompt, length, lift=0.0):
@@ -255,7 +254,7 @@ def test_one_that_cannot_start_says_so_to_whoever_waits_and_to_the_log(routed, m
     assert "no memory for the model" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mood", ["unsupported", "refusing"])
+@pytest.mark.parametrize("mood", ["unsupported", "refusing", "ignoring", "biased"])
 def test_what_vllm_turns_down_is_sampled_by_the_built_in_sampler(routed, monkeypatch, mood):
     monkeypatch.setenv("VLLM_TOY", mood)
     _, weights = routed.run(scale=0.05)
@@ -272,9 +271,26 @@ def test_what_vllm_turns_down_is_sampled_by_the_built_in_sampler(routed, monkeyp
     assert tickets[1] not in results or results[tickets[1]] is None
     assert not routed.sampler._moved
     assert not routed.sampler._owners
-    if mood == "unsupported":
+    if mood in ("unsupported", "biased"):
         assert not isinstance(routed.submit(weights, [3], params=GREEDY), Request)
         routed.results()
+
+
+def test_an_adapter_on_the_output_layer_never_runs_with_log_probabilities_of_a_prompt(routed):
+    weights, other = routed.run(lora={"target_modules": ["q_proj", "@unembed"]})[1], routed.base()
+    params = GREEDY | {"max_tokens": 20}
+    order = [(weights, False), (weights, False), (other, True), (other, True), (weights, False), (other, False)]
+    tickets = [routed.submit(w, [SLOW, 3], params=params, prompt_logprobs=asked) for w, asked in order]
+    assert all(isinstance(t, Request) for t in tickets)
+    worker = next(iter(routed.sampler._workers.values()))
+    while not routed.sampler.idle:
+        routed.step()
+        kinds = {owner.kind for owner, _ in worker._running.values()}
+        assert not {"output", "scores"} <= kinds
+        assert "scores" not in kinds or worker._adapters.settled
+    assert not any(isinstance(e, Exception) for e in routed.events.values())
+    here = routed.submit(weights, [3], params=GREEDY, prompt_logprobs=True)
+    assert not isinstance(here, Request)
 
 
 def session_sampler(routed):

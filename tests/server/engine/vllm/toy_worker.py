@@ -2,7 +2,8 @@
 
 ``next_logits`` says what it computes, so that a test can compute it a second time. Token 2000 in a prompt has it
 killed after one token, 2001 has the request refused, 2002 makes it slow. ``hits`` tells how many different salts were
-under way at once. The environment's ``VLLM_TOY`` makes it fail: "unsupported", "failed", "refusing" or "chatter".
+under way at once. The environment's ``VLLM_TOY`` makes it fail: "unsupported", "failed", "refusing", "chatter",
+"ignoring" adapters, or "biased".
 """
 
 import json
@@ -83,7 +84,7 @@ def main():
                 if mood == "refusing":
                     say({"adapter": message["adapter"], "error": "ValueError: not this layer"})
                     continue
-                lifts[message["adapter"]] = lift_of(message["path"])
+                lifts[message["adapter"]] = 0.0 if mood == "ignoring" else lift_of(message["path"])
                 say({"adapter": message["adapter"]})
             elif what == "drop":
                 del lifts[message["adapter"]]
@@ -95,7 +96,7 @@ def main():
             else:
                 params = message["params"]
                 text = [t % SIZE for t in message["prompt"]]
-                lift = 0.0 if message["adapter"] is None else lifts[message["adapter"]]
+                lift = float(mood == "biased") if message["adapter"] is None else lifts[message["adapter"]]
                 alive[message["id"]] = message, random.Random(params.get("seed")), [text[-1]], lift, text
         salts = len({message["salt"] for message, *_ in alive.values()})
         for name, (message, rng, tokens, lift, text) in list(alive.items()):
