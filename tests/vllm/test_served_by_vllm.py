@@ -26,8 +26,8 @@ MODEL = "tiny-llama-2m"
 ADAPTERS = [
     LoRAConfig(rank=4),
     LoRAConfig(rank=8, alpha=12, target_modules="all-linear"),
+    LoRAConfig(rank=4, target_modules=["@attention", "@mlp", "@unembed"]),
 ]
-WITH_OUTPUT = LoRAConfig(rank=4, target_modules=["@attention", "@mlp", "@unembed"])
 PROMPT = np.random.default_rng(9).integers(4, 300, 30).tolist()
 GREEDY = SamplingParams(max_tokens=12, stop=[], temperature=0)
 
@@ -51,11 +51,10 @@ def training_logprobs(client: TrainingClient, tokens: list[int]) -> np.ndarray:
 
 
 def check(client: TrainingClient, response: SampleResponse, prompt: list[int] = PROMPT) -> None:
-    """Log-probabilities of prompt and samples are those of training."""
-    assert response.prompt_logprobs is not None
+    """Log-probabilities of samples are those of training."""
     for sequence in response.sequences:
-        expected = training_logprobs(client, [*prompt, *sequence.tokens])
-        np.testing.assert_allclose([*response.prompt_logprobs[1:], *sequence.logprobs], expected, atol=1e-4)
+        expected = training_logprobs(client, [*prompt, *sequence.tokens])[len(prompt) - 1 :]
+        np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-4)
 
 
 def greedy(client: SamplingClient) -> SampledSequence:
@@ -69,7 +68,7 @@ def by_built_in(client: SamplingClient) -> SampledSequence:
 
 @pytest.fixture(scope="module")
 def runs(service: ServiceClient) -> list[TrainingClient]:
-    """Two plain runs and a private one, trained differently."""
+    """Three plain runs and a private one, trained differently."""
     dp = DPConfig(dataset_id="d", target_epsilon=1000.0, noise_multiplier=1.0, merge_units=True)
     configs = [TrainingConfig(model_ref=MODEL, lora_config=a, batch_size=4, seed=1) for a in ADAPTERS]
     configs.append(TrainingConfig(model_ref=MODEL, lora_config=ADAPTERS[1], batch_size=4, seed=1, dp_config=dp))
@@ -88,27 +87,27 @@ def test_samples_of_several_runs_at_once_have_the_log_probabilities_of_training(
     runs: list[TrainingClient], samplers: list[SamplingClient], built_in: BuiltIn
 ) -> None:
     params = SamplingParams(max_tokens=12, stop=[], seed=5)
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(8) as pool:
         jobs = [
-            pool.submit(lambda s=s: s.sample(PROMPT, 2, params, include_prompt_logprobs=True).result())  # type: ignore[misc]
+            pool.submit(lambda s=s: s.sample(PROMPT, 2, params, topk_sample_logprobs=3).result())  # type: ignore[misc]
             for s in samplers * 2
         ]
         responses = [job.result() for job in jobs]
     assert built_in.requests == 0
     assert len(children()) == 1
-    for client, response, again in zip(runs, responses[:3], responses[3:], strict=True):
+    for client, response, again in zip(runs, responses[:4], responses[4:], strict=True):
         check(client, response)
         assert [s.tokens for s in response.sequences] == [s.tokens for s in again.sequences]
         assert response.sequences[0].tokens != response.sequences[1].tokens
-    prompts = [r.prompt_logprobs for r in responses[:3]]
-    assert all(np.abs(np.subtract(a[1:], b[1:])).max() > 0.01 for a, b in itertools.pairwise(prompts))
+    told = [r.sequences[0].topk_logprobs for r in responses[:4]]
+    assert all(np.abs(a.logprobs[0] - b.logprobs[0]).max() > 0.01 for a, b in itertools.combinations(told, 2))  # type: ignore[union-attr]
     assert not [name for name in os.listdir(MEMORY_FOLDER) if name.startswith("tg-tinker-adapter-")]
 
 
 def test_greedy_tokens_and_alternatives_are_those_of_the_built_in_sampler(
     samplers: list[SamplingClient], service: ServiceClient, built_in: BuiltIn
 ) -> None:
-    options = {"include_prompt_logprobs": True, "topk_prompt_logprobs": 3, "topk_sample_logprobs": 4}
+    options = {"topk_sample_logprobs": 4}
     for client in [*samplers, service.create_sampling_client(base_model=MODEL)]:
         before = built_in.requests
         ours = client.sample(PROMPT, 1, GREEDY, **options).result()
@@ -117,14 +116,11 @@ def test_greedy_tokens_and_alternatives_are_those_of_the_built_in_sampler(
         assert built_in.requests == before + 1
         assert ours.sequences[0].tokens == theirs.sequences[0].tokens
         np.testing.assert_allclose(ours.sequences[0].logprobs, theirs.sequences[0].logprobs, atol=1e-4)
-        for mine, other in (
-            (ours.sequences[0].topk_logprobs, theirs.sequences[0].topk_logprobs),
-            (ours.topk_prompt_logprobs, theirs.topk_prompt_logprobs),
-        ):
-            assert mine is not None
-            assert other is not None
-            np.testing.assert_array_equal(mine.token_ids, other.token_ids)
-            np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=1e-4)
+        mine, other = ours.sequences[0].topk_logprobs, theirs.sequences[0].topk_logprobs
+        assert mine is not None
+        assert other is not None
+        np.testing.assert_array_equal(mine.token_ids, other.token_ids)
+        np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.6])
@@ -168,34 +164,6 @@ def test_the_next_sample_after_a_step_has_the_new_weights(runs: list[TrainingCli
     assert built_in.requests == 1
     assert after == frozen.decode(theirs.sequences[0].tokens)
     assert after != before
-
-
-def test_an_adapter_on_the_output_layer_beside_other_requests_changes_none(
-    service: ServiceClient, samplers: list[SamplingClient], runs: list[TrainingClient], built_in: BuiltIn
-) -> None:
-    config = TrainingConfig(model_ref=MODEL, lora_config=WITH_OUTPUT, batch_size=4, seed=1)
-    client = service.create_training_client(config)
-    train(client, seed=11)
-    sampler = client.save_weights_and_get_sampling_client()
-    params = SamplingParams(max_tokens=12, stop=[], seed=5)
-    with ThreadPoolExecutor(9) as pool:
-        outputs = [pool.submit(lambda: sampler.sample(PROMPT, 2, params).result()) for _ in range(3)]
-        others = [
-            pool.submit(lambda s=s: s.sample(PROMPT, 1, params, include_prompt_logprobs=True).result())  # type: ignore[misc]
-            for s in samplers * 2
-        ]
-        sampled, scored = [o.result() for o in outputs], [o.result() for o in others]
-    assert built_in.requests == 0
-    for response in sampled:
-        for sequence in response.sequences:
-            expected = training_logprobs(client, [*PROMPT, *sequence.tokens])[len(PROMPT) - 1 :]
-            np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-4)
-    for run, response in zip(runs * 2, scored, strict=True):
-        if run is not runs[0]:  # it went on training
-            check(run, response)
-    both = sampler.sample(PROMPT, 1, params, include_prompt_logprobs=True).result()
-    assert built_in.requests == 1
-    check(client, both)
 
 
 def test_stop_tokens_and_texts_end_a_sequence(samplers: list[SamplingClient], built_in: BuiltIn) -> None:

@@ -44,12 +44,6 @@ def not_plain(weights: TorchWeights) -> str | None:
     return None
 
 
-def adapts_output(weights: TorchWeights) -> bool:
-    """Whether an adapter changes the output layer."""
-    head = cast(Any, weights.base.module).get_output_embeddings()
-    return weights.adapter is not None and isinstance(head, LoraLayer) and weights.adapter in head.lora_A
-
-
 def _layers(weights: TorchWeights) -> dict[str, Any] | None:
     """The adapter's layers by path; ``None`` if it holds anything but factors of linear layers."""
     module, adapter = weights.base.module, weights.adapter

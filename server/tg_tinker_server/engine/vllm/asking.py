@@ -18,7 +18,8 @@ def why_not(query: SampleQuery, *, vocab_size: int) -> str | None:
     """Why vLLM cannot answer a request as our docstrings promise; ``None``: it can.
 
     Our log-probabilities are of the tempered distribution before top_k and top_p cut it. vLLM tells those before
-    temperature, or those after top_k and top_p; it is started for the latter.
+    temperature, or those after top_k and top_p; it is started for the latter. Those of a prompt it computes with the
+    output layers of adapters that belong to other rows, as soon as it has more than one sequence (seen in 0.32).
     """
     params = query.params
     greedy = params.temperature == 0
@@ -26,6 +27,7 @@ def why_not(query: SampleQuery, *, vocab_size: int) -> str | None:
         ("top_k cuts what log-probabilities are told of", not greedy and 0 < params.top_k < vocab_size),
         ("top_p cuts what log-probabilities are told of", not greedy and params.top_p < 1),
         ("a temperature below 0.01", not greedy and params.temperature < COLDEST),
+        ("log-probabilities of a prompt", query.prompt_logprobs or query.topk_prompt_logprobs > 0),
         ("target_prompt_logprobs", query.target_prompt_logprobs is not None),
         ("prompt_alt_tokens_k", query.prompt_alt_tokens_k > 0),
         ("penalties", _penalised(query)),
@@ -41,12 +43,11 @@ def parameters(weights: SampledWeights, query: SampleQuery, *, index: int, room:
     """vLLM's parameters for one sequence of a request; whatever else ends it is looked for in telling.py.
 
     Args:
-        index: of the sequence; the first also brings what is asked of the prompt.
+        index: of the sequence.
         room: most tokens.
     """
     params, size = query.params, weights.vocab_size
     stops = params.stop_tokens
-    first = index == 0
     asked: dict[str, Any] = {
         "max_tokens": room,
         "temperature": params.temperature,
@@ -56,8 +57,6 @@ def parameters(weights: SampledWeights, query: SampleQuery, *, index: int, room:
     if params.seed is not None:
         stream = query.first + index if isinstance(query, TextQuery) else index
         asked["seed"] = seed_of(params.seed, stream)
-    if first and (query.prompt_logprobs or query.topk_prompt_logprobs):
-        asked["prompt_logprobs"] = min(query.topk_prompt_logprobs, size)
     return asked
 
 

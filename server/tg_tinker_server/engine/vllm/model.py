@@ -129,6 +129,8 @@ class ModelWorker:
         elif "ready" in message:
             self._try(self._trial, None)
             log.info("vllm_ready", model=self._name, version=message["ready"])
+        elif "broken" in message:
+            log.error("vllm_broke", model=self._name, error=message["broken"])
         elif "failed" in message:
             log.error("vllm_cannot_serve", model=self._name, reason=message["failed"])
             if message["unsupported"]:
@@ -224,7 +226,7 @@ class ModelWorker:
         for request in list(self._waiting):
             if request.weights in resting:
                 continue
-            if not all(request.may_run_with(owner) for owner, _ in self._running.values()):
+            if any(owner.group != request.group for owner, _ in self._running.values()):
                 break
             try:
                 if not self._has_adapter(request):

@@ -3,8 +3,9 @@
 To the worker: its options first; then ``{"do": "load", "adapter", "path"}``, ``{"do": "drop", "adapter"}``,
 ``{"do": "sample", "id", "prompt", "params", "adapter", "salt"}`` and ``{"do": "cancel", "ids"}``. From it: first
 ``{"ready": version}`` or ``{"failed": why, "unsupported": bool}``; then ``{"adapter"}``, with ``"error"`` if it was
-not loaded, and of sequences ``{"id", "tokens", "logprobs", "ended", "hits"}`` or ``{"id", "error"}``. This end adds
-``{"gone": exit status, "words": end of what it printed before it was ready}`` when the process has ended.
+not loaded, and of sequences ``{"id", "tokens", "logprobs", "ended", "hits"}`` or ``{"id", "error"}``; where it broke,
+``{"broken": where}`` is its last. This end adds ``{"gone": exit status, "words": end of what it printed before it was
+ready}`` when the process has ended.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from tg_tinker_server.engine.lora import AdaptedBase
 from tg_tinker_server.engine.sampling.seam import Progress, SampledWeights, Ticket, TokenSampler
 from tg_tinker_server.engine.sampling.sequences import check_query
 from tg_tinker_server.engine.sampling.torch_weights import TorchWeights
-from tg_tinker_server.engine.vllm.adapters import adapts_output, not_plain, sweep
+from tg_tinker_server.engine.vllm.adapters import not_plain, sweep
 from tg_tinker_server.engine.vllm.asking import why_not
 from tg_tinker_server.engine.vllm.model import ModelWorker
 from tg_tinker_server.engine.vllm.process import WorkerProcess
@@ -68,8 +68,6 @@ class RoutedSampler:
         """Why the built-in sampler answers; ``None``: vLLM is asked."""
         if self._source_of(weights.base) is None:
             return "a copy of the model of its own, or a model from no folder"
-        if (query.prompt_logprobs or query.topk_prompt_logprobs) and adapts_output(weights):
-            return "log-probabilities of a prompt, with an adapter on the output layer"
         return not_plain(weights) or why_not(query, vocab_size=weights.vocab_size)
 
     def step(self, resting: Collection[SampledWeights] = ()) -> list[Progress]:

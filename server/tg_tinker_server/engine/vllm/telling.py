@@ -1,7 +1,7 @@
 """vLLM's answers as the events that our own sampler would tell.
 
 It chooses tokens and computes log-probabilities; where a sequence ends, and what text it is, is decided by the same
-code as for our own. Shape suffixes: N positions of a prompt, K alternatives.
+code as for our own. Shape suffixes: K alternatives.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import numpy.typing as npt
 from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.types.tokens import (
     MISSING_LOGPROB,
-    PromptFigures,
     SampledTokens,
     SampleQuery,
-    TopkLogprobs,
 )
 from tg_tinker_server.engine.sampling.choosing import Choice
 from tg_tinker_server.engine.sampling.seam import SampledWeights
@@ -87,40 +85,6 @@ def most_likely(found: dict[int, float], k: int) -> tuple[npt.NDArray[np.int32],
     ids_K[: len(best)] = best
     logprobs_K[: len(best)] = [found[token] for token in best]
     return ids_K, logprobs_K
-
-
-def prompt_figures(query: SampleQuery, rows_N: Sequence[Row | None] | None, *, hits: int) -> PromptFigures:
-    """What was asked of the prompt.
-
-    Args:
-        rows_N: log-probabilities of each position's token and of the most likely ones; the first is ``None``.
-        hits: tokens of the prompt that were not computed again.
-
-    Raises:
-        InvalidRequestError: they are no numbers.
-        ServerError: they are not of this prompt.
-    """
-    if not (query.prompt_logprobs or query.topk_prompt_logprobs):
-        return PromptFigures(prompt_cache_hit_tokens=hits)
-    n, k = len(query.prompt), query.topk_prompt_logprobs
-    if rows_N is None or len(rows_N) != n:
-        raise _nonsense()
-    wanted = n if query.prompt_logprobs_last_n is None else query.prompt_logprobs_last_n
-    logprobs_N: list[float | None] = [None] * n
-    ids_NK, logprobs_NK = np.zeros((n, k), dtype=np.int32), np.full((n, k), MISSING_LOGPROB, dtype=np.float32)
-    for position in range(max(1, n - wanted), n):
-        found = {int(t): float(p) for t, p in rows_N[position] or ()}
-        if query.prompt[position] not in found:
-            raise _nonsense()
-        logprobs_N[position] = found[query.prompt[position]]
-        if math.isnan(found[query.prompt[position]]):
-            raise _diverged()
-        ids_NK[position], logprobs_NK[position] = most_likely(found, k)
-    return PromptFigures(
-        prompt_logprobs=logprobs_N if query.prompt_logprobs else None,
-        topk_prompt_logprobs=TopkLogprobs(token_ids=ids_NK, logprobs=logprobs_NK) if k else None,
-        prompt_cache_hit_tokens=hits,
-    )
 
 
 def _diverged() -> InvalidRequestError:

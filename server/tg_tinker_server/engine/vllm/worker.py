@@ -12,6 +12,7 @@ import os
 import queue
 import sys
 import threading
+import traceback
 from typing import Any
 
 UNSUPPORTED = ("does not support LoRA", "are not supported for now")
@@ -32,6 +33,17 @@ def main() -> None:
         _say(out, {"failed": text[-2000:], "unsupported": any(u in text for u in UNSUPPORTED)})
         os._exit(1)  # the other thread still reads
     _say(out, {"ready": engine.version})
+    try:
+        _serve(engine, inbox, out)
+    except BaseException as e:  # noqa: BLE001 - the engine is broken: the server starts another
+        # Where, and not what: the text of an error may hold somebody's tokens.
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        _say(out, {"broken": f"{type(e).__name__} at {os.path.basename(last.filename)}:{last.lineno}"})
+        out.flush()
+        os._exit(1)
+
+
+def _serve(engine: Engine, inbox: queue.Queue[dict[str, Any]], out: Any) -> None:
     while True:
         messages = [] if engine.busy else [inbox.get()]
         while not inbox.empty():
@@ -134,16 +146,13 @@ class Engine:
 def _answer(output: Any) -> dict[str, Any]:
     """New tokens of a sequence: of each its log-probability and those of the most likely ones, as [[id, value]]."""
     new = output.outputs[0]
-    answer: dict[str, Any] = {
+    return {
         "id": output.request_id,
         "tokens": list(new.token_ids),
         "logprobs": [_pairs(row) for row in new.logprobs or ()],
         "ended": bool(output.finished),
         "hits": output.num_cached_tokens or 0,
     }
-    if output.prompt_logprobs:
-        answer["prompt"] = [None if row is None else _pairs(row) for row in output.prompt_logprobs]
-    return answer
 
 
 def _pairs(row: Any) -> list[list[float]]:

@@ -23,7 +23,9 @@ def text(**options):
         (SampleQuery(prompt=PROMPT, params=SamplingParams(temperature=0.5, seed=3, stop=["x"])), None),
         (SampleQuery(prompt=PROMPT, params=SamplingParams(temperature=0, top_k=3, top_p=0.5)), None),
         (SampleQuery(prompt=PROMPT, params=SamplingParams(top_k=2048)), None),
-        (SampleQuery(prompt=PROMPT, prompt_logprobs=True, topk_prompt_logprobs=5, prompt_logprobs_last_n=1), None),
+        (SampleQuery(prompt=PROMPT, num_samples=3, topk_sample_logprobs=128), None),
+        (SampleQuery(prompt=PROMPT, prompt_logprobs=True), "of a prompt"),
+        (SampleQuery(prompt=PROMPT, topk_prompt_logprobs=1), "of a prompt"),
         (text(), None),
         (SampleQuery(prompt=PROMPT, params=SamplingParams(top_k=2047)), "top_k"),
         (SampleQuery(prompt=PROMPT, params=SamplingParams(top_p=0.99)), "top_p"),
@@ -77,14 +79,15 @@ def llama_and_gpt2_session(bundled):
     return backend.open(run_id="a", config=bundled.config(model_ref="tiny")), backend.open(run_id="b", config=gpt2)
 
 
-def test_the_first_sequence_brings_what_is_asked_of_the_prompt(routed):
+def test_a_sequence_is_asked_for_with_its_own_end(routed):
     weights = routed.base()
-    query = SampleQuery(prompt=PROMPT, num_samples=2, prompt_logprobs=True, topk_prompt_logprobs=4)
-    first, second = (parameters(weights, query, index=i, room=7) for i in (0, 1))
-    assert first == second | {"prompt_logprobs": 4}
-    assert second["max_tokens"] == 7
-    assert second["stop_token_ids"] == sorted(weights.eos_token_ids)
-    assert "seed" not in second
+    asked = parameters(weights, SampleQuery(prompt=PROMPT, topk_sample_logprobs=4), index=0, room=7)
+    assert asked == {
+        "max_tokens": 7,
+        "temperature": 1.0,
+        "logprobs": 4,
+        "stop_token_ids": sorted(weights.eos_token_ids),
+    }
 
 
 def test_stop_tokens_replace_the_models_own_and_lie_in_its_vocabulary(routed):

@@ -81,15 +81,13 @@ def test_a_base_model_is_sampled_by_the_worker(routed):
     assert routed.sampler.idle
 
 
-def test_what_is_asked_of_the_prompt_comes_with_the_last_event(routed):
-    response = routed.one(
-        routed.base(), [3, 9, 4], params=GREEDY, prompt_logprobs=True, topk_prompt_logprobs=2, num_samples=3
-    )
-    expected = [log_softmax(next_logits(t, 0.0))[u] for t, u in ((3, 9), (9, 4))]
-    assert response.prompt_logprobs[0] is None
-    np.testing.assert_allclose(response.prompt_logprobs[1:], expected, rtol=1e-6)
-    assert response.topk_prompt_logprobs.logprobs[1, 0] == pytest.approx(max(log_softmax(next_logits(3, 0.0))))
+def test_every_sequence_of_a_request_comes_with_its_alternatives(routed):
+    response = routed.one(routed.base(), [3, 9], params=GREEDY, topk_sample_logprobs=3, num_samples=3)
     assert len(response.sequences) == 3
+    for sequence in response.sequences:
+        found = log_softmax(next_logits(9, 0.0))
+        assert sequence.topk_logprobs.logprobs[0].tolist() == pytest.approx(sorted(found, reverse=True)[:3])
+        assert sequence.tokens == expected_greedy([9], 5)[0]
 
 
 def test_weights_of_two_runs_and_of_the_base_do_not_see_each_other(routed):
@@ -274,23 +272,6 @@ def test_what_vllm_turns_down_is_sampled_by_the_built_in_sampler(routed, monkeyp
     if mood in ("unsupported", "biased"):
         assert not isinstance(routed.submit(weights, [3], params=GREEDY), Request)
         routed.results()
-
-
-def test_an_adapter_on_the_output_layer_never_runs_with_log_probabilities_of_a_prompt(routed):
-    weights, other = routed.run(lora={"target_modules": ["q_proj", "@unembed"]})[1], routed.base()
-    params = GREEDY | {"max_tokens": 20}
-    order = [(weights, False), (weights, False), (other, True), (other, True), (weights, False), (other, False)]
-    tickets = [routed.submit(w, [SLOW, 3], params=params, prompt_logprobs=asked) for w, asked in order]
-    assert all(isinstance(t, Request) for t in tickets)
-    worker = next(iter(routed.sampler._workers.values()))
-    while not routed.sampler.idle:
-        routed.step()
-        kinds = {owner.kind for owner, _ in worker._running.values()}
-        assert not {"output", "scores"} <= kinds
-        assert "scores" not in kinds or worker._adapters.settled
-    assert not any(isinstance(e, Exception) for e in routed.events.values())
-    here = routed.submit(weights, [3], params=GREEDY, prompt_logprobs=True)
-    assert not isinstance(here, Request)
 
 
 def session_sampler(routed):

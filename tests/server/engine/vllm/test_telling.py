@@ -7,12 +7,12 @@ import pytest
 
 from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.types.sampling import GenerationOptions
-from tg_tinker.types.tokens import MISSING_LOGPROB, SampleQuery, SamplingParams
+from tg_tinker.types.tokens import SampleQuery, SamplingParams
 from tg_tinker_server.engine.sampling.choosing import Chooser, log_softmax, top_k
 from tg_tinker_server.engine.sampling.telling import TokenTeller
 from tg_tinker_server.engine.sampling.text_query import TextQuery
 from tg_tinker_server.engine.tokenizers import ByteTokenizer
-from tg_tinker_server.engine.vllm.telling import SequenceTelling, most_likely, prompt_figures
+from tg_tinker_server.engine.vllm.telling import SequenceTelling, most_likely
 
 TOKENIZER = ByteTokenizer()
 WEIGHTS = SimpleNamespace(
@@ -116,23 +116,3 @@ def test_most_likely_is_what_the_built_in_sampler_would_say():
     for k in (1, 3, 12, 20):
         for ours, theirs in zip(top_k(logprobs_V, k), most_likely(found, k), strict=True):
             np.testing.assert_array_equal(ours, theirs)
-
-
-def test_figures_of_a_prompt_are_of_the_positions_asked_for():
-    rows = [None, [[2, -1.0], [7, -0.5]], [[3, -2.0], [7, -0.25]]]
-    asked = SampleQuery(prompt=(1, 2, 3), prompt_logprobs=True, topk_prompt_logprobs=1)
-    figures = prompt_figures(asked, rows, hits=2)
-    assert figures.prompt_logprobs == [None, -1.0, -2.0]
-    assert figures.topk_prompt_logprobs.token_ids.tolist() == [[0], [7], [7]]
-    assert figures.topk_prompt_logprobs.logprobs.tolist() == [[MISSING_LOGPROB], [-0.5], [-0.25]]
-    assert figures.prompt_cache_hit_tokens == 2
-    last = SampleQuery(prompt=(1, 2, 3), prompt_logprobs=True, prompt_logprobs_last_n=1)
-    assert prompt_figures(last, rows, hits=0).prompt_logprobs == [None, None, -2.0]
-    assert prompt_figures(last, rows, hits=0).topk_prompt_logprobs is None
-    assert prompt_figures(SampleQuery(prompt=(1, 2, 3)), None, hits=1).prompt_logprobs is None
-
-
-@pytest.mark.parametrize("rows", [None, [None, [[2, -1.0]]], [None, [[2, -1.0]], [[9, -1.0]]]])
-def test_figures_of_another_prompt_fail(rows):
-    with pytest.raises(ServerError, match="does not fit"):
-        prompt_figures(SampleQuery(prompt=(1, 2, 3), prompt_logprobs=True), rows, hits=0)

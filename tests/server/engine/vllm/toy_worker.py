@@ -97,9 +97,9 @@ def main():
                 params = message["params"]
                 text = [t % SIZE for t in message["prompt"]]
                 lift = float(mood == "biased") if message["adapter"] is None else lifts[message["adapter"]]
-                alive[message["id"]] = message, random.Random(params.get("seed")), [text[-1]], lift, text
+                alive[message["id"]] = message, random.Random(params.get("seed")), [text[-1]], lift
         salts = len({message["salt"] for message, *_ in alive.values()})
-        for name, (message, rng, tokens, lift, text) in list(alive.items()):
+        for name, (message, rng, tokens, lift) in list(alive.items()):
             params = message["params"]
             logprobs = log_softmax(next_logits(tokens[-1], lift), params["temperature"])
             if params["temperature"] == 0:
@@ -110,10 +110,6 @@ def main():
             ended = len(tokens) - 1 == params["max_tokens"] or token in params["stop_token_ids"]
             answer = {"id": name, "tokens": [token], "logprobs": [row(logprobs, params["logprobs"], token)]}
             answer |= {"ended": ended, "hits": salts}
-            if "prompt_logprobs" in params and len(tokens) == 2:
-                found = [log_softmax(next_logits(t, lift)) for t in text[:-1]]
-                k = params["prompt_logprobs"]
-                answer["prompt"] = [None, *(row(p, k, t) for p, t in zip(found, text[1:], strict=True))]
             say(answer)
             if 2000 in message["prompt"]:
                 os.kill(os.getpid(), 9)
