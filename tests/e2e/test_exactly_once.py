@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.server_process import ServerProcess
+from tests.e2e.forked_server import ForkedServer
 from tests.server.rpc.raw_client import RawClient, batch
 from tg_tinker.ledger import PrivacyLedger
 from tg_tinker.proto.v1 import privacy_pb2, runs_pb2
@@ -85,7 +85,7 @@ def test_a_thousand_retried_steps_with_dropped_replies_are_charged_and_drawn_onc
 def kill_during_steps(folder: Path, kills: int) -> tuple[int, int, int]:
     """Step without pause, SIGKILL at random moments; returns releases, charges and steps in the end."""
     rng = random.Random(17)
-    with ServerProcess(folder) as server:
+    with ForkedServer(folder) as server:
         client = RawClient(f"127.0.0.1:{server.port}", server.key)
         run_id = client.create(CONFIG).run_id
         for _ in range(kills):

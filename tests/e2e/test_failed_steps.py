@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.server_process import ServerProcess, batch
+from tests.e2e.forked_server import ForkedServer
+from tests.e2e.server_process import batch
 from tg_tinker import DPBudgetExceededError, DPConfig, InvalidRequestError, OptimizerConfig, TrainingConfig
 
 
 def test_a_refused_step_is_not_executed_again_by_a_new_server(tmp_path: Path) -> None:
     config = TrainingConfig(model_ref="bigram", optimizer=OptimizerConfig(learning_rate=0.05), batch_size=4, seed=7)
-    with ServerProcess(tmp_path) as server, server.client(timeout=60) as service:
+    with ForkedServer(tmp_path) as server, server.client(timeout=60) as service:
         client = service.create_training_client(config)
         client.forward_backward(batch(1)).result()
         bad = client.forward_backward({"input_ids": [[999_999, 1]]})
@@ -36,7 +37,7 @@ def test_a_refused_step_is_not_executed_again_by_a_new_server(tmp_path: Path) ->
 def test_a_step_over_budget_keeps_its_batch_and_its_refusal_through_a_restart(tmp_path: Path) -> None:
     dp = DPConfig(noise_multiplier=1.0, target_epsilon=6.0, dataset_id="data-1")
     config = TrainingConfig(model_ref="bigram", dp_config=dp, batch_size=4)
-    with ServerProcess(tmp_path) as server, server.client(timeout=60) as service:
+    with ForkedServer(tmp_path) as server, server.client(timeout=60) as service:
         client = service.create_training_client(config)
         pending = client.forward_backward(batch(0))
         client.optim_step().result()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.e2e.forked_server import ForkedServer
 from tests.e2e.server_process import ServerProcess, batch
 from tg_tinker import DPConfig, OptimizerConfig, TrainingConfig
 
@@ -61,15 +62,15 @@ def test_ten_kills_leave_the_losses_of_a_seeded_run_as_they_were(tmp_path: Path)
     calm, wild = tmp_path / "calm", tmp_path / "wild"
     calm.mkdir()
     wild.mkdir()
-    with ServerProcess(calm) as server:
+    with ForkedServer(calm) as server:
         expected = train(server, None)
-    with ServerProcess(wild) as server:
+    with ForkedServer(wild) as server:
         assert train_under_fire(server, None, kills=10) == expected
 
 
 def test_ten_kills_cost_at_most_one_charge_each_and_never_too_little(tmp_path: Path) -> None:
     dp = DPConfig(noise_multiplier=2.0, target_epsilon=500.0, dataset_id="data-1")
-    with ServerProcess(tmp_path) as server:
+    with ForkedServer(tmp_path) as server:
         train_under_fire(server, dp, kills=10)
         with server.client() as service:
             ledger = service.get_privacy_ledger("data-1")
@@ -98,7 +99,7 @@ def test_results_can_be_fetched_after_a_restart(tmp_path: Path, signal: str) -> 
 def test_a_kill_leaves_the_vector_of_a_run_on_updates_as_it_would_have_been(tmp_path: Path) -> None:
     plain = OptimizerConfig(name="sgd", learning_rate=0.5, momentum=0.0, nesterov=False)
     vectors = np.random.default_rng(4).normal(size=(12, 2, 5)).astype(np.float32)
-    with ServerProcess(tmp_path) as server, server.client(timeout=120) as service:
+    with ForkedServer(tmp_path) as server, server.client(timeout=120) as service:
         tc = service.create_training_client(TrainingConfig(model_ref="vector:5", optimizer=plain))
         steps = []
         for i, rows in enumerate(vectors):
