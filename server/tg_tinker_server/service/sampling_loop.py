@@ -126,7 +126,10 @@ class SamplingLoop:
         self._inbox.append(request)
         self._arrived.set()
         if self._worker is None:
-            self._worker = asyncio.create_task(self._work(), name="samplers")
+            self._begin()
+
+    def _begin(self) -> None:
+        self._worker = asyncio.create_task(self._work(), name="samplers")
 
     def _leave(self, request: _Request) -> None:
         """Whoever leaves before the end frees its rows before the next slice."""
@@ -155,11 +158,14 @@ class SamplingLoop:
         except Exception as e:  # noqa: BLE001 - a defect of ours: nobody waits for ever
             log.error("sampling_crashed", error=type(e).__name__, at=place_of(e))
             self._fail_all(e)
+            self._leaving.clear()  # of a sampler that is no more
             await self._close_sampler()
         finally:
             self._worker = None
             if self._closed:
                 self._fail_all(_stopping())
+            elif self._inbox:  # who came while the sampler was closed
+                self._begin()
 
     def _resting(self) -> set[SampledWeights]:
         """Weights that are not settled just now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerE
 from tg_tinker.proto.v1 import runs_pb2, sampling_pb2
 from tg_tinker.types import DPConfig, TrainingConfig
 from tg_tinker.types.sampling import GenerationOptions
+from tg_tinker.types.tokens import SampleQuery, SamplingParams, response_of
 from tg_tinker.wire.call_messages import call_to_proto, sampling_to_proto
 from tg_tinker.wire.calls import Call, Generate, Position, Step
 from tg_tinker.wire.methods import method_of
@@ -250,3 +252,34 @@ def test_who_shares_a_batch(tmp_path: Path, share: Any, together: set[tuple[int,
         for caller, run in runs:
             assert len(completions(caller.call(run.run_id, 1, ask("a", "b")))) == 2
     assert {(i, j) for i in range(6) for j in range(i) if groups[i] == groups[j]} == together
+
+
+def test_who_comes_while_a_broken_sampler_is_closed_is_answered_by_the_next(
+    bigram_server: EmbeddedServer, client: RawClient
+) -> None:
+    run = client.create(CONFIG)
+    client.call(run.run_id, 1, ask())
+    sampling, closing, go_on = loop_of(bigram_server), threading.Event(), threading.Event()
+    broken, weights = sampling._sampler, run_of(bigram_server, run.run_id).session.live_weights()
+
+    async def sampled() -> list[Any]:
+        query = SampleQuery(prompt=(1,), params=SamplingParams(max_tokens=3, stop=()))
+        return [event async for slice_ in sampling.slices(weights, [query], "all") for event in slice_]
+
+    def step(_resting: Any) -> list[Any]:
+        raise IndexError("broken")
+
+    def close() -> None:
+        closing.set()
+        assert go_on.wait(60)
+
+    broken.step, broken.close = step, close
+    first = asyncio.run_coroutine_threadsafe(sampled(), bigram_server._loop)
+    assert closing.wait(60)
+    second = asyncio.run_coroutine_threadsafe(sampled(), bigram_server._loop)
+    wait_until(lambda: bool(sampling._inbox))
+    go_on.set()
+    with pytest.raises(ServerError, match="failed inside the server"):
+        first.result(60)
+    assert len(response_of(second.result(60)).sequences[0].tokens) == 3
+    assert sampling._sampler is not broken
