@@ -86,10 +86,12 @@ def build_backend(config: ServerConfig) -> Backend:
         return BigramBackend()
     from tg_tinker_server.engine.performance import PerformanceConfig
     from tg_tinker_server.engine.torch_backend import TorchBackend
+    from tg_tinker_server.engine.vllm.adapters import sweep as sweep_adapters
 
     performance = PerformanceConfig(
         device=config.device, base_dtype=config.base_dtype, micro_batch_tokens=config.micro_batch_tokens
     )
+    sweep_adapters()
     return TorchBackend(model_sources(config), performance, _vllm(config))
 
 

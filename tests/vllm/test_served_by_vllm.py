@@ -229,3 +229,22 @@ def test_a_killed_worker_fails_the_request_and_the_next_one_works(samplers: list
         list(stream)
     assert greedy(samplers[0]).tokens == by_built_in(samplers[0]).tokens
     assert children() != [worker]
+
+
+def test_seeded_prompts_of_more_tokens_than_one_run_takes(service: ServiceClient, built_in: BuiltIn) -> None:
+    """The engine of a CPU ends if it reads part of a prompt whose request has a seed."""
+    run = service.create_training_client(
+        TrainingConfig(model_ref=MODEL, lora_config=ADAPTERS[0], batch_size=4, seed=1)
+    )
+    train(run, seed=1)
+    sampler = run.save_weights_and_get_sampling_client()
+    prompt = np.random.default_rng(3).integers(4, 300, 400).tolist()
+    greedy(sampler)
+    before = children()
+    params = SamplingParams(max_tokens=4, stop=[], seed=5)
+    with ThreadPoolExecutor(4) as pool:
+        responses = list(pool.map(lambda _: sampler.sample(prompt, 8, params).result(), range(4)))
+    assert (built_in.requests, children()) == (0, before)
+    for response in responses:
+        check(run, response, prompt)
+    assert len({tuple(s.tokens) for s in responses[0].sequences}) > 1

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -62,7 +63,11 @@ def _layers(weights: TorchWeights) -> dict[str, Any] | None:
 
 
 def write_adapter(weights: TorchWeights, folder: Path) -> None:
-    """Write an adapter as PEFT's files: ``adapter_model.safetensors`` (float32) and ``adapter_config.json``."""
+    """Write an adapter as PEFT's files: ``adapter_model.safetensors`` (float32) and ``adapter_config.json``.
+
+    Raises:
+        OSError: they could not be written.
+    """
     layers, adapter = _layers(weights), weights.adapter
     assert layers
     own = own_parameters(weights.base.module, adapter)
@@ -81,7 +86,10 @@ def write_adapter(weights: TorchWeights, folder: Path) -> None:
         "target_modules": sorted(layers),
         "task_type": "CAUSAL_LM",
     }
-    save_file(tensors, folder / "adapter_model.safetensors")
+    try:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    except SafetensorError as e:
+        raise OSError("the adapter could not be written") from e
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -89,9 +97,13 @@ class PrivateFolder:
     """A folder that only this user can open, locked as long as this process lives and needs it."""
 
     def __init__(self, memory: Path) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=memory))
-        self._lock = os.open(self.path, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=memory))
+            self._lock = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if self.path.exists():
+                return
+            os.close(self._lock)  # a server that started just now took it for one of a dead process
 
     def remove(self) -> None:
         """Delete it and what is in it."""
@@ -100,11 +112,13 @@ class PrivateFolder:
 
 
 def sweep(memory: Path = MEMORY_FOLDER) -> None:
-    """Delete folders of processes that were killed before they could."""
+    """Delete this user's folders of processes that were killed before they could. A server does so when it starts."""
     for path in memory.glob(_PREFIX + "*"):
         with contextlib.suppress(OSError):  # somebody else's, or just deleted
-            lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # a pipe would have us wait
             try:
+                if os.fstat(lock).st_uid != os.geteuid():
+                    continue
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
             finally:

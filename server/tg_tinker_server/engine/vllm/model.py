@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from tg_tinker.errors import ServerError, TGTinkerError
+from tg_tinker.errors import ServerError
 from tg_tinker_server.engine.sampling.seam import Progress, SampledWeights
 from tg_tinker_server.engine.sampling.torch_weights import TorchWeights
 from tg_tinker_server.engine.vllm.adapters import Adapters, Held
@@ -25,6 +25,10 @@ log = structlog.get_logger()
 MOST_ENDS = 3
 """So often a worker may end by itself within ``ENDS_WITHIN_S`` before no other is started."""
 ENDS_WITHIN_S = 600.0
+SILENT_S = 600.0
+"""A worker that has been asked something and says nothing for so long is ended."""
+STARTING_S = 3600.0
+"""The same while it starts: large models are loaded and compiled."""
 _MOST_SALTS = 1024
 _TRIAL = "trial"
 
@@ -62,6 +66,7 @@ class ModelWorker:
         self._names = itertools.count()
         self._ends: deque[float] = deque(maxlen=MOST_ENDS)
         self._declined: list[Request] = []
+        self._silent_since: float | None = None
         self._trial = Trial.of(bare)
         self._tried: dict[str, tuple[Trial, Held | None]] = {}  # questions of trials, and the adapter each is of
         self.unsupported = False
@@ -97,7 +102,12 @@ class ModelWorker:
 
         Never waits for the worker.
         """
-        progress = [p for message in self._messages() for p in self._heard(message)]
+        messages = self._messages()
+        progress = [p for message in messages for p in self._heard(message)]
+        if messages:
+            self._silent_since = None
+        else:
+            progress += self._heard_nothing()
         closed = {r for r in self._requests() if r.weights.closed}
         progress += [self._failed(r, ServerError("the session is closed; open the run again")) for r in closed]
         if any(r.weights not in resting for r in self._waiting):
@@ -149,7 +159,7 @@ class ModelWorker:
         request, index = found
         try:
             progress = request.heard(index, message)
-        except TGTinkerError as e:
+        except Exception as e:  # noqa: BLE001 - it fails alone
             return [self._failed(request, e)]
         if index not in request.sequences:
             del self._running[message["id"]]
@@ -192,6 +202,8 @@ class ModelWorker:
     def _heard_end(self, message: Message) -> list[Progress]:
         """It ended by itself. Whoever waited hears of it; the next request starts another one."""
         was_ready = self._ready
+        # One that was ready owes nothing to those it was never told of: they have the next one.
+        failing = [r for r in self._requests() if not was_ready or r.held is not None or r not in self._waiting]
         log.error("vllm_ended", model=self._name, status=message["gone"], words=message["words"])
         self._ends.append(self._clock())
         self._end()
@@ -201,7 +213,19 @@ class ModelWorker:
             "more, if it fails again",
             details={"retry": True},
         )
-        return [self._failed(r, error) for r in self._requests()]
+        return [self._failed(r, error) for r in failing]
+
+    def _heard_nothing(self) -> list[Progress]:
+        """End a worker that owes answers and has said nothing for too long."""
+        now = self._clock()
+        owes = self._running or self._tried or not (self._ready and self._adapters.settled)
+        if self._process is None or not owes:
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = now
+        elif now - self._silent_since > (SILENT_S if self._ready else STARTING_S):
+            return self._heard_end({"gone": "silent", "words": ""})
+        return []
 
     # What it is asked.
 
@@ -302,6 +326,7 @@ class ModelWorker:
 
     def _end(self) -> None:
         process, self._process, self._ready = self._process, None, False
+        self._silent_since = None
         self._adapters.clear()
         self._tried.clear()
         if process is not None:

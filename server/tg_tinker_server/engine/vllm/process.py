@@ -14,14 +14,17 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 Message = dict[str, Any]
 _KEPT_WORDS = 2000
+_FOLDERS = 64  # more than can be on their way to a worker
 
 
 class WorkerProcess:
@@ -46,6 +49,7 @@ class WorkerProcess:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._words = b""
+        self._folders: deque[str] = deque(maxlen=_FOLDERS)
         self._ready = self._closed = False
         # A session of its own: Ctrl-C is for the server, which lets running work end first.
         self._process = subprocess.Popen(  # noqa: S603 - what the operator configured
@@ -70,7 +74,11 @@ class WorkerProcess:
         return self._process.pid
 
     def send(self, message: Message) -> None:
-        """Hand a message over. One to a worker that has ended is dropped."""
+        """Hand a message over. One to a worker that has ended is dropped. The folder of an adapter to be loaded is
+        deleted by the worker when it has read it, and here when the worker has ended.
+        """
+        if message.get("do") == "load":
+            self._folders.append(message["path"])
         self._outbox.put(message)
 
     def receive(self) -> list[Message]:
@@ -122,6 +130,8 @@ class WorkerProcess:
             self._kill()  # not our protocol: nothing that follows could be trusted
         status = self._process.wait()
         self._kill()  # processes that it may have started
+        for path in tuple(self._folders):
+            shutil.rmtree(path, ignore_errors=True)
         self._outbox.put(None)
         if not self._ready:
             self._threads[2].join(1.0)  # its last words

@@ -13,7 +13,7 @@ from tg_tinker_server.engine.lora import AdaptedBase
 from tg_tinker_server.engine.sampling.seam import Progress, SampledWeights, Ticket, TokenSampler
 from tg_tinker_server.engine.sampling.sequences import check_query
 from tg_tinker_server.engine.sampling.torch_weights import TorchWeights
-from tg_tinker_server.engine.vllm.adapters import not_plain, sweep
+from tg_tinker_server.engine.vllm.adapters import not_plain
 from tg_tinker_server.engine.vllm.asking import why_not
 from tg_tinker_server.engine.vllm.model import ModelWorker
 from tg_tinker_server.engine.vllm.process import WorkerProcess
@@ -43,7 +43,6 @@ class RoutedSampler:
         self._owners: dict[Ticket, ModelWorker] = {}
         self._moved: dict[Ticket, Ticket] = {}  # tickets of the built-in sampler -> those that were given out
         self._arrived = threading.Event()
-        sweep()
 
     @property
     def idle(self) -> bool:

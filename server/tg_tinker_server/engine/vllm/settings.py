@@ -131,6 +131,8 @@ def engine_options(config: VllmConfig, *, source: str, dtype: str, max_positions
         "max_model_len": max_positions + 1,
         "max_num_seqs": config.rows,
         "enable_prefix_caching": True,
+        # On a CPU it ends where it reads only part of a prompt whose request has a seed, so prompts are read whole.
+        **({"enable_chunked_prefill": False} if device == "cpu" else {}),
         "kv_cache_memory_bytes": config.cache_bytes,
         # With the above it only says how much must be free at the start.
         "gpu_memory_utilization": 0.05,

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import sys
 import threading
 import traceback
 from typing import Any
 
-UNSUPPORTED = ("does not support LoRA", "are not supported for now")
-"""How vLLM says that it cannot serve a model, or not with adapters."""
+UNSUPPORTED = (ValueError, NotImplementedError)
+"""How vLLM says that it cannot serve a model like this, or not with adapters: another try would end alike."""
 
 
 def main() -> None:
@@ -24,13 +25,14 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever vLLM prints must not get between our lines
     inbox: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_read, args=(inbox,), daemon=True).start()
+    folders: set[str] = set()
+    threading.Thread(target=_read, args=(inbox, folders), daemon=True).start()
     options = inbox.get()
     try:
-        engine = Engine(options)
+        engine = Engine(options, folders)
     except Exception as e:  # noqa: BLE001 - told to the server, which logs it
         text = f"{type(e).__name__}: {e}"
-        _say(out, {"failed": text[-2000:], "unsupported": any(u in text for u in UNSUPPORTED)})
+        _say(out, {"failed": text[-2000:], "unsupported": isinstance(e, UNSUPPORTED)})
         os._exit(1)  # the other thread still reads
     _say(out, {"ready": engine.version})
     try:
@@ -57,10 +59,18 @@ def _serve(engine: Engine, inbox: queue.Queue[dict[str, Any]], out: Any) -> None
         out.flush()
 
 
-def _read(inbox: queue.Queue[dict[str, Any]]) -> None:
-    for line in sys.stdin.buffer:
-        inbox.put(json.loads(line))
-    os._exit(0)  # the engine may be deep in its own code; there is nothing to save
+def _read(inbox: queue.Queue[dict[str, Any]], folders: set[str]) -> None:
+    """Take messages until there are no more, or one was cut off because whoever wrote it was killed."""
+    try:
+        for line in sys.stdin.buffer:
+            message = json.loads(line)
+            if message.get("do") == "load":
+                folders.add(message["path"])
+            inbox.put(message)
+    finally:
+        for path in list(folders):
+            shutil.rmtree(path, ignore_errors=True)
+        os._exit(0)  # the engine may be deep in its own code; there is nothing to save
 
 
 def _say(out: Any, answer: dict[str, Any]) -> None:
@@ -70,9 +80,14 @@ def _say(out: Any, answer: dict[str, Any]) -> None:
 
 
 class Engine:
-    """The engine, in this process, and the adapters that it holds."""
+    """The engine, in this process, and the adapters that it holds.
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    Args:
+        options: arguments of vLLM's engine.
+        folders: of adapters that are to be loaded, and are gone when this process is.
+    """
+
+    def __init__(self, options: dict[str, Any], folders: set[str]) -> None:
         import torch
         import vllm
         from vllm import EngineArgs, SamplingParams
@@ -86,6 +101,7 @@ class Engine:
         self._engine = LLMEngine.from_engine_args(EngineArgs(**options))
         self._adapters: dict[int, Any] = {}
         self._alive: set[str] = set()
+        self._folders = folders
 
     @property
     def busy(self) -> bool:
@@ -125,6 +141,9 @@ class Engine:
             self._engine.add_lora(adapter)
         except Exception as e:  # noqa: BLE001 - told to the server
             return [{"adapter": number, "error": f"{type(e).__name__}: {e}"[-500:]}]
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            self._folders.discard(path)
         self._adapters[number] = adapter
         return [{"adapter": number}]
 

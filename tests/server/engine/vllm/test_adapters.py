@@ -8,12 +8,16 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tg_tinker_server.app import build_backend
+from tg_tinker_server.config import ServerConfig
 from tg_tinker_server.engine.models import BUNDLED_MODELS
 from tg_tinker_server.engine.vllm import adapters
 from tg_tinker_server.engine.vllm.adapters import Adapters, PrivateFolder, sweep, write_adapter
+from tg_tinker_server.engine.vllm.settings import MEMORY_FOLDER
 
 TOKENS = [5, 9, 30, 77, 200, 1000]
 
@@ -184,7 +188,43 @@ def test_folders_of_dead_processes_are_swept_and_of_living_ones_are_not(tmp_path
     dead = PrivateFolder(tmp_path)
     fcntl.flock(dead._lock, fcntl.LOCK_UN)  # as the kernel does for a process that ends
     (tmp_path / "somebody-elses").mkdir()
+    os.mkfifo(tmp_path / "tg-tinker-adapter-pipe")  # opening it would wait for a writer
     sweep(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([living.path.name, "somebody-elses"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [living.path.name, "somebody-elses", "tg-tinker-adapter-pipe"]
+    )
     living.remove()
     os.close(dead._lock)
+
+
+def test_a_server_sweeps_when_it_starts_whatever_samples(tmp_path, monkeypatch):
+    dead = PrivateFolder(MEMORY_FOLDER)
+    fcntl.flock(dead._lock, fcntl.LOCK_UN)
+    build_backend(ServerConfig(data_dir=tmp_path))
+    assert not dead.path.exists()
+    os.close(dead._lock)
+
+
+def test_a_folder_that_was_swept_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+    lock, swept = fcntl.flock, []
+
+    def late(file, how):
+        if not swept:
+            swept.extend(tmp_path.iterdir())
+            swept[0].rmdir()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    folder = PrivateFolder(tmp_path)
+    assert list(tmp_path.iterdir()) == [folder.path] != swept
+    folder.remove()
+
+
+def test_a_full_memory_is_an_os_error_and_leaves_no_folder(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(adapters, "save_file", full)
+    with pytest.raises(OSError, match="could not be written"):
+        Adapters(print, memory=tmp_path).take(run())
+    assert list(tmp_path.iterdir()) == []

@@ -132,3 +132,16 @@ def test_a_worker_that_reads_nothing_holds_nobody_up():
     worker.close(patience_s=0.1)
     assert not is_alive(worker.pid)
     assert begun  # no figure: it returned at all
+
+
+def test_the_folder_of_an_adapter_goes_with_a_worker_that_was_killed_before_it_read_it(tmp_path):
+    worker, arrived = started(TOY)
+    heard(worker, arrived, "ready")
+    os.kill(worker.pid, signal.SIGSTOP)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"secret")
+    worker.send({"do": "load", "adapter": 1, "path": str(folder)})
+    os.kill(worker.pid, signal.SIGKILL)
+    heard(worker, arrived, "gone")
+    assert not folder.exists()

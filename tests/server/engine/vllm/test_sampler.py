@@ -320,3 +320,46 @@ def test_a_stopped_worker_holds_nobody_up(routed):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
     check(routed.results()[ticket], [5], 5)
+
+
+def test_an_answer_that_cannot_be_read_fails_alone(routed, monkeypatch):
+    weights, heard = routed.base(), Request.heard
+
+    def broken(request, index, message):
+        if request is bad:
+            raise IndexError("a tokenizer without this token")
+        return heard(request, index, message)
+
+    monkeypatch.setattr(Request, "heard", broken)
+    bad, good = (routed.submit(weights, [SLOW, t], params=GREEDY) for t in (3, 4))
+    results = routed.results()
+    assert isinstance(results[bad], IndexError)
+    check(results[good], [SLOW, 4], 5)
+
+
+def test_a_worker_that_says_nothing_for_too_long_is_ended(routed):
+    weights, now = routed.base(), [0.0]
+    routed.one(weights, [3], params=GREEDY)
+    worker = routed.sampler._worker(weights)
+    worker._clock = lambda: now[0]
+    now[0] = 2 * model.SILENT_S  # it was asked nothing in this time
+    pid = worker.pid
+    os.kill(pid, signal.SIGSTOP)
+    asked, other = (routed.submit(weights, [3], params=GREEDY, group=g) for g in ("a", "b"))
+    for _ in range(5):
+        assert routed.step() == []
+    now[0] += model.SILENT_S + 1
+    results = routed.results()
+    assert "ended while it worked" in str(results[asked])
+    check(results[other], [3], 5)  # which it was never told of
+    assert not is_alive(pid)
+
+
+def test_a_worker_that_died_with_nothing_to_do_costs_nobody_a_request(routed):
+    weights = routed.base()
+    routed.one(weights, [3], params=GREEDY)
+    pid = pid_of(routed)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(pid))
+    check(routed.one(weights, [3], params=GREEDY), [3], 5)
+    assert pid_of(routed) != pid
