@@ -142,6 +142,7 @@ class SamplingLoop:
                 self._arrived.set()
 
     async def _work(self) -> None:
+        inbox: list[_Request] = []
         try:
             while not self._closed and (self._inbox or self._live or self._leaving):
                 resting = self._resting()
@@ -157,6 +158,7 @@ class SamplingLoop:
                 await asyncio.sleep(0)  # who asks next gets into the next slice
         except Exception as e:  # noqa: BLE001 - a defect of ours: nobody waits for ever
             log.error("sampling_crashed", error=type(e).__name__, at=place_of(e))
+            self._inbox = [*(r for r in inbox if not r.over), *self._inbox]  # the turn may not have got to them
             self._fail_all(e)
             self._leaving.clear()  # of a sampler that is no more
             await self._close_sampler()
@@ -223,7 +225,7 @@ class SamplingLoop:
             del self._live[progress.ticket]
 
     def _fail_all(self, error: Exception) -> None:
-        for request in [*self._inbox, *self._live.values()]:
+        for request in dict.fromkeys([*self._inbox, *self._live.values()]):
             request.over = True
             request.news.put_nowait(_presentable(error))
         self._inbox.clear()

@@ -283,3 +283,26 @@ def test_who_comes_while_a_broken_sampler_is_closed_is_answered_by_the_next(
         first.result(60)
     assert len(response_of(second.result(60)).sequences[0].tokens) == 3
     assert sampling._sampler is not broken
+
+
+def test_who_comes_in_the_slice_in_which_the_sampler_breaks_hears_of_it(
+    bigram_server: EmbeddedServer, client: RawClient
+) -> None:
+    run = client.create(CONFIG)
+    client.call(run.run_id, 1, ask())
+    sampling = loop_of(bigram_server)
+    weights = run_of(bigram_server, run.run_id).session.live_weights()
+
+    def cancel(_ticket: Any) -> None:
+        raise IndexError("broken")
+
+    async def go() -> None:
+        slices = sampling.slices(weights, [SampleQuery(prompt=(1,), params=SamplingParams(max_tokens=3000))], "all")
+        await anext(slices)
+        sampling._sampler.cancel = cancel
+        await slices.aclose()  # it leaves, and another comes before the next slice
+        late = sampling.slices(weights, [SampleQuery(prompt=(1,), params=SamplingParams(max_tokens=3))], "all")
+        with pytest.raises(ServerError, match="failed inside the server"):
+            await asyncio.wait_for(anext(late), 60)
+
+    asyncio.run_coroutine_threadsafe(go(), bigram_server._loop).result(120)
