@@ -99,11 +99,14 @@ class PrivateFolder:
     def __init__(self, memory: Path) -> None:
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=memory))
-            self._lock = os.open(self.path, os.O_RDONLY)
+            try:
+                self._lock = os.open(self.path, os.O_RDONLY)
+            except FileNotFoundError:  # a server that started just now took it for one of a dead process
+                continue
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             if self.path.exists():
                 return
-            os.close(self._lock)  # a server that started just now took it for one of a dead process
+            os.close(self._lock)
 
     def remove(self) -> None:
         """Delete it and what is in it."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
 from pathlib import Path
 
@@ -16,19 +15,13 @@ from tg_tinker_server.engine.sampling.seam import Progress, SampledWeights
 from tg_tinker_server.engine.sampling.torch_weights import TorchWeights
 from tg_tinker_server.engine.vllm.adapters import Adapters, Held
 from tg_tinker_server.engine.vllm.asking import parameters
+from tg_tinker_server.engine.vllm.patience import ENDS_WITHIN_S, MOST_ENDS, Patience
 from tg_tinker_server.engine.vllm.process import Message, WorkerProcess
 from tg_tinker_server.engine.vllm.requests import Request
 from tg_tinker_server.engine.vllm.settings import MEMORY_FOLDER
 from tg_tinker_server.engine.vllm.trials import Trial
 
 log = structlog.get_logger()
-MOST_ENDS = 3
-"""So often a worker may end by itself within ``ENDS_WITHIN_S`` before no other is started."""
-ENDS_WITHIN_S = 600.0
-SILENT_S = 600.0
-"""A worker that has been asked something and says nothing for so long is ended."""
-STARTING_S = 3600.0
-"""The same while it starts: large models are loaded and compiled."""
 _MOST_SALTS = 1024
 _TRIAL = "trial"
 
@@ -44,7 +37,7 @@ class ModelWorker:
         bare: the model without adapters.
         start: a new worker.
         memory: file system for adapters.
-        clock: seconds.
+        patience: with its worker.
     """
 
     def __init__(
@@ -54,9 +47,10 @@ class ModelWorker:
         start: Callable[[], WorkerProcess],
         *,
         memory: Path = MEMORY_FOLDER,
-        clock: Callable[[], float] = time.monotonic,
+        patience: Patience | None = None,
     ) -> None:
-        self._name, self._start, self._clock = name, start, clock
+        self._name, self._start = name, start
+        self._patience = patience or Patience()
         self._process: WorkerProcess | None = None
         self._ready = False
         self._waiting: list[Request] = []
@@ -64,9 +58,8 @@ class ModelWorker:
         self._adapters = Adapters(self._send, memory=memory)
         self._salts: OrderedDict[Hashable, str] = OrderedDict()
         self._names = itertools.count()
-        self._ends: deque[float] = deque(maxlen=MOST_ENDS)
         self._declined: list[Request] = []
-        self._silent_since: float | None = None
+        self._seen: set[Request] = set()  # in an earlier step
         self._trial = Trial.of(bare)
         self._tried: dict[str, tuple[Trial, Held | None]] = {}  # questions of trials, and the adapter each is of
         self.unsupported = False
@@ -104,15 +97,16 @@ class ModelWorker:
         """
         messages = self._messages()
         progress = [p for message in messages for p in self._heard(message)]
-        if messages:
-            self._silent_since = None
-        else:
-            progress += self._heard_nothing()
+        if messages or not self._owes:
+            self._patience.heard()
+        elif self._patience.is_over(ready=self._ready):
+            progress += self._heard_end({"gone": "silent", "words": ""})
         closed = {r for r in self._requests() if r.weights.closed}
         progress += [self._failed(r, ServerError("the session is closed; open the run again")) for r in closed]
         if any(r.weights not in resting for r in self._waiting):
             progress += self._begin(resting)
         declined, self._declined = self._declined, []
+        self._seen = set(self._requests())
         return progress, declined
 
     def close(self) -> None:
@@ -202,10 +196,11 @@ class ModelWorker:
     def _heard_end(self, message: Message) -> list[Progress]:
         """It ended by itself. Whoever waited hears of it; the next request starts another one."""
         was_ready = self._ready
-        # One that was ready owes nothing to those it was never told of: they have the next one.
-        failing = [r for r in self._requests() if not was_ready or r.held is not None or r not in self._waiting]
+        # It owes nothing to those who came after, or whom it was never told of: they have the next one.
+        owed = [r for r in self._requests() if r.held is not None or r not in self._waiting]
+        failing = owed if was_ready else [r for r in self._requests() if r in self._seen]
         log.error("vllm_ended", model=self._name, status=message["gone"], words=message["words"])
-        self._ends.append(self._clock())
+        self._patience.ended()
         self._end()
         what = "ended while it worked on the request" if was_ready else "could not be started"
         error = ServerError(
@@ -215,23 +210,17 @@ class ModelWorker:
         )
         return [self._failed(r, error) for r in failing]
 
-    def _heard_nothing(self) -> list[Progress]:
-        """End a worker that owes answers and has said nothing for too long."""
-        now = self._clock()
-        owes = self._running or self._tried or not (self._ready and self._adapters.settled)
-        if self._process is None or not owes:
-            self._silent_since = None
-        elif self._silent_since is None:
-            self._silent_since = now
-        elif now - self._silent_since > (SILENT_S if self._ready else STARTING_S):
-            return self._heard_end({"gone": "silent", "words": ""})
-        return []
+    @property
+    def _owes(self) -> bool:
+        """Whether the worker has something to say."""
+        waited_for = self._running or self._tried or not (self._ready and self._adapters.settled)
+        return self._process is not None and bool(waited_for)
 
     # What it is asked.
 
     def _begin(self, resting: Collection[SampledWeights]) -> list[Progress]:
         if self._process is None:
-            if self._ends_too_often():
+            if self._patience.ends_too_often:
                 error = ServerError(
                     f"the vLLM engine of {self._name} ended {MOST_ENDS} times within {ENDS_WITHIN_S / 60:.0f} "
                     "minutes and is left alone for as long; the operator's log says how it ended"
@@ -241,7 +230,7 @@ class ModelWorker:
                 self._process = self._start()
             except OSError as e:
                 log.error("vllm_not_started", model=self._name, error=type(e).__name__)
-                self._ends.append(self._clock())
+                self._patience.ended()
                 error = ServerError(f"the vLLM engine of {self._name} could not be started; tell the operator")
                 return [self._failed(r, error) for r in self._requests()]
         if not (self._ready and self._adapters.settled):
@@ -317,16 +306,12 @@ class ModelWorker:
             self._adapters.release(request.held)
             request.held = None
 
-    def _ends_too_often(self) -> bool:
-        return len(self._ends) == MOST_ENDS and self._clock() - self._ends[0] < ENDS_WITHIN_S
-
     def _send(self, message: Message) -> None:
         if self._process is not None:
             self._process.send(message)
 
     def _end(self) -> None:
         process, self._process, self._ready = self._process, None, False
-        self._silent_since = None
         self._adapters.clear()
         self._tried.clear()
         if process is not None:

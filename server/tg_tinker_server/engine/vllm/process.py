@@ -99,7 +99,8 @@ class WorkerProcess:
             self._process.wait(patience_s)
         except subprocess.TimeoutExpired:
             self._kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # deep in a driver; the reading thread waits on
+                self._process.wait(patience_s)
         for thread in self._threads:
             thread.join(patience_s)
 

@@ -16,9 +16,17 @@ from tg_tinker_server.engine.sampling.torch_weights import TorchWeights
 from tg_tinker_server.engine.vllm.adapters import not_plain
 from tg_tinker_server.engine.vllm.asking import why_not
 from tg_tinker_server.engine.vllm.model import ModelWorker
+from tg_tinker_server.engine.vllm.patience import SILENT_ON_CPU_S, SILENT_S, Patience
 from tg_tinker_server.engine.vllm.process import WorkerProcess
 from tg_tinker_server.engine.vllm.requests import Request
-from tg_tinker_server.engine.vllm.settings import WORKER, VllmConfig, engine_options, environment
+from tg_tinker_server.engine.vllm.settings import (
+    MOST_POSITIONS_ON_CPU,
+    WORKER,
+    VllmConfig,
+    engine_options,
+    environment,
+)
+from tg_tinker_server.engine.vllm.telling import room_of
 
 PATIENCE_S = 0.005
 """How long a step waits for a worker when there is nothing else to do: the compute thread is training's too."""
@@ -67,7 +75,13 @@ class RoutedSampler:
         """Why the built-in sampler answers; ``None``: vLLM is asked."""
         if self._source_of(weights.base) is None:
             return "a copy of the model of its own, or a model from no folder"
+        most = self._most_positions(weights.max_positions)
+        if len(query.prompt) + room_of(weights, query) - 1 > most:
+            return f"a text of more than {most} tokens"
         return not_plain(weights) or why_not(query, vocab_size=weights.vocab_size)
+
+    def _most_positions(self, of_model: int) -> int:
+        return min(of_model, MOST_POSITIONS_ON_CPU) if self._device == "cpu" else of_model
 
     def step(self, resting: Collection[SampledWeights] = ()) -> list[Progress]:
         """See ``seam.TokenSampler``. What vLLM does meanwhile it does by itself."""
@@ -133,7 +147,7 @@ class RoutedSampler:
                 self._config,
                 source=source,
                 dtype=str(loaded.dtype).removeprefix("torch."),
-                max_positions=loaded.max_positions,
+                max_positions=self._most_positions(loaded.max_positions),
                 device=self._device,
             )
 
@@ -141,5 +155,6 @@ class RoutedSampler:
                 return WorkerProcess(self._config.command(WORKER), environment(self._device), options, self._arrived)
 
             bare = TorchWeights(weights.base, None, size_bytes=0, on_close=lambda: None)
-            self._workers[key] = ModelWorker(loaded.name, bare, start)
+            patience = Patience(silent_s=SILENT_ON_CPU_S if self._device == "cpu" else SILENT_S)
+            self._workers[key] = ModelWorker(loaded.name, bare, start, patience=patience)
         return self._workers[key]

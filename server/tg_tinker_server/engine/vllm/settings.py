@@ -22,6 +22,8 @@ MOST_ADAPTERS = 32
 """Adapters that one engine holds."""
 AT_ONCE = 8
 """Different adapters in one run through the model."""
+MOST_POSITIONS_ON_CPU = 8192
+"""Longest text that an engine on a CPU gets: it reads prompts whole, and says nothing meanwhile."""
 _FIND = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec('vllm') else 3)"
 _PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "USER", "LD_LIBRARY_PATH", "LD_PRELOAD", "OMP_NUM_THREADS")
 _PASSED_ON_GROUPS = ("LC_", "CUDA_", "NVIDIA_", "VLLM_", "HF_", "XDG_", "TORCH_", "TRITON_")
@@ -119,7 +121,7 @@ def engine_options(config: VllmConfig, *, source: str, dtype: str, max_positions
     Args:
         source: folder or hub id of the base model.
         dtype: "float32" or "bfloat16".
-        max_positions: longest text that the model reads, in tokens.
+        max_positions: longest text that the engine reads, in tokens.
     """
     return {
         "model": source,

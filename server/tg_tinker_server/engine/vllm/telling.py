@@ -27,6 +27,14 @@ Row = Sequence[Sequence[float]]
 """Tokens at one position and their log-probabilities: [[id, value], ...]."""
 
 
+def room_of(weights: SampledWeights, query: SampleQuery) -> int:
+    """Most tokens that one sequence of a request may have."""
+    # The last token is never read, so it may lie behind the model's last position.
+    room = weights.max_positions - len(query.prompt) + 1
+    most = query.params.max_tokens
+    return room if most is None else min(room, most)
+
+
 class SequenceTelling:
     """One sequence of a request.
 
@@ -36,10 +44,7 @@ class SequenceTelling:
     """
 
     def __init__(self, weights: SampledWeights, query: SampleQuery, index: int) -> None:
-        # The last token is never read, so it may lie behind the model's last position.
-        room = weights.max_positions - len(query.prompt) + 1
-        most = query.params.max_tokens
-        self.room = room if most is None else min(room, most)
+        self.room = room_of(weights, query)
         self.ended = False
         self._topk, self._vocab_size, self._told = query.topk_sample_logprobs, weights.vocab_size, 0
         self._teller: Teller = (

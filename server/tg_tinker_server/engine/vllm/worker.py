@@ -18,6 +18,8 @@ from typing import Any
 
 UNSUPPORTED = (ValueError, NotImplementedError)
 """How vLLM says that it cannot serve a model like this, or not with adapters: another try would end alike."""
+PASSING = "memory on "
+"""So it says, with one of these errors too, that others have the memory of a device or node just now."""
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
         engine = Engine(options, folders)
     except Exception as e:  # noqa: BLE001 - told to the server, which logs it
         text = f"{type(e).__name__}: {e}"
-        _say(out, {"failed": text[-2000:], "unsupported": isinstance(e, UNSUPPORTED)})
+        _say(out, {"failed": text[-2000:], "unsupported": isinstance(e, UNSUPPORTED) and PASSING not in text})
         os._exit(1)  # the other thread still reads
     _say(out, {"ready": engine.version})
     try:

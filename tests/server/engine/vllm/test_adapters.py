@@ -205,16 +205,17 @@ def test_a_server_sweeps_when_it_starts_whatever_samples(tmp_path, monkeypatch):
     os.close(dead._lock)
 
 
-def test_a_folder_that_was_swept_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
-    lock, swept = fcntl.flock, []
+@pytest.mark.parametrize(("module", "name"), [(fcntl, "flock"), (os, "open")])
+def test_a_folder_that_was_swept_before_it_was_locked_is_made_anew(tmp_path, monkeypatch, module, name):
+    real, swept = getattr(module, name), []
 
-    def late(file, how):
+    def late(*args):
         if not swept:
             swept.extend(tmp_path.iterdir())
             swept[0].rmdir()
-        lock(file, how)
+        return real(*args)
 
-    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(module, name, late)
     folder = PrivateFolder(tmp_path)
     assert list(tmp_path.iterdir()) == [folder.path] != swept
     folder.remove()

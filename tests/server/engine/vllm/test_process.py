@@ -145,3 +145,15 @@ def test_the_folder_of_an_adapter_goes_with_a_worker_that_was_killed_before_it_r
     os.kill(worker.pid, signal.SIGKILL)
     heard(worker, arrived, "gone")
     assert not folder.exists()
+
+
+def test_closing_does_not_wait_for_what_cannot_be_killed(monkeypatch):
+    worker, arrived = started(TOY)
+    heard(worker, arrived, "ready")
+    os.kill(worker.pid, signal.SIGSTOP)
+    kill = worker._kill
+    monkeypatch.setattr(worker, "_kill", lambda: None)
+    worker.close(patience_s=0.1)
+    assert is_alive(worker.pid)
+    kill()
+    heard(worker, arrived, "gone")

@@ -13,8 +13,8 @@ from tests.server.engine.vllm.toy_worker import SIZE, log_softmax, next_logits
 from tg_tinker.errors import InvalidRequestError, ServerError
 from tg_tinker.types.tokens import PromptFigures
 from tg_tinker_server.engine.sampling.token_sampler import BatchedSampler
-from tg_tinker_server.engine.vllm import model
-from tg_tinker_server.engine.vllm.model import MOST_ENDS
+from tg_tinker_server.engine.vllm import patience, sampler
+from tg_tinker_server.engine.vllm.patience import MOST_ENDS
 from tg_tinker_server.engine.vllm.requests import Request
 from tg_tinker_server.engine.vllm.settings import MEMORY_FOLDER
 
@@ -236,12 +236,12 @@ def test_a_worker_that_ends_too_often_is_left_alone_for_a_while(routed, monkeypa
     weights, now = routed.base(), [0.0]
     for _ in range(MOST_ENDS):
         worker = routed.sampler._worker(weights)
-        worker._clock = lambda: now[0]
+        worker._patience.clock = lambda: now[0]
         with pytest.raises(ServerError, match="ended while"):
             routed.one(weights, [KILLED], params=GREEDY)
     with pytest.raises(ServerError, match=f"ended {MOST_ENDS} times within 10 minutes"):
         routed.one(weights, [3], params=GREEDY)
-    now[0] = model.ENDS_WITHIN_S
+    now[0] = patience.ENDS_WITHIN_S
     check(routed.one(weights, [3], params=GREEDY), [3], 5)
 
 
@@ -341,14 +341,14 @@ def test_a_worker_that_says_nothing_for_too_long_is_ended(routed):
     weights, now = routed.base(), [0.0]
     routed.one(weights, [3], params=GREEDY)
     worker = routed.sampler._worker(weights)
-    worker._clock = lambda: now[0]
-    now[0] = 2 * model.SILENT_S  # it was asked nothing in this time
+    worker._patience.clock = lambda: now[0]
+    now[0] = 2 * patience.SILENT_ON_CPU_S  # it was asked nothing in this time
     pid = worker.pid
     os.kill(pid, signal.SIGSTOP)
     asked, other = (routed.submit(weights, [3], params=GREEDY, group=g) for g in ("a", "b"))
     for _ in range(5):
         assert routed.step() == []
-    now[0] += model.SILENT_S + 1
+    now[0] += patience.SILENT_ON_CPU_S + 1
     results = routed.results()
     assert "ended while it worked" in str(results[asked])
     check(results[other], [3], 5)  # which it was never told of
@@ -363,3 +363,24 @@ def test_a_worker_that_died_with_nothing_to_do_costs_nobody_a_request(routed):
     wait_until(lambda: not is_alive(pid))
     check(routed.one(weights, [3], params=GREEDY), [3], 5)
     assert pid_of(routed) != pid
+
+
+def test_a_worker_that_died_while_it_started_for_nobody_costs_nobody_a_request(routed, monkeypatch):
+    weights = routed.base()
+    monkeypatch.setenv("VLLM_TOY", "failed")
+    left = routed.submit(weights, [3], params=GREEDY)
+    routed.step()
+    pid = pid_of(routed)
+    routed.sampler.cancel(left)
+    monkeypatch.delenv("VLLM_TOY")
+    wait_until(lambda: not is_alive(pid))
+    check(routed.one(weights, [3], params=GREEDY), [3], 5)
+
+
+def test_on_a_cpu_long_texts_are_the_built_in_samplers(routed, monkeypatch):
+    monkeypatch.setattr(sampler, "MOST_POSITIONS_ON_CPU", 64)
+    weights, prompt = routed.base(), [3] * 60
+    assert isinstance(routed.submit(weights, prompt, params=GREEDY), Request)
+    assert not isinstance(routed.submit(weights, prompt, params=GREEDY | {"max_tokens": 6}), Request)
+    assert not isinstance(routed.submit(weights, prompt, params=GREEDY | {"max_tokens": None}), Request)
+    routed.results()

@@ -24,6 +24,8 @@ class LLMEngine:
     def from_engine_args(cls, args):
         if args.how == "cannot":
             raise ValueError("this model does not fit into the cache")
+        if args.how == "is full":
+            raise ValueError("Free memory on device cuda:0 (1/80 GiB) on startup is less than desired")
         if args.how == "fails":
             raise RuntimeError("no driver")
         return cls()
@@ -104,7 +106,7 @@ def test_the_folder_of_an_adapter_is_gone_when_it_was_read(begin, tmp_path, name
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(("how", "unsupported"), [("cannot", True), ("fails", False)])
+@pytest.mark.parametrize(("how", "unsupported"), [("cannot", True), ("fails", False), ("is full", False)])
 def test_what_would_fail_again_is_told_from_what_might_not(begin, how, unsupported):
     worker, (said,) = begin(how)
     assert said["unsupported"] is unsupported
