@@ -107,7 +107,7 @@ def test_samples_of_several_runs_at_once_have_the_log_probabilities_of_training(
         assert response.sequences[0].tokens != response.sequences[1].tokens
     told = [r.sequences[0].topk_logprobs for r in responses[:4]]
     assert all(np.abs(a.logprobs[0] - b.logprobs[0]).max() > 0.01 for a, b in itertools.combinations(told, 2))  # type: ignore[union-attr]
-    assert not [name for name in os.listdir(MEMORY_FOLDER) if name.startswith("tg-tinker-adapter-")]
+    assert not [name for name in os.listdir(MEMORY_FOLDER) if name.startswith(f"tg-tinker-adapter-{os.getpid()}-")]
 
 
 def test_greedy_tokens_and_alternatives_are_those_of_the_built_in_sampler(

@@ -98,7 +98,7 @@ class PrivateFolder:
 
     def __init__(self, memory: Path) -> None:
         while True:
-            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=memory))
+            self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=memory))
             try:
                 self._lock = os.open(self.path, os.O_RDONLY)
             except FileNotFoundError:  # a server that started just now took it for one of a dead process

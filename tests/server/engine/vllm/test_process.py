@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests.server.engine.vllm.conftest import TOY
-from tests.server.engine.vllm.test_sampler import is_alive, wait_until
+from tests.server.engine.vllm.test_sampler import is_alive, stop, wait_until
 from tg_tinker_server.engine.vllm.process import WorkerProcess
 
 SAMPLE = {
@@ -137,7 +137,7 @@ def test_a_worker_that_reads_nothing_holds_nobody_up():
 def test_the_folder_of_an_adapter_goes_with_a_worker_that_was_killed_before_it_read_it(tmp_path):
     worker, arrived = started(TOY)
     heard(worker, arrived, "ready")
-    os.kill(worker.pid, signal.SIGSTOP)
+    stop(worker.pid)
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(b"secret")
@@ -150,7 +150,7 @@ def test_the_folder_of_an_adapter_goes_with_a_worker_that_was_killed_before_it_r
 def test_closing_does_not_wait_for_what_cannot_be_killed(monkeypatch):
     worker, arrived = started(TOY)
     heard(worker, arrived, "ready")
-    os.kill(worker.pid, signal.SIGSTOP)
+    stop(worker.pid)
     kill = worker._kill
     monkeypatch.setattr(worker, "_kill", lambda: None)
     worker.close(patience_s=0.1)

@@ -47,12 +47,22 @@ def pid_of(routed):
     return next(iter(routed.sampler._workers.values())).pid
 
 
+def state_of(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
 def is_alive(pid):
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
+        return state_of(pid) != "Z"
     except OSError:
         return False
+
+
+def stop(pid):
+    """Stop all of its threads: it stops one after the other."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: state_of(pid) == "T")
 
 
 def wait_until(holds, seconds=60.0):
@@ -60,6 +70,12 @@ def wait_until(holds, seconds=60.0):
     while not holds():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.01)
+
+
+def told_of_its_end(routed):
+    """Until the worker's end lies in its inbox, read by nobody."""
+    process = next(iter(routed.sampler._workers.values()))._process
+    wait_until(lambda: not process._inbox.empty())
 
 
 def stepped(routed, holds):
@@ -71,7 +87,7 @@ def stepped(routed, holds):
 
 
 def folders():
-    return [name for name in os.listdir(MEMORY_FOLDER) if name.startswith("tg-tinker-adapter-")]
+    return [name for name in os.listdir(MEMORY_FOLDER) if name.startswith(f"tg-tinker-adapter-{os.getpid()}-")]
 
 
 def test_a_base_model_is_sampled_by_the_worker(routed):
@@ -308,7 +324,7 @@ def test_a_stopped_worker_holds_nobody_up(routed):
     weights = routed.base()
     routed.one(weights, [3], params=GREEDY)
     pid = pid_of(routed)
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     try:
         ticket = routed.submit(weights, [5] * 500, params=GREEDY)
         for _ in range(20):  # far more than a pipe holds
@@ -344,7 +360,7 @@ def test_a_worker_that_says_nothing_for_too_long_is_ended(routed):
     worker._patience.clock = lambda: now[0]
     now[0] = 2 * patience.SILENT_ON_CPU_S  # it was asked nothing in this time
     pid = worker.pid
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     asked, other = (routed.submit(weights, [3], params=GREEDY, group=g) for g in ("a", "b"))
     for _ in range(5):
         assert routed.step() == []
@@ -360,7 +376,7 @@ def test_a_worker_that_died_with_nothing_to_do_costs_nobody_a_request(routed):
     routed.one(weights, [3], params=GREEDY)
     pid = pid_of(routed)
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not is_alive(pid))
+    told_of_its_end(routed)
     check(routed.one(weights, [3], params=GREEDY), [3], 5)
     assert pid_of(routed) != pid
 
@@ -370,10 +386,9 @@ def test_a_worker_that_died_while_it_started_for_nobody_costs_nobody_a_request(r
     monkeypatch.setenv("VLLM_TOY", "failed")
     left = routed.submit(weights, [3], params=GREEDY)
     routed.step()
-    pid = pid_of(routed)
     routed.sampler.cancel(left)
     monkeypatch.delenv("VLLM_TOY")
-    wait_until(lambda: not is_alive(pid))
+    told_of_its_end(routed)
     check(routed.one(weights, [3], params=GREEDY), [3], 5)
 
 
