@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.server.rpc.raw_client import RawClient, batch
@@ -28,6 +28,8 @@ ACTS = (
     "step", "step", "step", "save", "load", "copy", "second client", "unload", "delete run", "erase",
     "delete dataset", "register again", "raise", "restart",
 )  # fmt: skip
+ALWAYS = [(act, 0) for act in ("step", "save", "step", "restart", "load", "step")]
+"""Lived in every run: chance may leave any act out."""
 
 
 class House:
@@ -163,6 +165,8 @@ def live(house: House, histories: int) -> None:
 
     @settings(max_examples=histories, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.booleans(), st.lists(st.tuples(st.sampled_from(ACTS), st.integers(0, 3)), min_size=3, max_size=12))
+    @example(True, ALWAYS)
+    @example(False, ALWAYS)
     def one(registered: bool, acts: list[tuple[str, int]]) -> None:
         history = History(house, registered, done)
         for what, which in acts:
