@@ -10,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from tests.support.random_runs import datum, train
 from tests.vllm.conftest import BuiltIn, children
 from tg_tinker import DPConfig, LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
 from tg_tinker.errors import ServerError
 from tg_tinker.sampling_client import SamplingClient
-from tg_tinker.types.datum import Datum, ModelInput
-from tg_tinker.types.optim import AdamParams
 from tg_tinker.types.tokens import SampledSequence, SampleResponse, SamplingParams
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.engine.vllm.settings import MEMORY_FOLDER
@@ -30,18 +29,6 @@ ADAPTERS = [
 ]
 PROMPT = np.random.default_rng(9).integers(4, 300, 30).tolist()
 GREEDY = SamplingParams(max_tokens=12, stop=[], temperature=0)
-
-
-def datum(tokens: list[int]) -> Datum:
-    weights = np.ones(len(tokens) - 1, dtype=np.float32)
-    return Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": weights})
-
-
-def train(client: TrainingClient, seed: int, steps: int = 2) -> None:
-    for _ in range(steps):
-        texts = np.random.default_rng(seed).integers(0, 300, (4, 20)).tolist()
-        client.forward_backward([datum(t) for t in texts], "cross_entropy").result()
-        client.optim_step(AdamParams(learning_rate=0.02)).result()
 
 
 def training_logprobs(client: TrainingClient, tokens: list[int]) -> np.ndarray:

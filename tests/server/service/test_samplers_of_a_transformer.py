@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.random_runs import datum, train
 from tg_tinker import DPConfig, LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
-from tg_tinker.types.datum import Datum, ModelInput
-from tg_tinker.types.optim import AdamParams
 from tg_tinker.types.tokens import SampleResponse, SamplingParams
 from tg_tinker_server.app import EmbeddedServer
 from tg_tinker_server.config import ServerConfig
@@ -28,18 +27,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]
         ServiceClient(api_key=server.mint_key("tenant-a"), base_url=server.address) as client,
     ):
         yield client
-
-
-def datum(tokens: list[int]) -> Datum:
-    weights = np.ones(len(tokens) - 1, dtype=np.float32)
-    return Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": weights})
-
-
-def train(client: TrainingClient, seed: int, steps: int = 2) -> None:
-    for _ in range(steps):
-        texts = np.random.default_rng(seed).integers(0, 300, (4, 20)).tolist()
-        client.forward_backward([datum(t) for t in texts], "cross_entropy").result()
-        client.optim_step(AdamParams(learning_rate=0.02)).result()
 
 
 def check(client: TrainingClient, prompt: list[int], response: SampleResponse) -> None:
